@@ -1,0 +1,23 @@
+// The device and the stream that a call with CUDA tensors runs on.
+#pragma once
+
+#ifdef LCTX_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../cuda/cuda_backend.h"
+#include "checks.h"
+
+namespace lctx::api {
+
+class CudaCall {
+ public:
+  explicit CudaCall(const Call& call);
+  cuda::Stream stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cuda::Stream stream_;
+};
+
+}  // namespace lctx::api
+#endif

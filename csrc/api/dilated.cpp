@@ -1,0 +1,91 @@
+// lctx::dilated_fwd, lctx::dilated_bwd: tensors -> DilatedParams -> kernels.
+#include "../cpu/cpu_backend.h"
+#include "checks.h"
+#include "thread_pool.h"
+
+namespace lctx::api {
+namespace {
+
+struct Options {
+  const std::vector<int64_t>& segment_lengths;
+  const std::vector<int64_t>& dilation_rates;
+  bool causal;
+  double scale;
+  const std::string& head_offset;
+  const std::string& mix_grad;
+};
+
+DilatedParams make_params(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v,
+                          const OptTensor& seqlens, const Options& options) {
+  DilatedParams params;
+  set_attention(call, q, k, v, options.causal, options.scale, params);
+  const AttnShape& s = params.shape;
+  call.check(s.Tq == s.Tk, "q has ", s.Tq, " positions, k and v have ", s.Tk,
+             "; expected the same");
+
+  const auto& lengths = options.segment_lengths;
+  const auto& rates = options.dilation_rates;
+  call.check(!lengths.empty() && lengths.size() == rates.size(), "there are ", lengths.size(),
+             " segment_lengths and ", rates.size(),
+             " dilation_rates; expected the same number, at least 1");
+  for (size_t m = 0; m < lengths.size(); ++m) {
+    call.check(lengths[m] >= 1 && rates[m] >= 1, "branch ", m, " has segment length ", lengths[m],
+               " and dilation rate ", rates[m], "; expected at least 1");
+  }
+  params.segment_lengths = lengths.data();
+  params.dilation_rates = rates.data();
+  params.num_branches = static_cast<int64_t>(lengths.size());
+  params.head_offset_block = call.choice("head_offset", options.head_offset, "mod", "block");
+  params.mix_detached = call.choice("mix_grad", options.mix_grad, "exact", "detached");
+
+  params.seqlens =
+      static_cast<const int32_t*>(call.plain(LCTX_ARG(seqlens), ScalarType::Int, {s.B}));
+  for (int64_t b = 0; params.seqlens != nullptr && b < s.B; ++b) {
+    call.check(params.seqlens[b] >= 0 && params.seqlens[b] <= s.Tq, "seqlens[", b,
+               "] = ", params.seqlens[b], "; expected 0 to T = ", s.Tq);
+  }
+  return params;
+}
+
+std::tuple<Tensor, Tensor> dilated_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const OptTensor& seqlens,
+                                       const std::vector<int64_t>& segment_lengths,
+                                       const std::vector<int64_t>& dilation_rates, bool causal,
+                                       double scale, const std::string& head_offset,
+                                       const std::string& mix_grad,
+                                       bool /*deterministic: always*/) {
+  const Call call("lctx::dilated_fwd", {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(seqlens)});
+  DilatedParams params =
+      make_params(call, q, k, v, seqlens,
+                  {segment_lengths, dilation_rates, causal, scale, head_offset, mix_grad});
+  auto outputs = set_outputs(call, params);
+  cpu::dilated_fwd(params, thread_pool());
+  return outputs;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dilated_bwd(
+    const Tensor& dout, const OptTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, const OptTensor& seqlens,
+    const std::vector<int64_t>& segment_lengths, const std::vector<int64_t>& dilation_rates,
+    bool causal, double scale, const std::string& head_offset, const std::string& mix_grad,
+    bool /*deterministic: always*/) {
+  const Call call("lctx::dilated_bwd",
+                  {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(out), LCTX_ARG(lse),
+                   LCTX_ARG(dout), LCTX_ARG(dlse), LCTX_ARG(seqlens)});
+  DilatedParams params =
+      make_params(call, q, k, v, seqlens,
+                  {segment_lengths, dilation_rates, causal, scale, head_offset, mix_grad});
+  set_saved(call, LCTX_ARG(out), lse, params);
+  AttnGrads grads;
+  auto results = set_grads(call, dout, dlse, params, grads);
+  cpu::dilated_bwd(params, grads, thread_pool());
+  return results;
+}
+
+}  // namespace
+}  // namespace lctx::api
+
+STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) {
+  m.impl("dilated_fwd", TORCH_BOX(&lctx::api::dilated_fwd));
+  m.impl("dilated_bwd", TORCH_BOX(&lctx::api::dilated_bwd));
+}

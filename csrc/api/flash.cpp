@@ -1,0 +1,68 @@
+// lctx::flash_fwd, lctx::flash_bwd: tensors -> FlashParams -> kernels.
+#include "../cpu/cpu_backend.h"
+#include "checks.h"
+#include "thread_pool.h"
+
+namespace lctx::api {
+namespace {
+
+void set_documents(const Call& call, const OptTensor& cu_seqlens, FlashParams& params) {
+  if (!cu_seqlens) return;
+  const AttnShape& s = params.shape;
+  call.check(s.B == 1 && s.Tq == s.Tk, "cu_seqlens is given with B = ", s.B, ", Tq = ", s.Tq,
+             ", Tk = ", s.Tk, "; expected B = 1 and Tq = Tk");
+  call.check(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
+             "cu_seqlens is not a list of boundaries; expected shape "
+             "(documents + 1,)");
+  params.cu_seqlens =
+      static_cast<const int32_t*>(call.plain(LCTX_ARG(cu_seqlens), ScalarType::Int, {kAny}));
+  params.num_docs = cu_seqlens->size(0) - 1;
+  const int32_t* bounds = params.cu_seqlens;
+  bool ordered = bounds[0] == 0 && bounds[params.num_docs] == s.Tq;
+  for (int64_t i = 0; i < params.num_docs; ++i) ordered = ordered && bounds[i] <= bounds[i + 1];
+  call.check(ordered, "cu_seqlens does not run from 0 to T = ", s.Tq, " without decreasing");
+}
+
+FlashParams make_params(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const OptTensor& cu_seqlens, bool causal, double scale, int64_t window) {
+  FlashParams params;
+  set_attention(call, q, k, v, causal, scale, params);
+  call.check(window >= 0, "window = ", window, "; expected at least 1, or 0 for none");
+  params.window = window;
+  set_documents(call, cu_seqlens, params);
+  return params;
+}
+
+std::tuple<Tensor, Tensor> flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const OptTensor& cu_seqlens, bool causal, double scale,
+                                     int64_t window, bool /*deterministic: always*/) {
+  const Call call("lctx::flash_fwd", {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(cu_seqlens)});
+  FlashParams params = make_params(call, q, k, v, cu_seqlens, causal, scale, window);
+  auto outputs = set_outputs(call, params);
+  cpu::flash_fwd(params, thread_pool());
+  return outputs;
+}
+
+std::tuple<Tensor, Tensor, Tensor> flash_bwd(const Tensor& dout, const OptTensor& dlse,
+                                             const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Tensor& out, const Tensor& lse,
+                                             const OptTensor& cu_seqlens, bool causal, double scale,
+                                             int64_t window, bool /*deterministic: always*/) {
+  const Call call("lctx::flash_bwd",
+                  {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(out), LCTX_ARG(lse),
+                   LCTX_ARG(dout), LCTX_ARG(dlse), LCTX_ARG(cu_seqlens)});
+  FlashParams params = make_params(call, q, k, v, cu_seqlens, causal, scale, window);
+  set_saved(call, LCTX_ARG(out), lse, params);
+  AttnGrads grads;
+  auto results = set_grads(call, dout, dlse, params, grads);
+  cpu::flash_bwd(params, grads, thread_pool());
+  return results;
+}
+
+}  // namespace
+}  // namespace lctx::api
+
+STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) {
+  m.impl("flash_fwd", TORCH_BOX(&lctx::api::flash_fwd));
+  m.impl("flash_bwd", TORCH_BOX(&lctx::api::flash_bwd));
+}

@@ -1,0 +1,59 @@
+// lctx::landmark_fwd, lctx::landmark_bwd: tensors -> LandmarkParams -> kernels.
+#include "../cpu/cpu_backend.h"
+#include "checks.h"
+#include "thread_pool.h"
+
+namespace lctx::api {
+namespace {
+
+LandmarkParams make_params(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v,
+                           const OptTensor& is_landmark, int64_t block_size, double scale) {
+  LandmarkParams params;
+  set_attention(call, q, k, v, /*causal=*/true, scale, params);
+  if (is_landmark) {
+    call.check(block_size == 0, "block_size = ", block_size,
+               " and is_landmark are both given; expected one of them");
+  } else {
+    call.check(block_size >= 2, "block_size = ", block_size,
+               " without is_landmark; expected at least 2");
+  }
+  params.block_size = block_size;
+  params.is_landmark = static_cast<const bool*>(
+      call.plain(LCTX_ARG(is_landmark), ScalarType::Bool, {params.shape.B, params.shape.Tk}));
+  return params;
+}
+
+std::tuple<Tensor, Tensor> landmark_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const OptTensor& is_landmark, int64_t block_size,
+                                        double scale, bool /*deterministic: always*/) {
+  const Call call("lctx::landmark_fwd",
+                  {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(is_landmark)});
+  LandmarkParams params = make_params(call, q, k, v, is_landmark, block_size, scale);
+  auto outputs = set_outputs(call, params);
+  cpu::landmark_fwd(params, thread_pool());
+  return outputs;
+}
+
+std::tuple<Tensor, Tensor, Tensor> landmark_bwd(const Tensor& dout, const OptTensor& dlse,
+                                                const Tensor& q, const Tensor& k, const Tensor& v,
+                                                const Tensor& out, const Tensor& lse,
+                                                const OptTensor& is_landmark, int64_t block_size,
+                                                double scale, bool /*deterministic: always*/) {
+  const Call call("lctx::landmark_bwd",
+                  {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(out), LCTX_ARG(lse),
+                   LCTX_ARG(dout), LCTX_ARG(dlse), LCTX_ARG(is_landmark)});
+  LandmarkParams params = make_params(call, q, k, v, is_landmark, block_size, scale);
+  set_saved(call, LCTX_ARG(out), lse, params);
+  AttnGrads grads;
+  auto results = set_grads(call, dout, dlse, params, grads);
+  cpu::landmark_bwd(params, grads, thread_pool());
+  return results;
+}
+
+}  // namespace
+}  // namespace lctx::api
+
+STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) {
+  m.impl("landmark_fwd", TORCH_BOX(&lctx::api::landmark_fwd));
+  m.impl("landmark_bwd", TORCH_BOX(&lctx::api::landmark_bwd));
+}

@@ -1,0 +1,62 @@
+// All op schemas on one screen. Kernels are attached in the file of their family, fake kernels and
+// autograd in lctx_kernels/_ops.py. A backward is an op of its own; statistics (lse, M, z) are fp32
+// (fp64 for fp64 inputs).
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(lctx, m) {
+  m.def("build_info() -> str");
+
+  m.def(
+      "flash_fwd(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, bool causal, float scale, "
+      "int window, bool deterministic) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "flash_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+      "lse, Tensor? cu_seqlens, bool causal, float scale, int window, bool deterministic) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
+
+  m.def(
+      "landmark_fwd(Tensor q, Tensor k, Tensor v, Tensor? is_landmark, int block_size, float "
+      "scale, bool deterministic) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "landmark_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+      "lse, Tensor? is_landmark, int block_size, float scale, bool deterministic) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
+
+  m.def(
+      "dilated_fwd(Tensor q, Tensor k, Tensor v, Tensor? seqlens, int[] segment_lengths, int[] "
+      "dilation_rates, bool causal, float scale, str head_offset, str mix_grad, bool "
+      "deterministic) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "dilated_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+      "lse, Tensor? seqlens, int[] segment_lengths, int[] dilation_rates, bool causal, float "
+      "scale, str head_offset, str mix_grad, bool deterministic) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
+
+  // M_states, z_states: the memory that each of the S segments reads, kept for the backward.
+  // The backward returns empty dq_mem/dk_mem when q_mem/k_mem are not given (their gradient is in
+  // dq, dk), an empty dgate without gate, and empty dM/dz without memory.
+  m.def(
+      "infini_fwd(Tensor q, Tensor k, Tensor v, Tensor? q_mem, Tensor? k_mem, Tensor? M, "
+      "Tensor? z, Tensor? gate, int segment_len, str update, str first, int detach_every, float "
+      "scale, bool deterministic) "
+      "-> (Tensor out, Tensor out_local, Tensor lse, Tensor M_states, Tensor z_states, Tensor "
+      "M_out, Tensor z_out)");
+  m.def(
+      "infini_bwd(Tensor dout, Tensor? dM_out, Tensor? dz_out, Tensor q, Tensor k, Tensor v, "
+      "Tensor? q_mem, Tensor? k_mem, Tensor? M, Tensor? z, Tensor? gate, Tensor out_local, "
+      "Tensor lse, Tensor M_states, Tensor z_states, int segment_len, str update, str first, "
+      "int detach_every, float scale, bool deterministic) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_mem, Tensor dk_mem, Tensor dM, Tensor dz, "
+      "Tensor dgate)");
+
+  m.def(
+      "merge_fwd(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "merge_bwd(Tensor dout, Tensor? dlse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor "
+      "lse_b, Tensor out, Tensor lse) "
+      "-> (Tensor dout_a, Tensor dlse_a, Tensor dout_b, Tensor dlse_b)");
+}

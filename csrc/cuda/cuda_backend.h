@@ -1,0 +1,17 @@
+// Launchers of the CUDA backend, one pair per family. They know nothing of torch and are plain C++
+// to their callers. The current device is the tensors'. A launch that fails throws
+// std::runtime_error with the kernel's name and grid.
+#pragma once
+
+#include "../params.h"
+
+struct CUstream_st;
+
+namespace lctx::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t
+
+void launch_merge_fwd(const MergeParams& params, Stream stream);
+void launch_merge_bwd(const MergeParams& params, const MergeGrads& grads, Stream stream);
+
+}  // namespace lctx::cuda

@@ -1,0 +1,119 @@
+// Plain parameter structs: the only thing that csrc/api (which knows torch) and the kernels (which
+// do not) share.
+//
+// Layout is always (B, T, H, D) with the innermost stride 1; the other three strides are free and
+// counted in elements. "stat" is the type of every statistic and state (lse, M, z, gate and their
+// gradients): double for float64 inputs, float for all others. Statistics are contiguous: lse (B,
+// Hq, Tq), M (B, Hkv, Dk, Dv), z (B, Hkv, Dk).
+#pragma once
+
+#include <cstdint>
+
+namespace lctx {
+
+enum class DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+constexpr int64_t dtype_size(DType t) {
+  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
+}
+
+// A (B, T, H, D) tensor. data == nullptr means "not given" or "not wanted".
+struct TensorView {
+  void* data = nullptr;
+  int64_t stride_b = 0;
+  int64_t stride_t = 0;
+  int64_t stride_h = 0;
+};
+
+struct AttnShape {
+  DType dtype = DType::kFloat32;
+  int64_t B = 0, Tq = 0, Tk = 0;
+  int64_t Hq = 0,
+          Hkv = 0;  // Hq is a multiple of Hkv; query head h reads key/value head h / (Hq / Hkv)
+  int64_t Dk = 0, Dv = 0;
+};
+
+// What every softmax attention takes; `out` and `lse` are outputs of the forward and inputs of the
+// backward.
+struct AttnParams {
+  AttnShape shape;
+  TensorView q, k, v;
+  TensorView out;
+  void* lse = nullptr;  // stat (B, Hq, Tq), natural logarithm, -inf where a row sees no key
+  double scale = 1.0;
+  bool causal = true;  // queries are the last Tq positions: row i sits at position i + Tk - Tq
+};
+
+// What every backward adds. Gradients are written, not accumulated.
+struct AttnGrads {
+  TensorView dout;
+  const void* dlse = nullptr;  // stat (B, Hq, Tq) contiguous; nullptr: zero
+  TensorView dq, dk, dv;
+};
+
+struct FlashParams : AttnParams {
+  int64_t window = 0;                   // 0: none; else key j is visible only if |i - j| < window
+  const int32_t* cu_seqlens = nullptr;  // (num_docs + 1); needs B == 1 and Tq == Tk
+  int64_t num_docs = 0;
+};
+
+struct LandmarkParams : AttnParams {
+  int64_t block_size = 0;  // > 0: positions block_size - 1, 2 * block_size - 1, ... are landmarks
+  const bool* is_landmark = nullptr;  // else (B, Tk) contiguous
+};
+
+struct DilatedParams : AttnParams {
+  const int64_t* segment_lengths = nullptr;
+  const int64_t* dilation_rates = nullptr;
+  int64_t num_branches = 0;
+  bool head_offset_block = false;    // false: offset = h mod r; true: h / ceil(Hq / r)
+  bool mix_detached = false;         // true: no gradient through the mixing weights (backward only)
+  const int32_t* seqlens = nullptr;  // (B) true lengths of right-padded rows, or nullptr
+};
+
+enum class InfiniUpdate : int32_t { kLinear, kDelta };
+
+struct InfiniParams : AttnParams {
+  TensorView q_mem, k_mem;     // data == nullptr: q and k themselves
+  const void* gate = nullptr;  // stat (Hq) logits; nullptr: zeros
+  int64_t segment_len = 0;
+  InfiniUpdate update = InfiniUpdate::kLinear;
+  bool first_bypass = false;  // the first segment of a call without memory skips the gate
+  int64_t detach_every = 0;
+  bool has_mem = false;
+  // Memory in: state 0 of `M_states`/`z_states` holds it on entry (zeros without memory).
+  void* M_states = nullptr;  // stat (B, Hkv, S, Dk, Dv): the state each segment reads
+  void* z_states = nullptr;  // stat (B, Hkv, S, Dk)
+  void* M_out = nullptr;     // stat (B, Hkv, Dk, Dv): after the last segment
+  void* z_out = nullptr;     // stat (B, Hkv, Dk)
+  TensorView out_local;  // softmax part before the gate, in the input dtype; saved for the backward
+};
+
+struct InfiniGrads : AttnGrads {
+  TensorView dq_mem, dk_mem;  // data == nullptr: added into dq, dk
+  const void* dM_out = nullptr;
+  const void* dz_out = nullptr;
+  void* dM_in = nullptr;  // stat (B, Hkv, Dk, Dv)
+  void* dz_in = nullptr;
+  void* dgate = nullptr;  // stat (Hq)
+};
+
+// Exact union of two partial attention results over disjoint key sets.
+struct MergeParams {
+  DType dtype = DType::kFloat32;
+  int64_t B = 0, T = 0, H = 0, D = 0;
+  TensorView out_a, out_b, out;
+  const void* lse_a = nullptr;  // stat (B, H, T) contiguous
+  const void* lse_b = nullptr;
+  void* lse = nullptr;
+};
+
+struct MergeGrads {
+  TensorView dout;
+  const void* dlse = nullptr;  // nullptr: zero
+  TensorView dout_a, dout_b;
+  void* dlse_a = nullptr;
+  void* dlse_b = nullptr;
+};
+
+}  // namespace lctx

@@ -1,0 +1,70 @@
+"""Which backend serves a call, why one cannot, and the log of what ran."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+
+import torch
+
+from . import _load, _ops
+
+FAMILY = {
+    "flash_attention": "flash",
+    "infini_attention": "infini",
+    "landmark_attention": "landmark",
+    "dilated_attention": "dilated",
+    "merge_attention": "merge",
+}
+"""Ops that exist: public function -> family of `lctx::` ops."""
+
+CUDA_CAPABILITY = (9, 0)  # sm_90a code runs on no other
+
+logger = logging.getLogger("lctx_kernels")
+LOG = os.environ.get("LCTX_LOG", "0") not in ("", "0")
+if LOG:
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+
+
+def resolve(backend: str, device_type: str) -> str:
+    """Backend that a call runs on: `auto` is the one of the tensors' device."""
+    if backend != "auto":
+        return backend
+    return "cpu" if device_type == "meta" else device_type
+
+
+@cache
+def _cuda_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def unavailable(op: str, where: str, device: torch.device, needs_grad: bool) -> str | None:
+    """Why backend `where` cannot run `op`, or None. The reference backend always can."""
+    if where == "reference":
+        return None
+    nearest = (
+        f"lctx_kernels.reference.{op}" if op == "merge_attention" else 'backend="reference"'
+    ) + " (plain PyTorch)"
+    if where not in ("cpu", "cuda"):
+        return f"no kernels for device type {where}; expected cpu or cuda; nearest is {nearest}"
+    error = _load.LIBRARY_ERROR
+    if error is not None:
+        return f"{error}; nearest is {nearest}"
+    for suffix in ("fwd", "bwd") if needs_grad else ("fwd",):
+        name = f"{FAMILY[op]}_{suffix}"
+        if where not in _ops.KERNELS.get(name, ()):
+            built = " and ".join(_ops.KERNELS.get(name, ())) or "no device"
+            return (
+                f"{op} has no {where} kernel: lctx::{name} is built for {built}; "
+                f"nearest is {nearest}"
+            )
+    if where == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_available():
+        capability = _cuda_capability(device)
+        if capability != CUDA_CAPABILITY:
+            return (
+                f"{device} has compute capability {capability[0]}.{capability[1]}; "
+                f"expected 9.0 (H100, H200); nearest is {nearest}"
+            )
+    return None

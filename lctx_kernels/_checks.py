@@ -1,0 +1,176 @@
+"""What every call must satisfy; all reasons against it are collected before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backend
+from ._operands import OPERANDS, Call, Reason, check_operands, describe, values_readable
+from ._options import OPTIONS
+
+
+def _heads(call: Call) -> None:
+    Hq, Hkv = call.size("Hq"), call.size("Hkv")
+    if Hq is None or Hkv is None:
+        return
+    if Hkv < 1 or Hq < 1:
+        call.refuse(ValueError, f"q has {Hq} heads, k and v have {Hkv}; expected at least 1")
+    elif Hq % Hkv != 0:
+        call.refuse(
+            ValueError,
+            f"q has {Hq} heads, k and v have {Hkv}; expected Hq to be a multiple of Hkv; "
+            f"nearest is Hq = {max(Hq // Hkv, 1) * Hkv}",
+        )
+
+
+def _head_dims(call: Call) -> None:
+    for symbol in ("Dk", "Dv", "D"):
+        size = call.size(symbol)
+        if size is not None and size < 1:
+            call.refuse(ValueError, f"{symbol} is {size}; expected a head dimension of at least 1")
+
+
+def _documents(call: Call) -> None:
+    cu_seqlens = call.arguments["cu_seqlens"]
+    if not isinstance(cu_seqlens, Tensor) or call.size("documents + 1") is None:
+        return
+    B, Tq, Tk = call.size("B"), call.size("Tq"), call.size("Tk")
+    if B is None or Tk is None:
+        return
+    if B != 1 or Tq != Tk:
+        call.refuse(
+            ValueError,
+            f"cu_seqlens is given with B = {B}, Tq = {Tq}, Tk = {Tk}; expected B = 1 and Tq = Tk: "
+            "documents packed into one row",
+        )
+    if cu_seqlens.shape[0] == 0:
+        call.refuse(ValueError, f"cu_seqlens is empty; expected 0, ends of documents, {Tk}")
+    elif values_readable(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != Tk or bounds != sorted(bounds):
+            shown = bounds if len(bounds) <= 8 else f"[{bounds[0]}, ..., {bounds[-1]}]"
+            call.refuse(
+                ValueError,
+                f"cu_seqlens is {shown}; expected it to start at 0, never decrease, and end at "
+                f"T = {Tk}",
+            )
+
+
+def _landmarks(call: Call) -> None:
+    given = [n for n in ("block_size", "is_landmark") if call.arguments[n] is not None]
+    if len(given) != 1:
+        call.refuse(
+            ValueError,
+            f"{'both' if given else 'neither'} of block_size and is_landmark given; expected "
+            "exactly one; try block_size=64",
+        )
+
+
+def _branches(call: Call) -> None:
+    lengths, rates = call.arguments["segment_lengths"], call.arguments["dilation_rates"]
+    sized = isinstance(lengths, list | tuple) and isinstance(rates, list | tuple)
+    if sized and len(lengths) != len(rates):
+        call.refuse(
+            ValueError,
+            f"segment_lengths has {len(lengths)} entries, dilation_rates has {len(rates)}; "
+            "expected one of each per branch",
+        )
+
+
+def _true_lengths(call: Call) -> None:
+    seqlens, T = call.arguments["seqlens"], call.size("T")
+    if not isinstance(seqlens, Tensor) or T is None or not values_readable(seqlens):
+        return
+    lengths = seqlens.flatten().tolist()
+    if any(not 0 <= length <= T for length in lengths):
+        shown = lengths if len(lengths) <= 8 else f"in [{min(lengths)}, {max(lengths)}]"
+        call.refuse(ValueError, f"seqlens is {shown}; expected lengths from 0 to T = {T}")
+
+
+def _memory(call: Call) -> None:
+    mem = call.arguments["mem"]
+    call.arguments["mem.M"], call.arguments["mem.z"] = None, None
+    if isinstance(mem, list | tuple) and len(mem) == 2:
+        call.arguments["mem.M"], call.arguments["mem.z"] = mem
+        if (mem[0] is None) != (mem[1] is None) or mem[0] is None:
+            call.refuse(TypeError, "mem holds None; expected InfiniMemory(M, z) or mem=None")
+    elif mem is not None:
+        call.refuse(TypeError, f"mem is {describe(mem)}; expected InfiniMemory(M, z) or None")
+
+
+def _not_built(call: Call) -> None:
+    call.refuse(NotImplementedError, RING_MISSING)
+
+
+def _available(call: Call) -> None:
+    backend = call.arguments.get("backend", "auto")
+    tensors = [call.arguments[operand.name] for operand in OPERANDS[call.op]]
+    tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if not tensors or backend not in ("auto", "cpu", "cuda"):
+        return
+    device = tensors[0].device
+    if backend != "auto" and device.type not in (backend, "meta"):
+        call.refuse(
+            ValueError,
+            f'backend="{backend}" with tensors on {device}; expected {backend} tensors; nearest is '
+            'backend="auto"',
+        )
+        return
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    text = _backend.unavailable(call.op, _backend.resolve(backend, device.type), device, needs_grad)
+    if text is not None:
+        call.refuse(NotImplementedError, text)
+
+
+RING_MISSING = (
+    "the ring communicator (lctx_kernels._ring) and context-parallel plans (lctx_kernels.cp) are "
+    "not built yet; nearest is flash_attention on one device; the definition is "
+    "lctx_kernels.reference.ring_attention"
+)
+RULES: dict[str, tuple[Callable[[Call], None], ...]] = {
+    "flash_attention": (check_operands, _heads, _head_dims, _documents),
+    "infini_attention": (_memory, check_operands, _heads, _head_dims),
+    "landmark_attention": (check_operands, _heads, _head_dims, _landmarks),
+    "dilated_attention": (check_operands, _heads, _head_dims, _branches, _true_lengths),
+    "merge_attention": (check_operands, _head_dims),
+    "ring_attention": (_not_built,),
+}
+
+
+def reasons(op: str, arguments: dict[str, Any]) -> list[Reason]:
+    """Every reason why `op` refuses `arguments` (all arguments of its signature, by name)."""
+    call = Call(op, dict(arguments))
+    for rule in RULES[op]:
+        rule(call)
+    if op != "ring_attention":
+        for name in arguments:
+            if name in OPTIONS:
+                OPTIONS[name](call, name)
+        _available(call)
+    return call.reasons
+
+
+def error(op: str, arguments: dict[str, Any], found: list[Reason]) -> Exception:
+    """The exception with all reasons and arguments; a wrong type outranks a wrong value."""
+    kinds = [reason.error for reason in found]
+    kind = next(k for k in (TypeError, ValueError, NotImplementedError) if k in kinds)
+    given = ", ".join(f"{name}={describe(value)}" for name, value in arguments.items())
+    lines = "".join(f"\n  - {reason.text}" for reason in found)
+    return kind(f"{op} cannot run:{lines}\ngiven: {given}")
+
+
+def require(op: str, **arguments: Any) -> str:
+    """Raise with all reasons if `op` refuses these arguments; else the backend that serves them."""
+    found = reasons(op, arguments)
+    if found:
+        raise error(op, arguments, found)
+    device = arguments[OPERANDS[op][0].name].device
+    where = _backend.resolve(arguments.get("backend", "auto"), device.type)
+    if _backend.LOG and not torch.compiler.is_compiling():
+        given = ", ".join(f"{name}={describe(value)}" for name, value in arguments.items())
+        _backend.logger.info("%s on %s: %s", op, where, given)
+    return where
