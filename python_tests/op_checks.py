@@ -1,0 +1,237 @@
+"""The checks that an implementation of an attention must pass.
+
+Every check takes the implementation as a function with the signature of its definition in
+`lctx_kernels.reference`, so that the same checks judge the kernels, the planted bugs and whatever
+comes next. Outputs and all gradients are compared by the numerical contract of `helpers` and
+returned by name.
+"""
+
+from dataclasses import replace
+
+import torch
+from helpers import (
+    assert_close_to_reference,
+    definition_errors,
+    random_landmarks,
+    random_memory,
+    random_tensor,
+    run,
+    sdpa_errors,
+    stat_dtype,
+    worse,
+)
+from op_cases import LAYOUTS
+
+from lctx_kernels import reference
+
+
+def cotangents(shapes, seed=40):
+    """Multiples of 1/8 below 4: exact in every dtype, so that all dtypes see the same gradient.
+
+    That of lse is 4 times smaller: about as large as the delta = dout . out that it is added to.
+    """
+    values = {n: random_tensor(*s, seed=seed + i) for i, (n, s) in enumerate(shapes.items())}
+    eighths = {n: (8 * x).round().clamp(-31, 31) for n, x in values.items()}
+    return {n: x / (32 if n == "lse" else 8) for n, x in eighths.items()}
+
+
+def double(tensors):
+    return {n: None if x is None else x.double() for n, x in tensors.items()}
+
+
+def visible_keys(definition, options, q, k):
+    """(B, Hq, Tq, Tk) bool: where the definition gives a weight to a key."""
+    Tk = k.shape[1]
+    v = torch.eye(Tk, dtype=torch.float64)[None, :, None].expand(k.shape[0], -1, k.shape[2], -1)
+    return definition(0 * q.double(), 0 * k.double(), v, **options)[0].transpose(1, 2) > 0
+
+
+def dense_errors(case, tensors, dtype, visible=None):
+    """SDPA's errors on these very tensors, or on dense self-attention where those are worse.
+
+    The second is what the contract names, with at least 64 tokens (a handful of numbers is no
+    measure) and Dv = Dk (so that PyTorch's flash kernel runs). visible: SDPA restricted to these
+    keys counts too.
+    """
+    if dtype == torch.float64:
+        return {}
+    causal, scale = case.options.get("causal", True), case.options.get("scale")
+    scale = abs(scale) if scale else None  # SDPA itself gives NaN for a scale of 0 or less
+
+    def measured(q, k, v, **mask):
+        dout = cotangents({"out": (*q.shape[:3], v.shape[-1])})["out"]
+        return sdpa_errors(q, k, v, dout, causal=causal, scale=scale, **mask)
+
+    T = max(case.T, case.num_keys, 64)
+    dense = replace(case, B=2, T=T, Tk=T, Dv=case.Dk, layout="contiguous")
+    baseline = measured(**dense.qkv(dtype))
+    if case.B and case.T and case.num_keys:
+        qkv = [tensors[n] for n in "qkv"]
+        baseline = worse(baseline, measured(*qkv))
+        if visible is not None:
+            baseline = worse(baseline, measured(*qkv, visible=visible))
+    return baseline
+
+
+def compare(implementation, definition, tensors, grads, baseline, *, or_definition=False):
+    """Run both and compare every output and gradient; returns what the implementation gave.
+
+    or_definition: errors of the definition, run by PyTorch in this dtype, are allowed too.
+    """
+    ours = run(implementation, tensors, grads)
+    exact = run(definition, double(tensors), grads)
+    if or_definition:
+        baseline = worse(baseline, definition_errors(definition, tensors, grads, exact))
+    for name, expected in exact.items():
+        assert_close_to_reference(name, ours[name], expected, baseline.get(name))
+    return ours
+
+
+def named(function, *names, **options):
+    """function as keyword tensors -> name -> output."""
+    return lambda **x: dict(zip(names, function(**x, **options), strict=True))
+
+
+def check_softmax_attention(implementation, definition, case, dtype):
+    """out, lse, dq, dk, dv with gradients arriving through out, through lse, and through both."""
+    tensors, visible = case.qkv(dtype), None
+    if {"window", "cu_seqlens", "dilation_rates"} & case.options.keys() and case.T < 200:
+        visible = visible_keys(definition, case.options, tensors["q"], tensors["k"])
+    baseline = dense_errors(case, tensors, dtype, visible)
+    ours = named(implementation, "out", "lse", **case.options)
+    exact = named(definition, "out", "lse", **case.options)
+    (B, T, H, _), Dv = tensors["q"].shape, tensors["v"].shape[-1]
+    grads = cotangents({"out": (B, T, H, Dv), "lse": (B, H, T)})
+    compare(ours, exact, tensors, {"out": grads["out"]}, baseline)
+    if dtype == torch.float64:
+        compare(ours, exact, tensors, {"lse": grads["lse"]}, baseline)
+    results = compare(ours, exact, tensors, grads, baseline, or_definition=True)
+    assert results["out"].dtype == dtype and results["lse"].dtype == stat_dtype(dtype)
+    return results
+
+
+def check_flash(implementation, case, dtype):
+    if "cu_seqlens" in case.options:
+        starts = torch.tensor(case.options["cu_seqlens"], dtype=torch.int32)
+        case = replace(case, options={**case.options, "cu_seqlens": starts})
+    return check_softmax_attention(implementation, reference.flash_attention, case, dtype)
+
+
+def check_landmark(implementation, case, dtype):
+    options = dict(case.options)
+    if "density" in options:
+        density = options.pop("density")
+        options["is_landmark"] = random_landmarks(case.B, case.num_keys, density, seed=3)
+    case = replace(case, options=options)
+    return check_softmax_attention(implementation, reference.landmark_attention, case, dtype)
+
+
+def check_dilated(implementation, case, dtype):
+    options = dict(case.options)
+    if "seqlens" in options:
+        options["seqlens"] = torch.tensor(options["seqlens"], dtype=torch.int32)
+    w, r = options.pop("branches")
+    options |= {"segment_lengths": w, "dilation_rates": r}
+    case = replace(case, options=options)
+    return check_softmax_attention(implementation, reference.dilated_attention, case, dtype)
+
+
+def relative(errors):
+    """The same errors for a tensor that has another size than the one they were measured on."""
+    return errors._replace(norm=0.0)
+
+
+def infini_tensors(case, dtype, given):
+    tensors = case.qkv(dtype)
+    Hkv, Dv = case.Hkv or case.Hq, case.Dv or case.Dk
+    stat = stat_dtype(dtype)
+    apart = [random_tensor(*tensors[n].shape, dtype=dtype, seed=21 + i) for i, n in enumerate("qk")]
+    optional = {
+        "gate": torch.linspace(-2, 2, case.Hq, dtype=stat),
+        "q_mem": LAYOUTS[case.layout](apart[0]),
+        "k_mem": LAYOUTS[case.layout](apart[1]),
+        **dict(zip(("M", "z"), random_memory(case.B, Hkv, case.Dk, Dv, dtype), strict=True)),
+    }
+    names = set(given) | ({"M", "z"} if "mem" in given else set())
+    return tensors | {n: x for n, x in optional.items() if n in names}
+
+
+def infini_named(function, **options):
+    def call(M=None, z=None, **tensors):
+        out, (M, z) = function(**tensors, mem=None if M is None else (M, z), **options)
+        return {"out": out, "M": M, "z": z}
+
+    return call
+
+
+def check_infini(implementation, case, dtype):
+    """out, M, z and the gradients of everything given.
+
+    The delta rule amplifies rounding, so that the error may be that of the definition run by
+    PyTorch in the same dtype. States have no counterpart in SDPA: M and z may have the relative
+    error of its out in fp32, their gradients that of its dq in fp32, dgate that of its dq.
+    """
+    options = dict(case.options)
+    tensors = infini_tensors(case, dtype, options.pop("given", ("gate",)))
+    ours = infini_named(implementation, **options)
+    exact = infini_named(reference.infini_attention, **options)
+    Hkv, Dv = case.Hkv or case.Hq, case.Dv or case.Dk
+    grads = cotangents({
+        "out": (case.B, case.T, case.Hq, Dv),
+        "M": (case.B, Hkv, case.Dk, Dv),
+        "z": (case.B, Hkv, case.Dk),
+    })  # fmt: skip
+    baseline = dense_errors(case, tensors, dtype)
+    if baseline:
+        stat = stat_dtype(dtype)
+        state = dense_errors(case, {n: tensors[n].to(stat) for n in "qkv"}, stat)
+        baseline |= {"dq_mem": baseline["dq"], "dk_mem": baseline["dk"]}
+        baseline |= {"dgate": relative(baseline["dq"])}
+        baseline |= {n: relative(state["out"]) for n in ("M", "z")}
+        baseline |= {n: relative(state["dq"]) for n in ("dM", "dz")}
+    compare(ours, exact, tensors, {"out": grads["out"]}, baseline, or_definition=True)
+    results = compare(ours, exact, tensors, grads, baseline, or_definition=True)
+    assert results["out"].dtype == dtype
+    assert results["M"].dtype == results["z"].dtype == stat_dtype(dtype)
+    return results
+
+
+def check_merge(implementation, case, dtype):
+    """Both outs, both lses, and rows that are empty on either side or on both.
+
+    Merging has no counterpart in SDPA; the sums of its backward are those of SDPA's dq.
+    """
+    stat, (B, T, H, D) = stat_dtype(dtype), (case.B, case.T, case.Hq, case.Dk)
+    lse_a, lse_b = (random_tensor(B, H, T, dtype=stat, seed=s, scale=3.0) for s in (5, 6))
+    lse_a[:, :, T // 4 : T // 2], lse_b[:, :, T // 3 : 3 * T // 4] = -torch.inf, -torch.inf
+    layout = LAYOUTS[case.layout]
+    out_a, out_b = (layout(random_tensor(B, T, H, D, dtype=dtype, seed=s)) for s in (3, 4))
+    tensors = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    ours = named(implementation, "out", "lse")
+    exact = named(reference.merge_attention, "out", "lse")
+    grads = cotangents({"out": (B, T, H, D), "lse": (B, H, T)})
+    baseline = dense_errors(replace(case, B=0), {}, dtype)
+    if baseline:
+        baseline |= {f"dout_{side}": relative(baseline["dv"]) for side in "ab"}
+        baseline |= {f"dlse_{side}": relative(baseline["dq"]) for side in "ab"}
+    compare(ours, exact, tensors, {"out": grads["out"]}, baseline, or_definition=True)
+    results = compare(ours, exact, tensors, grads, baseline, or_definition=True)
+    assert results["out"].dtype == dtype and results["lse"].dtype == stat
+    return results
+
+
+def check_ring(implementation, case, dtype):
+    """Shards of any layout, put back in order, equal attention over the whole sequence."""
+    options = dict(case.options)
+    positions = [torch.tensor(p, dtype=torch.int64) for p in options.pop("positions")]
+    order = torch.cat(positions).argsort()
+
+    def ring(q, k, v):
+        shards = ([x[:, p] for p in positions] for x in (q, k, v))
+        outs, lses = implementation(*shards, positions, **options)
+        return {"out": torch.cat(outs, 1)[:, order], "lse": torch.cat(lses, 2)[:, :, order]}
+
+    tensors = case.qkv(dtype)
+    exact = named(reference.flash_attention, "out", "lse", **options)
+    grads = cotangents({"out": (*tensors["q"].shape[:3], tensors["v"].shape[-1])})
+    return compare(ring, exact, tensors, grads, dense_errors(case, tensors, dtype))
