@@ -1,0 +1,64 @@
+"""Plots of committed results; a PNG carries the hash of its sources, so that drift shows."""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+from lctx_kernels.demo_plot import Curve, Panel, plot_panels
+
+from .machine import machine_line
+from .results import Document, load
+
+SOURCE_KEY = "Source-SHA256"
+
+
+def plot_cpu(sources: Sequence[Path], path: Path) -> None:
+    """Time of forward + backward, and peak extra memory, by length, from the CPU's suites."""
+    documents = {document.suite: document for document in map(load, sources)}
+    timed = [documents[name] for name in ("scaling", "reach")]
+    panels = [
+        Panel("forward + backward", "ms", time_curves(timed)),
+        Panel("peak memory beyond inputs and outputs", "MiB", memory_curves(documents["memory"])),
+    ]
+    note = f"fp32, causal, 8 heads of 64. {machine_line(documents['reach'].machine)}"
+    plot_panels(panels, path, note, {SOURCE_KEY: source_hash(sources)})
+
+
+def time_curves(
+    documents: Sequence[Document], pass_: str = "fwd_bwd", head_dim: int = 64
+) -> dict[str, Curve]:
+    """Median milliseconds by length for each candidate; the last document with a length counts."""
+    points: dict[str, dict[int, float]] = {}
+    for row in (row for document in documents for row in document.rows):
+        if row.status == "ok" and row.pass_ == pass_ and row.shape["D"] == head_dim:
+            points.setdefault(row.candidate, {})[row.shape["T"]] = row.median_s * 1e3
+    return {name: sorted(curve.items()) for name, curve in points.items()}
+
+
+def memory_curves(document: Document, pass_: str = "fwd_bwd") -> dict[str, Curve]:
+    """MiB by length for each candidate; a figure below a page counts as one page."""
+    page = 4096
+    return {
+        row.candidate: [
+            (n, max(x, page) / 2**20) for n, x in zip(row.lengths, row.extra_bytes, strict=True)
+        ]
+        for row in document.memory
+        if row.status == "ok" and row.pass_ == pass_
+    }
+
+
+def source_hash(sources: Sequence[Path]) -> str:
+    return hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
+
+
+def hash_in_png(path: Path) -> str | None:
+    """The source hash that plot_cpu wrote into a PNG's text chunk, or None."""
+    data, position = Path(path).read_bytes(), 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        body = data[position + 8 : position + 8 + length]
+        if kind == b"tEXt" and body.startswith(SOURCE_KEY.encode() + b"\0"):
+            return body.split(b"\0", 1)[1].decode("latin-1")
+        position += 12 + length
+    return None

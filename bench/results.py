@@ -1,0 +1,162 @@
+"""The JSON of a suite, one document per file: bench/results/<machine-kind>/<suite>.json."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lctx_kernels._measure import write_json
+
+from .machine import ROOT
+from .registry import PASSES, Group, Shape
+
+SCHEMA = 1
+RESULTS = ROOT / "bench" / "results"
+# ok; unsupported: cannot run here, with the reason; check_failed: not timed; error: it raised
+STATUSES = ("ok", "unsupported", "check_failed", "error")
+
+
+@dataclass
+class Row:
+    """One candidate at one shape: seconds, FLOP/s, and errors as relative RMS against fp64."""
+
+    candidate: str
+    op: str
+    pass_: str
+    shape: dict[str, Any]
+    status: str
+    reason: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    median_s: float | None = None
+    q1_s: float | None = None
+    q3_s: float | None = None
+    rounds: int = 0
+    flops: float | None = None
+    formula: str | None = None  # of the forward's FLOPs
+    flops_per_s: float | None = None
+    percent_of_peak: float | None = None  # of the matmul measured in the same process
+    min_bytes: int | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class GoalResult:
+    """Speed of `candidate` against `versus` in the same rounds: the ratio of their times."""
+
+    candidate: str
+    versus: str
+    pass_: str
+    shape: dict[str, Any]
+    wanted: float
+    speed: float | None
+
+    @property
+    def reached(self) -> bool:
+        return self.speed is not None and self.speed >= self.wanted
+
+
+@dataclass
+class MemoryRow:
+    """Peak bytes beyond inputs and outputs at growing lengths."""
+
+    candidate: str
+    pass_: str
+    shape: dict[str, Any]  # without T
+    lengths: list[int]
+    extra_bytes: list[int]
+    status: str
+    reason: str | None = None
+    growth: float | None = None  # longest over shortest
+    linear: bool | None = None
+
+
+@dataclass
+class Document:
+    """A suite's results with the machine they came from."""
+
+    suite: str
+    machine: dict[str, Any]
+    peak_flops: dict[str, float] = field(default_factory=dict)
+    checked: bool = False
+    quick: bool = False
+    date: str = ""
+    rows: list[Row] = field(default_factory=list)
+    goals: list[GoalResult] = field(default_factory=list)
+    memory: list[MemoryRow] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    @property
+    def failed(self) -> list[str]:
+        """What forbids publishing: failed checks, errors, and memory that is not linear."""
+        bad = [r for r in (*self.rows, *self.memory) if r.status in ("check_failed", "error")]
+        lines = [f"{r.candidate} {r.pass_} {Shape(**{'T': 0, **r.shape})}: {r.reason}" for r in bad]
+        grown = [m for m in self.memory if m.linear is False]
+        return lines + [
+            f"{m.candidate} {m.pass_}: peak memory grows {m.growth:.1f}x over {m.lengths}"
+            for m in grown
+        ]
+
+    def save(self, path: Path | str) -> None:
+        write_json(path, dataclasses.asdict(self))
+
+
+def default_path(kind: str, suite: str) -> Path:
+    return RESULTS / kind / f"{suite}.json"
+
+
+def load(path: Path | str) -> Document:
+    """Read and validate a document. Raises ValueError naming the file and what is wrong."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse(data)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a benchmark result: {error}") from None
+
+
+def parse(data: dict[str, Any]) -> Document:
+    """A document from its JSON; unknown or missing fields and values outside their range raise."""
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ValueError(f"expected an object with schema {SCHEMA}")
+    parts = {"rows": Row, "goals": GoalResult, "memory": MemoryRow}
+    document = Document(
+        **{**data, **{name: [kind(**x) for x in data[name]] for name, kind in parts.items()}}
+    )
+    for row in document.rows:
+        _require(
+            row.status in STATUSES and row.pass_ in PASSES, f"status or pass of {row.candidate}"
+        )
+        _require(
+            (row.status == "ok") == (row.median_s is not None),
+            f"time of {row.candidate} ({row.status})",
+        )
+        _require(row.median_s is None or row.median_s > 0, f"time of {row.candidate}")
+        Shape(**row.shape)
+    for memory in document.memory:
+        _require(
+            memory.status in STATUSES and memory.pass_ in PASSES,
+            f"status or pass of {memory.candidate}",
+        )
+        complete = len(memory.extra_bytes) == len(memory.lengths)
+        _require(memory.status != "ok" or complete, f"lengths of {memory.candidate}")
+    return document
+
+
+def goal_results(group: Group, rows: list[Row]) -> list[GoalResult]:
+    """The goals of a group, from the rows just measured for it."""
+    times = {row.candidate: row.median_s for row in rows}
+    results = []
+    for goal in group.goals:
+        ours, theirs = times.get(goal.candidate), times.get(goal.versus)
+        speed = theirs / ours if ours and theirs else None
+        shape = dataclasses.asdict(group.shape)
+        results.append(
+            GoalResult(goal.candidate, goal.versus, group.pass_, shape, goal.speed, speed)
+        )
+    return results
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"wrong {what}")

@@ -1,0 +1,153 @@
+"""Measures groups: in this process (Runner), or in one that may die (IsolatedRunner)."""
+
+import dataclasses
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+
+from .candidates import Call, Inputs, build, is_ours, make_inputs, op_of
+from .check import Check, Checker
+from .machine import measure_peak
+from .registry import DTYPES, OPS, Group, flops, min_bytes, op_options
+from .results import Row
+from .timing import QUICK, Budget, Timing, describe_error, time_round_robin
+
+GROUP_TIMEOUT_S = 600
+
+
+class Runner:
+    """Runs groups on one device: set up, check, time; a failing candidate is a row, not the end."""
+
+    def __init__(self, device: str, backend: str, check: bool, budget: Budget) -> None:
+        self.device, self.backend, self.budget = device, backend, budget
+        self.checker = Checker(device, backend) if check else None
+        self.peaks: dict[str, float] = {}
+
+    def run(self, group: Group) -> list[Row]:
+        """The rows of a group, in the order of its candidates."""
+        kind = "merge" if op_of(group.candidates[-1]) == "merge" else "attention"
+        inputs = make_inputs(group.shape, self.device, kind)
+        rows: dict[str, Row] = {}
+        calls: dict[str, Call] = {}
+        for name in group.candidates:
+            row = rows[name] = self._row(name, group)
+            try:
+                calls[name] = build(name, inputs, group.pass_, row.options, self.backend)
+                result = self._check(name, group, inputs, calls[name], row)
+            except Exception as error:  # reported in the row
+                row.status, row.reason = _failure(name, error), describe_error(error)
+                calls.pop(name, None)
+                continue
+            if result.failures:
+                row.status, row.reason = "check_failed", "; ".join(result.failures)
+                calls.pop(name)
+        timings = time_round_robin(
+            {name: call.run for name, call in calls.items()}, self.device, self.budget
+        )
+        for name, timing in timings.items():
+            self._fill(rows[name], group, timing)
+        return list(rows.values())
+
+    def peak(self, dtype: str) -> float:
+        """Matmul FLOP/s of this process, measured when first asked for."""
+        if dtype not in self.peaks:
+            budget = QUICK if self.budget == QUICK else None
+            self.peaks[dtype] = measure_peak(self.device, getattr(torch, DTYPES[dtype]), budget)
+        return self.peaks[dtype]
+
+    def _row(self, name: str, group: Group) -> Row:
+        options = op_options(name, self.device) if is_ours(name) else {}
+        return Row(
+            name, op_of(name), group.pass_, dataclasses.asdict(group.shape), "ok", options=options
+        )
+
+    def _check(self, name: str, group: Group, inputs: Inputs, call: Call, row: Row) -> Check:
+        if self.checker is None:
+            return Check()
+        result = self.checker.check(name, group.shape, group.pass_, inputs, call, row.options)
+        row.errors, row.limits = result.errors, result.limits
+        return result
+
+    def _fill(self, row: Row, group: Group, timing: Timing) -> None:
+        if timing.error is not None:
+            row.status, row.reason = (
+                ("error" if is_ours(row.candidate) else "unsupported"),
+                timing.error,
+            )
+            return
+        row.median_s, (row.q1_s, row.q3_s) = timing.median, timing.quartiles
+        row.rounds, row.formula = len(timing.samples), OPS[row.op].formula
+        row.flops = flops(row.op, group.shape, group.pass_, row.options)
+        row.min_bytes = min_bytes(row.op, group.shape, group.pass_)
+        row.flops_per_s = row.flops / row.median_s
+        row.percent_of_peak = 100 * row.flops_per_s / self.peak(group.shape.dtype)
+
+
+def _failure(name: str, error: Exception) -> str:
+    """A rival that does not run here, or a refusal, is "unsupported"; the rest is an error."""
+    return "unsupported" if isinstance(error, NotImplementedError) or not is_ours(name) else "error"
+
+
+class IsolatedRunner:
+    """A Runner in a worker process: a crash or a hang costs one group, then a new one starts."""
+
+    def __init__(self, device: str, backend: str, check: bool, budget: Budget) -> None:
+        self.peaks: dict[str, float] = {}
+        self._settings = (device, backend, check, budget, torch.get_num_threads())
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "IsolatedRunner":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def run(self, group: Group) -> list[Row]:
+        """The rows of a group; all are errors if the worker failed or exceeded GROUP_TIMEOUT_S."""
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(1, context, _start_worker, self._settings)
+        try:
+            rows, peaks = self._pool.submit(_run_in_worker, group).result(GROUP_TIMEOUT_S)
+        except Exception as error:  # a dead or hanging worker, or inputs that do not fit
+            reason = {
+                BrokenProcessPool: "the measuring process died",
+                FutureTimeoutError: f"took more than {GROUP_TIMEOUT_S} s",
+            }.get(type(error), describe_error(error))
+            self._stop()
+            shape = dataclasses.asdict(group.shape)
+            return [
+                Row(name, op_of(name), group.pass_, shape, "error", reason)
+                for name in group.candidates
+            ]
+        self.peaks |= peaks
+        if any("CUDA error" in (row.reason or "") for row in rows):
+            self._stop()  # such an error stays with its process
+        return rows
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            workers = list((self._pool._processes or {}).values())
+            for worker in workers:
+                worker.kill()
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+
+_runner: Runner | None = None
+
+
+def _start_worker(device: str, backend: str, check: bool, budget: Budget, threads: int) -> None:
+    global _runner
+    torch.set_num_threads(threads)
+    _runner = Runner(device, backend, check, budget)
+
+
+def _run_in_worker(group: Group) -> tuple[list[Row], dict[str, float]]:
+    assert _runner is not None
+    return _runner.run(group), _runner.peaks

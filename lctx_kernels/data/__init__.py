@@ -1,0 +1,1 @@
+"""Text for demos and tests: documents that the machine already has, never downloaded."""

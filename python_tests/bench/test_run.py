@@ -1,0 +1,105 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from bench import run
+from bench.machine import ROOT, describe_machine, machine_kind, machine_line, measure_peak
+from bench.results import Document, Row, load
+from bench.timing import QUICK
+
+
+def bench(*arguments):
+    return CliRunner().invoke(run.app, list(arguments))
+
+
+def test_list_shows_the_suites():
+    result = bench("--list", "--device", "cpu")
+    assert result.exit_code == 0
+    assert "b1-t16384-h8-d64-fp32 fwd_bwd: sdpa, flash, infini, dilated, landmark" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "flush"], "'flush' is not known"),
+        (["--op", "flash", "--against", "flosh"], "'flosh' is not known"),
+        (["--op", "flash", "--shapes", "8z"], "cannot read '8z'"),
+        (["--suite", "nothing", "--device", "cpu"], "suites of cpu"),
+        (["--device", "tpu"], "expected cpu, cuda or auto"),
+        (["--save", "--quick"], "needs a whole, checked suite"),
+        (["--save", "--no-check"], "needs a whole, checked suite"),
+        (["--save", "--op", "flash"], "needs a whole, checked suite"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(arguments, message):
+    result = bench(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_passes_and_competitors_of_an_operation():
+    groups = run.ad_hoc_groups("dilated,merge_fwd", "1k,2k", "sdpa,torch-merge,flash", "cpu")
+    assert [(g.shape.T, g.pass_, g.candidates) for g in groups] == [
+        (1024, "fwd", ("sdpa", "flash", "dilated")),
+        (1024, "fwd_bwd", ("sdpa", "flash", "dilated")),
+        (2048, "fwd", ("sdpa", "flash", "dilated")),
+        (2048, "fwd_bwd", ("sdpa", "flash", "dilated")),
+        (1024, "fwd", ("torch-merge", "merge")),
+        (2048, "fwd", ("torch-merge", "merge")),
+    ]
+
+
+@pytest.mark.slow
+def test_one_operation_from_the_command_line(tmp_path):
+    path = tmp_path / "flash.json"
+    arguments = [
+        "--op",
+        "flash_fwd",
+        "--shapes",
+        "200-d16",
+        "--backend",
+        "reference",
+        "--device",
+        "cpu",
+    ]
+    command = [sys.executable, "-m", "bench.run", *arguments, "--quick", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = load(path)
+    assert [row.candidate for row in document.rows] == ["sdpa", "flash"]
+    assert document.checked
+    assert document.quick
+    assert document.peak_flops["fp32"] > 0
+    assert "% of matmul" in done.stdout
+
+
+def test_failed_documents_are_not_saved_and_the_exit_code_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "default_path", lambda kind, suite: tmp_path / kind / f"{suite}.json")
+    shape = {"T": 8}
+    bad = Row("flash", "flash", "fwd", shape, "check_failed", "out error 1.0e-01 is over 1.0e-06")
+    good = Document("scaling", {"kind": "cpu"}, checked=True)
+    failed = Document("reach", {"kind": "cpu"}, checked=True, rows=[bad])
+    assert run._report([good, failed], tmp_path / "all.json", save=True) == 1
+    assert "FAILED flash fwd" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "cpu").iterdir()] == ["scaling.json"]
+    assert json.loads((tmp_path / "all.json").read_text())["suite"] == "scaling+reach"
+    assert run._report([good], None, save=True) == 0
+
+
+def test_the_machine_line_names_what_a_number_depends_on():
+    facts = describe_machine("cpu")
+    json.dumps(facts)
+    line = machine_line(facts)
+    assert machine_kind("cpu") == facts["kind"] == "cpu"
+    assert f"{facts['threads']} threads" in line
+    assert facts["torch"] in line
+
+
+def test_the_matmul_peak_is_plausible():
+    import torch
+
+    assert 1e8 < measure_peak("cpu", torch.float32, QUICK) < 1e14
