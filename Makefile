@@ -1,0 +1,39 @@
+# From a bare clone:  make demo | make test.  While working on kernels:  make build.
+VENV   ?= .venv
+PYTHON ?= $(VENV)/bin/python
+TORCH  ?= torch==2.13.0
+
+.PHONY: demo test build lint format clean
+
+demo: build
+	$(PYTHON) -m lctx_kernels.cli demo $(DEMO_ARGS)
+
+test: build
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+# Compiles what changed into lctx_kernels/_C.abi3.so. PYTHON=... builds with another environment's torch.
+build: $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
+	$(PYTHON) setup.py -q build_ext --inplace
+
+# Everything that demo, test and lint need.
+$(VENV)/ready: pyproject.toml
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q "$(TORCH)" "setuptools>=77" wheel "cmake>=3.24" "ninja>=1.10"
+	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+SOURCES = $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu')
+
+lint: $(VENV)/ready
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+	$(PYTHON) -m mypy
+
+format: $(VENV)/ready
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(VENV)/bin/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info lctx_kernels/*.so
