@@ -1,5 +1,11 @@
 """Seed, skips and fixtures of the whole suite."""
 
+import os
+
+# Read when torch loads OpenMP: threads that wait for others sleep. Spinning ones make the suite
+# several times slower as soon as another process wants the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import settings

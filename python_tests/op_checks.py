@@ -6,6 +6,7 @@ comes next. Outputs and all gradients are compared by the numerical contract of 
 returned by name.
 """
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,7 @@ from helpers import (
     stat_dtype,
     worse,
 )
-from op_cases import LAYOUTS
+from op_cases import LAYOUTS, Case
 
 from lctx_kernels import reference
 
@@ -46,30 +47,40 @@ def visible_keys(definition, options, q, k):
     return definition(0 * q.double(), 0 * k.double(), v, **options)[0].transpose(1, 2) > 0
 
 
-def dense_errors(case, tensors, dtype, visible=None):
-    """SDPA's errors on these very tensors, or on dense self-attention where those are worse.
+def sdpa_measured(q, k, v, **options):
+    dout = cotangents({"out": (*q.shape[:3], v.shape[-1])})["out"]
+    return sdpa_errors(q, k, v, dout, **options)
 
-    The second is what the contract names, with at least 64 tokens (a handful of numbers is no
-    measure) and Dv = Dk (so that PyTorch's flash kernel runs). visible: SDPA restricted to these
-    keys counts too.
+
+@functools.cache
+def self_attention_errors(T, Hq, Hkv, D, magnitude, dtype, causal, scale):
+    """SDPA's errors for dense self-attention.
+
+    The largest of few errors is an accident: short sequences are measured on more batch rows.
+    """
+    case = Case(B=max(2, 1024 // T), T=T, Hq=Hq, Hkv=Hkv, Dk=D, magnitude=magnitude)
+    return sdpa_measured(**case.qkv(dtype), causal=causal, scale=scale)
+
+
+def dense_errors(case, tensors, dtype, visible=None):
+    """SDPA's errors for dense attention of this size, or on these very tensors if those are worse.
+
+    At least 64 tokens (a handful of numbers is no measure), and Dv = Dk (so that PyTorch's flash
+    kernel runs). visible: SDPA restricted to these keys counts too.
     """
     if dtype == torch.float64:
         return {}
     causal, scale = case.options.get("causal", True), case.options.get("scale")
-    scale = abs(scale) if scale else None  # SDPA itself gives NaN for a scale of 0 or less
-
-    def measured(q, k, v, **mask):
-        dout = cotangents({"out": (*q.shape[:3], v.shape[-1])})["out"]
-        return sdpa_errors(q, k, v, dout, causal=causal, scale=scale, **mask)
-
-    T = max(case.T, case.num_keys, 64)
-    dense = replace(case, B=2, T=T, Tk=T, Dv=case.Dk, layout="contiguous")
-    baseline = measured(**dense.qkv(dtype))
+    options = {"causal": causal, "scale": abs(scale) if scale else None}  # SDPA: NaN for scale <= 0
+    T, Hkv = max(case.T, case.num_keys, 64), case.Hkv or case.Hq
+    baseline = self_attention_errors(
+        T, case.Hq, Hkv, case.Dk, case.magnitude, dtype, *options.values()
+    )
     if case.B and case.T and case.num_keys:
         qkv = [tensors[n] for n in "qkv"]
-        baseline = worse(baseline, measured(*qkv))
+        baseline = worse(baseline, sdpa_measured(*qkv, **options))
         if visible is not None:
-            baseline = worse(baseline, measured(*qkv, visible=visible))
+            baseline = worse(baseline, sdpa_measured(*qkv, **options, visible=visible))
     return baseline
 
 
@@ -102,7 +113,9 @@ def check_softmax_attention(implementation, definition, case, dtype):
     exact = named(definition, "out", "lse", **case.options)
     (B, T, H, _), Dv = tensors["q"].shape, tensors["v"].shape[-1]
     grads = cotangents({"out": (B, T, H, Dv), "lse": (B, H, T)})
-    compare(ours, exact, tensors, {"out": grads["out"]}, baseline)
+    # With scores of hundreds the rounding of lse decides, and the other methods use more than one.
+    sharp = case.magnitude > 1 and definition is not reference.flash_attention
+    compare(ours, exact, tensors, {"out": grads["out"]}, baseline, or_definition=sharp)
     if dtype == torch.float64:
         compare(ours, exact, tensors, {"lse": grads["lse"]}, baseline)
     results = compare(ours, exact, tensors, grads, baseline, or_definition=True)
@@ -181,7 +194,9 @@ def check_infini(implementation, case, dtype):
         "M": (case.B, Hkv, case.Dk, Dv),
         "z": (case.B, Hkv, case.Dk),
     })  # fmt: skip
-    baseline = dense_errors(case, tensors, dtype)
+    segment = torch.arange(case.T) // case.options.get("segment_len", 2048)
+    local = (segment[:, None] == segment).tril()
+    baseline = dense_errors(case, tensors, dtype, local if case.T < 200 else None)
     if baseline:
         stat = stat_dtype(dtype)
         state = dense_errors(case, {n: tensors[n].to(stat) for n in "qkv"}, stat)

@@ -82,7 +82,8 @@ BUGS = {
         "memory updated before it is read": (
             "dim=1) for x in (M, z)))\n",
             "dim=1) for x in (\n"
-            '            M + torch.einsum("bnhd,bnhe->bhde", r[:, t], v[:, t]), z + r[:, t].sum(1))))\n',
+            '            M + torch.einsum("bnhd,bnhe->bhde", r[:, t], v[:, t]),\n'
+            "            z + r[:, t].sum(1))))\n",
         ),
         "memory heads tiled instead of grouped": (
             "*(x.repeat_interleave(group, dim=1) for x in (M, z))",

@@ -57,21 +57,21 @@ void write_grad_row(const AttnLaunch& launch, const Rows& dst, int64_t t, int64_
   }
 }
 
-// Packs one panel of the backward: Q and dO both ways, L (base 2; +inf where the row sees nothing)
+// Packs one panel of the backward: Q and dO both ways, L (+inf where the row sees nothing)
 // and delta.
 template <class C>
 void load_bwd_panel(const AttnLaunch& launch, const Problem& p, const PanelRows<C>& panel,
                     int64_t i, const BwdScratch<C>& ws) {
   constexpr int64_t W = kPanel<C>;
   const int64_t pitch_k = round_up(launch.Dk, kLanes<C>), pitch_v = round_up(launch.Dv, kLanes<C>);
-  load_panel(launch.dtype, p.q, p, panel, launch.Dk, static_cast<C>(launch.scale),
-             static_cast<C>(kLog2e), ws.Q + i * W * pitch_k, ws.Qt + i * launch.Dk * W);
+  load_panel(launch.dtype, p.q, p, panel, launch.Dk, static_cast<C>(launch.scale), C(1),
+             ws.Q + i * W * pitch_k, ws.Qt + i * launch.Dk * W);
   load_panel(launch.dtype, p.dout, p, panel, launch.Dv, C(1), C(1), ws.dO + i * W * pitch_v,
              ws.dOt + i * launch.Dv * W, static_cast<const C*>(p.dout_factor));
   for (int64_t r = 0; r < panel.lanes; ++r) {
     const int64_t t = (panel.r0 + r) / p.G, g = (panel.r0 + r) % p.G;
     const C lse = r < panel.count ? *stat_at<C>(p.lse, t, g) : kNegInf<C>;
-    ws.L[i * W + r] = lse == kNegInf<C> ? -kNegInf<C> : lse * static_cast<C>(kLog2e);
+    ws.L[i * W + r] = lse == kNegInf<C> ? -kNegInf<C> : lse;
     ws.delta[i * W + r] = r < panel.count ? *stat_at<C>(p.delta, t, g) : C(0);
   }
   for (int64_t j = 0; j < panel.count * pitch_k; ++j) ws.dQ[i * W * pitch_k + j] = C(0);
@@ -143,8 +143,8 @@ void bwd_split(const AttnLaunch& launch, const Problem& p, int64_t split, int64_
   C* dV = dK + launch.max_keys * pitch_k;
   for (int64_t j = 0; j < p.Tk * pitch_k; ++j) dK[j] = C(0);
   for (int64_t j = 0; j < p.Tk * pitch_v; ++j) dV[j] = C(0);
-  load_keys(launch.dtype, p.k, 0, p.Tk, launch.Dk, ws.K);
-  load_keys(launch.dtype, p.v, 0, p.Tk, launch.Dv, ws.V);
+  load_keys(launch.dtype, p.k, 0, p.Tk, p.Tk, launch.Dk, ws.K);
+  load_keys(launch.dtype, p.v, 0, p.Tk, p.Tk, launch.Dv, ws.V);
 
   const int64_t tile_rows = kTilePanels * kPanel<C>;
   const int64_t tiles = (static_cast<int64_t>(p.Tq) * p.G + tile_rows - 1) / tile_rows;

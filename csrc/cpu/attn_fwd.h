@@ -2,8 +2,7 @@
 //
 // Math:  O_i = sum_j w_ij v_j, where w_i is the softmax of row i (or its landmark form), kept
 // online: per block of keys
-//        O <- diag(alpha) O + P^T V, (m, l) as in scores.h; at the end O / l and lse = ln 2 (m +
-//        log2 l).
+//        O <- diag(alpha) O + P^T V, (m, l) as in scores.h; at the end O / l and lse = m + log l.
 // Tiles: a task is kTilePanels panels of kPanel rows. K and V go to fp scratch block by block
 // (kBlockN keys), once for
 //        all panels of the task; S = K Q^T is [key][row], O is [row][d]. Nothing of size Tq x Tk
@@ -44,7 +43,7 @@ template <class C>
 void write_out_row(const AttnLaunch& launch, const Problem& p, int64_t t, int64_t g, C* O, C m,
                    C l) {
   C* lse_slot = stat_at<C>(p.lse, t, g);
-  C lse = l > C(0) ? (m + static_cast<C>(__builtin_log2(l))) * static_cast<C>(kLn2) : kNegInf<C>;
+  C lse = l > C(0) ? m + static_cast<C>(__builtin_log(l)) : kNegInf<C>;
   if (l != l) lse = l;  // NaN in, NaN out
   C factor = l == C(0) ? C(0) : C(1) / l;
   char* out = row_at_mut(p.out, t, g, dtype_size(launch.out_dtype));
@@ -82,14 +81,14 @@ void fwd_tile_impl(const AttnLaunch& launch, const Problem& p, int64_t tile, cha
     if (!panel.init(launch, p, row0 + i * W)) continue;
     begin = min_of(begin, panel.first_key);
     end = max_of(end, panel.end_key);
-    load_panel(launch.dtype, p.q, p, panel, launch.Dk, C(1), static_cast<C>(launch.scale * kLog2e),
-               ws.row, ws.Qt + i * launch.Dk * W);
+    load_panel(launch.dtype, p.q, p, panel, launch.Dk, C(1), static_cast<C>(launch.scale), ws.row,
+               ws.Qt + i * launch.Dk * W);
   }
 
   for (int64_t n0 = begin < end ? key_block_begin(launch, p, begin) : end, n1; n0 < end; n0 = n1) {
     n1 = key_block_end<C>(launch, p, n0);
-    load_keys(launch.dtype, p.k, n0, n1, launch.Dk, ws.K);
-    load_keys(launch.dtype, p.v, n0, n1, Dv, ws.V);
+    load_keys(launch.dtype, p.k, n0, n1, p.Tk, launch.Dk, ws.K);
+    load_keys(launch.dtype, p.v, n0, n1, p.Tk, Dv, ws.V);
     for (int64_t i = 0; i < num_panels; ++i) {
       const PanelRows<C>& panel = ws.panels[i];
       const int64_t stop = min_of(n1, panel.end_key);

@@ -111,11 +111,18 @@ void load_panel(DType dtype, const Rows& src, const Problem& p, const PanelRows<
   }
 }
 
+// Keys [n0, n1) into contiguous rows. The next block is fetched ahead: its rows are a stride apart
+// that no hardware prefetcher follows.
 template <class C>
-void load_keys(DType dtype, const Rows& src, int64_t n0, int64_t n1, int64_t D, C* dst) {
-  const int64_t padded = round_up(D, kLanes<C>);
+void load_keys(DType dtype, const Rows& src, int64_t n0, int64_t n1, int64_t num_keys, int64_t D,
+               C* dst) {
+  const int64_t padded = round_up(D, kLanes<C>), size = dtype_size(dtype);
   for (int64_t n = n0; n < n1; ++n) {
-    load_row(dtype, row_at(src, n, 0, dtype_size(dtype)), D, padded, C(1), dst + (n - n0) * padded);
+    const int64_t ahead = n + (n1 - n0);
+    for (int64_t byte = 0; ahead < num_keys && byte < D * size; byte += 64) {
+      __builtin_prefetch(row_at(src, ahead, 0, size) + byte);
+    }
+    load_row(dtype, row_at(src, n, 0, size), D, padded, C(1), dst + (n - n0) * padded);
   }
 }
 

@@ -307,6 +307,9 @@ void infini_fwd(const InfiniParams& params, const ThreadPool& pool) {
 
 void infini_bwd(const InfiniParams& params, const InfiniGrads& grads, const ThreadPool& pool) {
   const Segments seg(params);
+  if (grads.dgate != nullptr) {  // stays 0 where there is nothing to sum over
+    std::memset(grads.dgate, 0, static_cast<size_t>(params.shape.Hq * seg.stat_bytes));
+  }
   if (seg.chains * seg.S == 0) return;
   const AttnShape& s = params.shape;
   const Accumulator dq(s, grads.dq, s.Tq, s.Hq, s.Dk, pool);

@@ -67,7 +67,7 @@ LCTX_INLINE void group_softmax(const PanelRows<C>& panel, const GroupSpan& span,
   l = splat(C(0));
   for (int64_t n = span.begin; n < span.end; ++n) {
     C* s = S + (n - n0) * W + lane;
-    const Vec<C> e = exp2v(load(s) - base);
+    const Vec<C> e = expv(load(s) - base);
     l += e;
     store(s, e);
   }
@@ -101,14 +101,14 @@ void landmark_forward(const Groups& groups, const PanelRows<C>& panel, int64_t n
       store(scratch + (2 * count + 1) * W + lane, l);
     }
     const Vec<C> base = finite_or_zero<C>(M);
-    const Vec<C> alpha = exp2v(M_old - base);
+    const Vec<C> alpha = expv(M_old - base);
     Vec<C> sum = load(state.l + lane) * alpha;
     // Pass 2: weights relative to the common maximum.
     count = 0;
     for (int64_t n = n0; n < stop; n = groups.end[groups.of_key[n]], ++count) {
       const GroupSpan span = group_span(groups, n, stop);
       const IVec<C> is_own = own == static_cast<typename VecTraits<C>::Int>(span.index);
-      const Vec<C> weight = exp2v(load(scratch + 2 * count * W + lane) - base);
+      const Vec<C> weight = expv(load(scratch + 2 * count * W + lane) - base);
       const Vec<C> l = load(scratch + (2 * count + 1) * W + lane);
       const Vec<C> c = is_own ? weight : (l > C(0) ? weight / l : splat(C(0)));
       sum += is_own ? weight * l : weight;
@@ -147,10 +147,10 @@ void landmark_backward(const Groups& groups, const PanelRows<C>& panel, int64_t 
         D += load(S + (k - n0) * W + lane) * load(dP + (k - n0) * W + lane);
       }
       D = is_own ? d : D * inv_l;
-      Vec<C> c = exp2v(m - lse);  // 0 where nothing is visible
+      Vec<C> c = expv(m - lse);  // 0 where nothing is visible
       if (span.landmark >= 0) {
         const int64_t at = (span.landmark - n0) * W + lane;
-        const Vec<C> G = empty ? zero : exp2v(load(S + at) - lse);
+        const Vec<C> G = empty ? zero : expv(load(S + at) - lse);
         store(dP + at, is_own ? zero : G * (D - d));
         store(S + at, zero);
         c = is_own ? c : G * inv_l;

@@ -90,7 +90,7 @@ template <class C>
 void phi_rows(C* x, int64_t count, int64_t D, int64_t pitch) {
   for (int64_t i = 0; i < count * pitch; i += kLanes<C>) {
     const Vec<C> v = load(x + i);
-    store(x + i, v > C(0) ? v + C(1) : exp2v(v * static_cast<C>(kLog2e)));
+    store(x + i, v > C(0) ? v + C(1) : expv(v));
   }
   for (int64_t i = 0; i < count; ++i) fill(x + i * pitch + D, pitch - D, C(0));
 }
@@ -99,15 +99,32 @@ template <class C>
 C dot(const C* a, const C* b, int64_t pitch) {
   Vec<C> sum{};
   for (int64_t d = 0; d < pitch; d += kLanes<C>) sum += load(a + d) * load(b + d);
-  C total = C(0);
-  for (int64_t i = 0; i < kLanes<C>; ++i) total += sum[i];
-  return total;
+  C lanes[kLanes<C>];
+  for (int i = 0; i < kLanes<C>; ++i) lanes[i] = sum[i];
+  for (int width = kLanes<C> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
 }
 
 template <class C>
 void axpy(C factor, const C* x, int64_t pitch, C* y) {
   const Vec<C> f = splat(factor);
   for (int64_t d = 0; d < pitch; d += kLanes<C>) store(y + d, load(y + d) + f * load(x + d));
+}
+
+// total += sum_i weights[i] rows[i] (weights == nullptr: ones). Four running sums per chunk, so
+// that rounding does not grow with the number of rows.
+template <class C>
+void add_weighted_rows(const C* weights, const C* rows, int64_t count, int64_t pitch, C* total) {
+  for (int64_t d = 0; d < pitch; d += kLanes<C>) {
+    Vec<C> sums[4] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const Vec<C> row = load(rows + i * pitch + d);
+      sums[i & 3] += weights != nullptr ? row * weights[i] : row;
+    }
+    store(total + d, load(total + d) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+  }
 }
 
 template <class C>
@@ -141,7 +158,7 @@ void memory_gain(const MemoryLaunch& launch, const MemoryProblem& p, char* scrat
     load_rows(launch.dtype, p.v, 1, n0, count, launch.Dv, ws.pv, ws.a_v);
     gemm<C, Layout::kTransposed, Accumulate::kAdd>(launch.Dk, ws.pv, count, ws.a_k, ws.pk, ws.a_v,
                                                    ws.pv, ws.M, ws.pv);
-    for (int64_t i = 0; i < count; ++i) axpy(C(1), ws.a_k + i * ws.pk, ws.pk, ws.row_k);
+    add_weighted_rows<C>(nullptr, ws.a_k, count, ws.pk, ws.row_k);
   }
   unpad_matrix(ws.M, launch.Dk, launch.Dv, ws.pv, p.gain_M);
   unpad_matrix(ws.row_k, 1, launch.Dk, ws.pk, p.gain_z);

@@ -64,10 +64,9 @@ void memory_retrieve_bwd(const MemoryLaunch& launch, const MemoryProblem& p, cha
       *stat_at<C>(p.delta, t, g) = (C(1) - gate) * dout_local;
       static_cast<C*>(p.dgate)[g] += gate * (C(1) - gate) * (dout_A - dout_local);
       for (int64_t d = 0; d < Dv; ++d) dn[d] *= gate / c;
-      const C dc = Pz >= kMemoryEps<C> ? -gate * dout_A / c : C(0);
-      ws.scalar[i] = dc;
-      axpy(dc, ws.a_k + i * pk, pk, ret_z);
+      ws.scalar[i] = Pz >= kMemoryEps<C> ? -gate * dout_A / c : C(0);  // dc
     }
+    add_weighted_rows(ws.scalar, ws.a_k, count, pk, ret_z);
     gemm<C, Layout::kTransposed, Accumulate::kAdd>(Dk, pv, count, ws.a_k, pk, ws.c_v, pv, ret_M,
                                                    pv);
     gemm<C, Layout::kRowMajor, Accumulate::kStore>(count, pk, Dv, ws.c_v, pv, ws.Mt, pk, ws.b_k,
@@ -120,7 +119,8 @@ void memory_write_z_bwd(const MemoryLaunch& launch, const MemoryProblem& p, char
     load_z(ws, p.z, launch.Dk);
     for (int64_t n0 = 0; n0 < p.N; n0 += kChunk) {
       const int64_t count = delta_chunk(launch, p, n0, ws);
-      for (int64_t i = 0; i < count; ++i) axpy(delta_de(ws, i), ws.a_k + i * ws.pk, ws.pk, sum);
+      for (int64_t i = 0; i < count; ++i) ws.scalar[i] = delta_de(ws, i);
+      add_weighted_rows(ws.scalar, ws.a_k, count, ws.pk, sum);
     }
   }
   unpad_matrix(sum, 1, launch.Dk, ws.pk, p.write_z);

@@ -1,6 +1,6 @@
 // How scores become weights: the only part in which plain softmax and landmark attention differ.
 //
-// Scores arrive as S[key][row] in base 2 (already times scale * log2 e). Forward hooks turn a block
+// Scores arrive as S[key][row] (already times scale). Forward hooks turn a block
 // of S into weights P relative to a running maximum; backward hooks turn S and dP = V dO^T into P
 // and dS.
 #pragma once
@@ -9,7 +9,7 @@
 
 namespace lctx::cpu::LCTX_ISA {
 
-// Running softmax state of a panel: maximum m (base 2), sum l, and alpha, the factor that the last
+// Running softmax state of a panel: maximum m, sum l, and alpha, the factor that the last
 // block put on what was accumulated before it.
 template <class C>
 struct RowState {
@@ -33,7 +33,7 @@ LCTX_INLINE IVec<C> key_in_range(int64_t n, const PanelRows<C>& panel, int64_t l
   return (key >= lo) & (key <= hi);
 }
 
-// exp2(x - m) must give 0, not NaN, while nothing was visible (m = -inf).
+// exp(x - m) must give 0, not NaN, while nothing was visible (m = -inf).
 template <class C>
 LCTX_INLINE Vec<C> finite_or_zero(Vec<C> m) {
   return m == splat(kNegInf<C>) ? splat(C(0)) : m;
@@ -61,18 +61,18 @@ void softmax_forward(const PanelRows<C>& panel, int64_t n0, int64_t n1, C* S, Ro
     const Vec<C> base = finite_or_zero<C>(m);
     Vec<C> sum{};
     for (int64_t n = 0; n < n1 - n0; ++n) {
-      const Vec<C> p = exp2v(load(S + n * W + lane) - base);
+      const Vec<C> p = expv(load(S + n * W + lane) - base);
       sum += p;
       store(S + n * W + lane, p);
     }
-    const Vec<C> alpha = exp2v(m_old - base);
+    const Vec<C> alpha = expv(m_old - base);
     store(state.m + lane, m);
     store(state.l + lane, load(state.l + lane) * alpha + sum);
     store(state.alpha + lane, alpha);
   }
 }
 
-// L: log-sum-exp of each row in base 2, +inf for rows that see nothing.
+// L: log-sum-exp of each row, +inf for rows that see nothing.
 template <class C>
 void softmax_backward(const PanelRows<C>& panel, int64_t n0, int64_t n1, const C* L, const C* delta,
                       C* S, C* dP) {
@@ -81,7 +81,7 @@ void softmax_backward(const PanelRows<C>& panel, int64_t n0, int64_t n1, const C
   for (int64_t lane = 0; lane < panel.lanes; lane += kLanes<C>) {
     const Vec<C> lse = load(L + lane), d = load(delta + lane);
     for (int64_t n = 0; n < n1 - n0; ++n) {
-      Vec<C> p = exp2v(load(S + n * W + lane) - lse);
+      Vec<C> p = expv(load(S + n * W + lane) - lse);
       if (!full) p = key_in_range(n0 + n, panel, lane) ? p : splat(C(0));
       store(S + n * W + lane, p);
       store(dP + n * W + lane, p * (load(dP + n * W + lane) - d));
