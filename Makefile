@@ -2,6 +2,8 @@
 VENV   ?= .venv
 PYTHON ?= $(VENV)/bin/python
 TORCH  ?= torch==2.13.0
+# One thread for each test process: threads of two processes that wait for each other spin.
+PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test build lint format clean
 
@@ -9,7 +11,7 @@ demo: build
 	$(PYTHON) -m lctx_kernels.cli demo $(DEMO_ARGS)
 
 test: build
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $(PYTEST_ARGS)
 
 # Compiles what changed into lctx_kernels/_C.abi3.so. PYTHON=... builds with another environment's torch.
 build: $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)

@@ -284,6 +284,7 @@ def smoke(python, folder):
 
 @needs_tools
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_wheels_of_every_kind(tree, tmp_path):
     """With isolation (the only full compilation), without, editable: one library for all."""
     pytest.importorskip("setuptools")

@@ -4,6 +4,9 @@
 #include <cstring>
 
 #include "cpu_backend.h"
+#if defined(__x86_64__) && !defined(LCTX_NO_X86)
+#include <cpuid.h>
+#endif
 
 namespace lctx::cpu {
 namespace {
@@ -12,8 +15,10 @@ enum class Isa { kBase, kAvx2, kAvx512 };
 
 Isa detect() {
 #if defined(__x86_64__) && !defined(LCTX_NO_X86)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  // Not every clang knows __builtin_cpu_supports("f16c").
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
@@ -26,7 +31,7 @@ Isa detect() {
   return Isa::kBase;
 }
 
-Isa active() {
+[[maybe_unused]] Isa active() {
   static const Isa isa = detect();
   return isa;
 }
