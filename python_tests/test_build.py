@@ -273,6 +273,8 @@ def make_environment(folder):
 def pip(python, *arguments, cwd):
     command = [sys.executable, "-m", "pip", "--no-input", "--python", python, *arguments]
     result = run(command, cwd)
+    if "No matching distribution found for setuptools" in result.stderr:
+        pytest.skip("no package index: build isolation cannot be tried")
     assert result.returncode == 0, result.stdout + result.stderr
 
 

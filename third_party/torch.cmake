@@ -31,4 +31,4 @@ target_compile_definitions(lctx_torch INTERFACE TORCH_TARGET_VERSION=${target_ve
 # --no-as-needed: on CUDA builds of torch, the weak stream symbol binds through libtorch's own
 # dependencies, and only if libtorch stays in the list of ours.
 target_link_libraries(lctx_torch INTERFACE "-L${LCTX_TORCH_DIR}/lib"
-  -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10 -Wl,--as-needed)
+  -Wl,--push-state,--no-as-needed -ltorch -ltorch_cpu -lc10 -Wl,--pop-state)

@@ -12,7 +12,7 @@ CudaCall::CudaCall(const Call& call) : guard_(call.first().get_device_index()) {
   call.check(aoti_torch_get_current_cuda_stream != nullptr,
              "the tensors are on a GPU but this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(call.first().get_device_index(), &stream));
   stream_ = static_cast<cuda::Stream>(stream);
 }
