@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _backend
+from ._dtypes import autocast_dtype
 from ._operands import OPERANDS, Call, Reason, check_operands, describe, values_readable
 from ._options import OPTIONS
 
@@ -124,8 +125,47 @@ def _available(call: Call) -> None:
     text = _backend.unavailable(call.op, _backend.resolve(backend, device.type), device, needs_grad)
     if text is not None:
         call.refuse(NotImplementedError, text)
+    elif call.op in HOPPER_OPS and _backend.resolve(backend, device.type) == "cuda":
+        _hopper_limits(call)
 
 
+def _hopper_limits(call: Call) -> None:
+    """What the TMA kernels take beyond the checks of every backend."""
+    q, Dk, Dv = call.arguments["q"], call.size("Dk"), call.size("Dv")
+    nearest = 'nearest is backend="reference" (plain PyTorch)'
+    dtype = autocast_dtype(q)
+    if dtype not in (torch.bfloat16, torch.float16):
+        call.refuse(
+            NotImplementedError,
+            f"q, k and v are {dtype} on a GPU; expected torch.bfloat16 or torch.float16; {nearest}",
+        )
+    if Dk is not None and (Dk != Dv or Dk % 8 != 0 or Dk > 256):
+        call.refuse(
+            NotImplementedError,
+            f"the head dimensions are Dk = {Dk}, Dv = {Dv} on a GPU; expected Dk = Dv, a multiple "
+            f"of 8, at most 256; {nearest}",
+        )
+    scale = call.arguments["scale"]
+    if isinstance(scale, float | int) and scale <= 0:
+        call.refuse(
+            NotImplementedError, f"scale is {scale} on a GPU; expected a positive number; {nearest}"
+        )
+    for name in ("q", "k", "v"):
+        x = call.arguments[name]
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            continue
+        used = [
+            stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1
+        ]
+        if any(stride <= 0 or stride % 8 != 0 for stride in used):
+            call.refuse(
+                NotImplementedError,
+                f"{name} has strides {tuple(x.stride())} on a GPU; expected multiples of 8 "
+                f"elements (16 bytes) in the outer dimensions; nearest is {name}.contiguous()",
+            )
+
+
+HOPPER_OPS = ("flash_attention",)
 RING_MISSING = (
     "the ring communicator (lctx_kernels._ring) and context-parallel plans (lctx_kernels.cp) are "
     "not built yet; nearest is flash_attention on one device; the definition is "

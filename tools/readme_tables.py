@@ -29,9 +29,9 @@ class DriftError(Exception):
     """The README cannot be made, or is not what the results say; the message is one line."""
 
 
-def published(folder: Path, suite: str) -> Document | None:
-    """The committed document of a CPU suite, or None; unchecked results are refused."""
-    path = folder / "cpu" / f"{suite}.json"
+def published(folder: Path, suite: str, machine: str = "cpu") -> Document | None:
+    """The committed document of a suite, or None; unchecked results are refused."""
+    path = folder / machine / f"{suite}.json"
     if not path.exists():
         return None
     document = load(path)
@@ -63,6 +63,31 @@ def cpu_reach(root: Path) -> str:
     return "\n".join([*lines, "", _conditions(document)])
 
 
+def hopper_flash(root: Path) -> str:
+    """The forward of flash_attention beside PyTorch's back ends, shape by shape."""
+    document = published(root / "bench/results", "flash_fwd", "h200")
+    if document is None:
+        return MISSING
+    lines = [
+        "| B | T | Hq / Hkv | D | ours, ms | TFLOP/s | of matmul peak | cuDNN, ms | speed "
+        "| FlashAttention-2, ms | speed |",
+        "| --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    shapes = [r.shape for r in document.rows if r.candidate == "flash"]
+    for shape in shapes:
+        row = {r.candidate: r for r in document.rows if r.shape == shape}
+        ours, rivals = row["flash"], (row["sdpa-cudnn"], row["sdpa-flash"])
+        beside = " | ".join(
+            f"{1e3 * r.median_s:.3f} | **{r.median_s / ours.median_s:.2f}x**" for r in rivals
+        )
+        lines.append(
+            f"| {shape['B']} | {shape['T']} | {shape['Hq']} / {shape['Hkv']} | {shape['D']} "
+            f"| {1e3 * ours.median_s:.3f} | {ours.flops_per_s / 1e12:.0f} "
+            f"| {ours.percent_of_peak:.0f} % | {beside} |"
+        )
+    return "\n".join([*lines, "", _conditions(document)])
+
+
 def cpu_memory(root: Path) -> str:
     """Peak bytes beyond inputs and outputs at T, 2T, 4T."""
     document = published(root / "bench/results", "memory")
@@ -89,6 +114,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-reach": cpu_reach,
     "cpu-memory": cpu_memory,
     "cpu-plot": cpu_plot,
+    "hopper-flash": hopper_flash,
 }
 
 

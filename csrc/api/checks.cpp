@@ -131,6 +131,24 @@ void Call::check_scale(double scale) const {
   check(std::isfinite(scale), "scale = ", scale, "; expected a finite number");
 }
 
+void Call::check_aligned(std::initializer_list<Aligned> views) const {
+  for (const Aligned& x : views) {
+    const auto fits = [&](int64_t stride, int64_t size) {
+      return size <= 1 || (stride > 0 && stride * dtype_size(dtype_) % 16 == 0);
+    };
+    check(
+        reinterpret_cast<uintptr_t>(x.view.data) % 16 == 0 && fits(x.view.stride_b, x.B) &&
+            fits(x.view.stride_t, x.T) && fits(x.view.stride_h, x.H),
+        x.name, " has strides (", x.view.stride_b, ", ", x.view.stride_t, ", ", x.view.stride_h,
+        ", 1) at ", x.view.data,
+        "; expected data and strides at multiples of 16 bytes on a GPU: call .contiguous() on it");
+  }
+}
+
+Tensor Call::new_plain(ScalarType type, const Shape& shape) const {
+  return torch::stable::empty(shape, type, std::nullopt, first().device());
+}
+
 Tensor Call::new_rows(const Shape& shape) const {
   return torch::stable::empty(shape, scalar_type_, std::nullopt, first().device());
 }

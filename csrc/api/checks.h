@@ -69,6 +69,15 @@ class Call {
   int choice(const char* name, const std::string& value, const char* zero, const char* one) const;
   void check_scale(double scale) const;
 
+  // What TMA can address: data and every used stride at multiples of 16 bytes.
+  struct Aligned {
+    const char* name;
+    TensorView view;
+    int64_t B, T, H;
+  };
+  void check_aligned(std::initializer_list<Aligned> views) const;
+
+  Tensor new_plain(ScalarType type, const Shape& shape) const;
   Tensor new_rows(const Shape& shape) const;
   Tensor new_stat(const Shape& shape) const;
 

@@ -13,6 +13,8 @@ class CudaCall {
  public:
   explicit CudaCall(const Call& call);
   cuda::Stream stream() const { return stream_; }
+  // Multiprocessors of the current device.
+  int num_sms() const { return cuda::num_sms(); }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;

@@ -1,6 +1,7 @@
 // lctx::flash_fwd, lctx::flash_bwd: tensors -> FlashParams -> kernels.
 #include "../cpu/cpu_backend.h"
 #include "checks.h"
+#include "cuda_call.h"
 #include "thread_pool.h"
 
 namespace lctx::api {
@@ -17,6 +18,7 @@ void set_documents(const Call& call, const OptTensor& cu_seqlens, FlashParams& p
   params.cu_seqlens =
       static_cast<const int32_t*>(call.plain(LCTX_ARG(cu_seqlens), ScalarType::Int, {kAny}));
   params.num_docs = cu_seqlens->size(0) - 1;
+  if (call.is_cuda()) return;  // reading them would wait for the GPU
   const int32_t* bounds = params.cu_seqlens;
   bool ordered = bounds[0] == 0 && bounds[params.num_docs] == s.Tq;
   for (int64_t i = 0; i < params.num_docs; ++i) ordered = ordered && bounds[i] <= bounds[i + 1];
@@ -33,12 +35,37 @@ FlashParams make_params(const Call& call, const Tensor& q, const Tensor& k, cons
   return params;
 }
 
+#ifdef LCTX_WITH_CUDA
+// What the Hopper kernels take beyond the checks of every backend.
+void check_tma(const Call& call, const FlashParams& params) {
+  const AttnShape& s = params.shape;
+  call.check(s.dtype == DType::kBFloat16 || s.dtype == DType::kFloat16,
+             "the tensors are float32 or float64; expected bfloat16 or float16 on a GPU");
+  call.check(s.Dk == s.Dv && s.Dk % 8 == 0 && s.Dk <= 256, "the head sizes are ", s.Dk, " and ",
+             s.Dv, "; expected one multiple of 8 up to 256 on a GPU");
+  call.check(params.scale > 0, "scale = ", params.scale, "; expected a positive number on a GPU");
+  call.check_aligned({{"q", params.q, s.B, s.Tq, s.Hq},
+                      {"k", params.k, s.B, s.Tk, s.Hkv},
+                      {"v", params.v, s.B, s.Tk, s.Hkv}});
+}
+#endif
+
 std::tuple<Tensor, Tensor> flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const OptTensor& cu_seqlens, bool causal, double scale,
                                      int64_t window, bool /*deterministic: always*/) {
   const Call call("lctx::flash_fwd", {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(cu_seqlens)});
   FlashParams params = make_params(call, q, k, v, cu_seqlens, causal, scale, window);
   auto outputs = set_outputs(call, params);
+#ifdef LCTX_WITH_CUDA
+  if (call.is_cuda()) {
+    check_tma(call, params);
+    const CudaCall gpu(call);
+    Tensor counter = call.new_plain(ScalarType::Int, {1});
+    cuda::launch_flash_fwd(params, static_cast<int*>(counter.mutable_data_ptr()), gpu.num_sms(),
+                           gpu.stream());
+    return outputs;
+  }
+#endif
   cpu::flash_fwd(params, thread_pool());
   return outputs;
 }
@@ -66,3 +93,7 @@ STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) {
   m.impl("flash_fwd", TORCH_BOX(&lctx::api::flash_fwd));
   m.impl("flash_bwd", TORCH_BOX(&lctx::api::flash_bwd));
 }
+
+#ifdef LCTX_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(lctx, CUDA, m) { m.impl("flash_fwd", TORCH_BOX(&lctx::api::flash_fwd)); }
+#endif

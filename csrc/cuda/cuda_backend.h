@@ -11,6 +11,12 @@ namespace lctx::cuda {
 
 using Stream = CUstream_st*;  // cudaStream_t
 
+// Multiprocessors of the current device.
+int num_sms();
+
+// bf16 and fp16; `counter` is an int on the device that the launch zeroes and uses.
+void launch_flash_fwd(const FlashParams& params, int* counter, int num_sms, Stream stream);
+
 void launch_merge_fwd(const MergeParams& params, Stream stream);
 void launch_merge_bwd(const MergeParams& params, const MergeGrads& grads, Stream stream);
 

@@ -1,0 +1,57 @@
+// A ring of shared-memory stages between one producer thread and the consumer warps.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace lctx {
+
+// Position in the ring: the stage of step i is i % kStages, its phase (i / kStages) & 1.
+template <int kStages>
+struct PipelineState {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// full[s]: one arrival by the producer plus the copied bytes; empty[s]: one arrival per consumer
+// warp.
+template <int kStages>
+struct Pipeline {
+  uint32_t full, empty;  // addresses of kStages barriers each
+
+  static constexpr int kBytes = 2 * kStages * 8;
+
+  __device__ __forceinline__ explicit Pipeline(uint32_t base)
+      : full(base), empty(base + kStages * 8) {}
+
+  __device__ __forceinline__ void init(int consumer_warps) const {
+    for (int s = 0; s < kStages; ++s) {
+      ptx::mbarrier_init(full + s * 8, 1);
+      ptx::mbarrier_init(empty + s * 8, consumer_warps);
+    }
+  }
+
+  // Producer: waits for the stage to be free (the first round falls through) and announces a copy.
+  __device__ __forceinline__ uint32_t acquire(const PipelineState<kStages>& state,
+                                              uint32_t bytes) const {
+    ptx::mbarrier_wait(empty + state.stage * 8, state.phase ^ 1);
+    ptx::mbarrier_arrive_expect(full + state.stage * 8, bytes);
+    return full + state.stage * 8;
+  }
+
+  __device__ __forceinline__ void wait(const PipelineState<kStages>& state) const {
+    ptx::mbarrier_wait(full + state.stage * 8, state.phase);
+  }
+
+  // Consumer: called by every thread, counted once a warp, after this warp's own reads.
+  __device__ __forceinline__ void release(const PipelineState<kStages>& state) const {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + state.stage * 8);
+  }
+};
+
+}  // namespace lctx

@@ -1,0 +1,103 @@
+// Warpgroup matrix products on tiles in 128-byte-swizzled shared memory.
+//
+// wgmma_layout.h says how a tile is stored. "K-major": rows are M or N, columns are K. "MN-major":
+// rows are K, columns are M or N.
+#pragma once
+
+#include "wgmma_layout.h"
+#include "wgmma_shapes.cuh"
+
+namespace lctx {
+
+constexpr int kSwizzle128 = 1;  // layout field of the descriptor
+
+// Descriptor of the operand at `address`, `offset` bytes into a tile. `leading` is the distance
+// between 64-column chunks (MN-major operands that span several); 8 rows are always 1024 bytes
+// apart. The halves are put together here so that steps differ by one 32-bit constant.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, int offset, int leading) {
+  constexpr uint32_t kHigh = (1024u >> 4) | static_cast<uint32_t>(kSwizzle128) << 30;
+  const uint32_t low = (address >> 4) + ((offset >> 4) | (leading >> 4) << 16);
+  uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "n"(kHigh));
+  return descriptor;
+}
+
+// Operands of 16-deep step `t`.
+__device__ __forceinline__ uint64_t k_major_step(uint32_t tile, int rows, int t) {
+  return wgmma_descriptor(tile, t / 4 * chunk_bytes(rows) + t % 4 * 32, 0);
+}
+__device__ __forceinline__ uint64_t mn_major_step(uint32_t tile, int rows, int t) {
+  return wgmma_descriptor(tile, t * 16 * kChunkRowBytes, chunk_bytes(rows));
+}
+
+// Between the last ordinary access to accumulators or A registers and the first wgmma on them.
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Waits until at most `kPending` committed groups of this warpgroup are still running.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// D (64 x N) = A B^T over `kDepth`: both operands K-major in shared memory (scores: Q K^T).
+// a_rows, b_rows: rows of the stored tiles, which set the distance between chunks.
+template <class T, int N, int kDepth>
+__device__ __forceinline__ void gemm_nt(float (&d)[N / 2], uint32_t a, int a_rows, uint32_t b,
+                                        int b_rows) {
+#pragma unroll
+  for (int t = 0; t < kDepth / 16; ++t) {
+    ptx::Wgmma<T, N>::template ss<0, 0>(d, k_major_step(a, a_rows, t), k_major_step(b, b_rows, t),
+                                        t != 0);
+  }
+}
+
+// D (64 x N) (+)= A B over `kDepth`: A in registers, four per 16-deep step, B MN-major (P V).
+template <class T, int N, int kDepth>
+__device__ __forceinline__ void gemm_rn(float (&d)[N / 2], const uint32_t (&a)[kDepth / 16][4],
+                                        uint32_t b, int b_rows, bool accumulate) {
+#pragma unroll
+  for (int t = 0; t < kDepth / 16; ++t) {
+    ptx::Wgmma<T, N>::template rs<1>(d, a[t], mn_major_step(b, b_rows, t), accumulate || t != 0);
+  }
+}
+
+// ---- fragments: which element of a 64-row accumulator a thread holds ----
+
+// Register 4 j + {0, 1} of thread `thread` (0..127): row fragment_row, columns 8 j +
+// fragment_column + {0, 1}; register 4 j + {2, 3}: 8 rows below.
+__device__ __forceinline__ int fragment_row(int thread) {
+  return thread / 32 * 16 + thread % 32 / 4;
+}
+__device__ __forceinline__ int fragment_column(int thread) { return thread % 4 * 2; }
+
+template <class T>
+__device__ __forceinline__ uint32_t pack2(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+// The accumulator of N columns as A operand of N / 16 steps.
+template <class T, int N>
+__device__ __forceinline__ void accumulator_to_a(const float (&d)[N / 2],
+                                                 uint32_t (&a)[N / 16][4]) {
+#pragma unroll
+  for (int t = 0; t < N / 16; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[t][i] = pack2<T>(d[8 * t + 2 * i], d[8 * t + 2 * i + 1]);
+  }
+}
+
+}  // namespace lctx

@@ -1,0 +1,190 @@
+"""flash_attention on a Hopper GPU against its definition in fp64."""
+
+import pytest
+import torch
+from helpers import assert_close_to_reference, errors, random_qkv
+from torch.nn import functional
+
+import lctx_kernels as lk
+from lctx_kernels import _ops, reference
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        "cuda" not in _ops.KERNELS.get("flash_fwd", ()), reason="built without CUDA kernels"
+    ),
+]
+HALF = (torch.bfloat16, torch.float16)
+
+
+def gpu_qkv(*args, dtype=torch.bfloat16, **kwargs):
+    return [x.cuda() for x in random_qkv(*args, dtype=dtype, **kwargs)]
+
+
+def baseline(q, k, v):
+    """Errors of PyTorch's own attention, dense, in the dtype of q."""
+
+    def dense(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    exact = reference.flash_attention(q.double(), k.double(), v.double(), causal=False)
+    return errors(dense(q, k, v), exact[0])
+
+
+def check(q, k, v, **options):
+    with torch.no_grad():
+        out, lse = lk.flash_attention(q, k, v, return_lse=True, **options)
+        exact = reference.flash_attention(q.double(), k.double(), v.double(), **options)
+    assert out.dtype == q.dtype and out.is_contiguous() and lse.dtype == torch.float32
+    assert_close_to_reference("out", out, exact[0], baseline(q, k, v))
+    # The approximate exp2 of the GPU adds to the rounding of fp32.
+    torch.testing.assert_close(lse.double(), exact[1].double(), rtol=1e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("D", [8, 40, 64, 80, 96, 128, 136, 256])
+@pytest.mark.parametrize("causal", [True, False])
+def test_head_dimensions(D, causal, dtype):
+    check(*gpu_qkv(2, 333, 4, D, Hkv=2, dtype=dtype), causal=causal)
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("Tq", "Tk"), [(1, 1), (1, 777), (63, 63), (129, 1000), (1000, 129), (700, 701), (192, 384)]
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_lengths(Tq, Tk, D, causal):
+    check(*gpu_qkv(1, Tq, 2, D, Tk=Tk), causal=causal)
+
+
+@pytest.mark.parametrize("Hkv", [1, 2, 8])
+def test_grouped_queries(Hkv):
+    check(*gpu_qkv(2, 300, 8, 128, Hkv=Hkv))
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("window", [1, 17, 128, 500, 5000])
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows(window, causal, D):
+    check(*gpu_qkv(1, 900, 2, D), window=window, causal=causal)
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("bounds", [[0, 700], [0, 1, 1, 65, 256, 700], [0, 0, 192, 384, 699, 700]])
+def test_documents(bounds, causal, D):
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    q, k, v = gpu_qkv(1, bounds[-1], 4, D, Hkv=2)
+    check(q, k, v, cu_seqlens=cu_seqlens, causal=causal)
+    check(q, k, v, cu_seqlens=cu_seqlens, causal=causal, window=33)
+
+
+def test_long_sequences_take_their_own_tile():
+    check(*gpu_qkv(1, 300, 2, 128, Tk=9000))
+    check(*gpu_qkv(1, 9000, 1, 128, Tk=9000), window=700)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_strided_views(D):
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in gpu_qkv(2, 257, 4, D))
+    check(q, k, v)
+    packed = torch.stack(gpu_qkv(2, 257, 4, D), dim=2)
+    check(*packed.unbind(2))
+
+
+def test_empty_tensors():
+    for B, Tq, Tk in ((0, 5, 5), (2, 0, 5), (2, 5, 0)):
+        q, k, v = gpu_qkv(B, Tq, 4, 64, Tk=Tk)
+        out, lse = lk.flash_attention(q, k, v, return_lse=True)
+        assert out.shape == q.shape and (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_two_runs_are_bitwise_equal(D):
+    q, k, v = gpu_qkv(3, 1111, 6, D, Hkv=2)
+    first = lk.flash_attention(q, k, v, return_lse=True)
+    for _ in range(5):
+        second = lk.flash_attention(q, k, v, return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_every_element_is_written(poisoned_memory):
+    check(*gpu_qkv(2, 515, 2, 128))
+
+
+def test_runs_inside_a_cuda_graph():
+    q, k, v = gpu_qkv(2, 640, 4, 128)
+    eager = lk.flash_attention(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = lk.flash_attention(q, k, v)
+    out.zero_()
+    for _ in range(3):
+        graph.replay()
+    torch.testing.assert_close(out, eager, rtol=0, atol=0)
+
+
+def test_runs_on_another_stream():
+    q, k, v = gpu_qkv(2, 640, 4, 128)
+    eager = lk.flash_attention(q, k, v)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out = lk.flash_attention(q, k, v)
+    stream.synchronize()
+    assert torch.equal(out, eager)
+
+
+def test_wrong_documents_do_not_reach_other_memory():
+    q, k, v = gpu_qkv(1, 256, 2, 64)
+    bounds = torch.tensor([-50, 100, 90, 100000], dtype=torch.int32, device="cuda")
+    lk.flash_attention(q, k, v, cu_seqlens=bounds)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    q = torch.randn(1, 70000, 250, 128, device="cuda", dtype=torch.bfloat16)
+    assert q.numel() > 2**31
+    out = lk.flash_attention(q, q, q, window=100)
+    for rows in (slice(0, 64), slice(69936, 70000)):
+        begin = max(rows.start - 99, 0)
+        part = q[:, begin : rows.stop, 240:]
+        exact, _ = reference.flash_attention(part[:, rows.start - begin :].double(), part.double(),
+                                             part.double(), window=100)  # fmt: skip
+        torch.testing.assert_close(out[:, rows, 240:].double(), exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q.float(), k.float(), v.float()), "expected torch.bfloat16 or torch.fl"),
+        (lambda q, k, v: (q[..., :20], k[..., :20], v[..., :20]), "a multiple of 8, at most 256"),
+        (lambda q, k, v: (q, k, v[..., :32]), "Dk = 64, Dv = 32 on a GPU"),
+    ],
+)
+def test_refusals(change, message):
+    with pytest.raises(NotImplementedError, match=message):
+        lk.flash_attention(*change(*gpu_qkv(1, 64, 2, 64)))
+    q, k, v = gpu_qkv(1, 64, 2, 64)
+    with pytest.raises(NotImplementedError, match="scale is 0 on a GPU; expected a positive"):
+        lk.flash_attention(q, k, v, scale=0)
+    with pytest.raises(NotImplementedError, match="lctx::flash_bwd is built for cpu"):
+        lk.flash_attention(q.requires_grad_(), k, v)
+
+
+def test_opcheck():
+    q, k, v = gpu_qkv(1, 130, 4, 64, Hkv=2)
+    torch.library.opcheck(
+        torch.ops.lctx.flash_fwd.default, (q, k, v, None, True, 0.125, 0, False),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+def test_compiles():
+    q, k, v = gpu_qkv(1, 130, 4, 64)
+    compiled = torch.compile(lk.flash_attention, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q, k, v), lk.flash_attention(q, k, v), rtol=0, atol=0)
