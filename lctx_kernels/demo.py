@@ -17,7 +17,7 @@ from ._version import __version__
 from .data.text import Document, TextError, default_document, embed, read_document
 from .info import collect
 
-HEADS, HEAD_DIM = 8, 64
+HEADS, HEAD_DIM = 4, 64
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 QUICK_LENGTHS = (256, 512, 1024)
 GRADIENT_LENGTH = 500  # whole gradients are compared here, with every option divided by eight
