@@ -133,7 +133,7 @@ def _hopper_limits(call: Call) -> None:
     """What the TMA kernels take beyond the checks of every backend."""
     q, Dk, Dv = call.arguments["q"], call.size("Dk"), call.size("Dv")
     nearest = 'nearest is backend="reference" (plain PyTorch)'
-    dtype = autocast_dtype(q)
+    dtype = autocast_dtype(q) if isinstance(q, Tensor) else torch.float16  # refused elsewhere
     if dtype not in (torch.bfloat16, torch.float16):
         call.refuse(
             NotImplementedError,

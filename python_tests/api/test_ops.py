@@ -307,3 +307,12 @@ def test_double_backward_of_the_reference_works():
     assert torch.autograd.gradgradcheck(
         lambda q: lk.flash_attention(q, k, v, backend="reference"), q
     )
+
+
+def test_other_objects_beside_gpu_tensors_are_refused():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        k = torch.empty(1, 8, 2, 16, device="cuda", dtype=torch.bfloat16)
+        with pytest.raises(TypeError, match="q is"):
+            lk.flash_attention("text", k, k)
