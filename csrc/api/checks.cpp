@@ -149,13 +149,9 @@ Tensor Call::new_plain(ScalarType type, const Shape& shape) const {
   return torch::stable::empty(shape, type, std::nullopt, first().device());
 }
 
-Tensor Call::new_rows(const Shape& shape) const {
-  return torch::stable::empty(shape, scalar_type_, std::nullopt, first().device());
-}
+Tensor Call::new_rows(const Shape& shape) const { return new_plain(scalar_type_, shape); }
 
-Tensor Call::new_stat(const Shape& shape) const {
-  return torch::stable::empty(shape, stat_type_, std::nullopt, first().device());
-}
+Tensor Call::new_stat(const Shape& shape) const { return new_plain(stat_type_, shape); }
 
 TensorView view(const Tensor& x) {
   return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};

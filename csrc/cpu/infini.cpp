@@ -147,10 +147,10 @@ void local_weights(const InfiniParams& params, C* weights) {
   }
 }
 
+// Adds every segment's share, in a fixed order.
 template <class C>
 void reduce_dgate(const Segments& seg, const C* shares, C* dgate) {
   const int64_t G = seg.G();
-  for (int64_t h = 0; h < seg.s.Hq; ++h) dgate[h] = C(0);
   for (int64_t chain = 0; chain < seg.chains; ++chain) {
     for (int64_t i = 0; i < seg.S; ++i) {
       for (int64_t g = 0; g < G; ++g)
