@@ -57,6 +57,14 @@ struct FlashParams : AttnParams {
   int64_t num_docs = 0;
 };
 
+// One step of a ring: continues from (carry_out, lse) over other keys of the same queries.
+struct CarryParams : FlashParams {
+  int64_t query_start = 0, key_start = 0;  // positions of query 0 and of key 0
+  // stat (B, Tq, Hq, Dv) contiguous, read, and written unless `out` is given. `lse` is read and
+  // written; -inf: nothing is carried for the row.
+  void* carry_out = nullptr;
+};
+
 struct LandmarkParams : AttnParams {
   int64_t block_size = 0;  // > 0: positions block_size - 1, 2 * block_size - 1, ... are landmarks
   const bool* is_landmark = nullptr;  // else (B, Tk) contiguous

@@ -8,6 +8,18 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace lctx::api {
 
+void check_tma(const Call& call, const AttnParams& params) {
+  const AttnShape& s = params.shape;
+  call.check(s.dtype == DType::kBFloat16 || s.dtype == DType::kFloat16,
+             "the tensors are float32 or float64; expected bfloat16 or float16 on a GPU");
+  call.check(s.Dk == s.Dv && s.Dk % 8 == 0 && s.Dk <= 256, "the head sizes are ", s.Dk, " and ",
+             s.Dv, "; expected one multiple of 8 up to 256 on a GPU");
+  call.check(params.scale > 0, "scale = ", params.scale, "; expected a positive number on a GPU");
+  call.check_aligned({{"q", params.q, s.B, s.Tq, s.Hq},
+                      {"k", params.k, s.B, s.Tk, s.Hkv},
+                      {"v", params.v, s.B, s.Tk, s.Hkv}});
+}
+
 CudaCall::CudaCall(const Call& call) : guard_(call.first().get_device_index()) {
   call.check(aoti_torch_get_current_cuda_stream != nullptr,
              "the tensors are on a GPU but this torch has no CUDA");

@@ -9,6 +9,9 @@
 
 namespace lctx::api {
 
+// What the Hopper attention kernels take beyond the checks of every backend.
+void check_tma(const Call& call, const AttnParams& params);
+
 class CudaCall {
  public:
   explicit CudaCall(const Call& call);

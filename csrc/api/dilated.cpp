@@ -1,6 +1,7 @@
 // lctx::dilated_fwd, lctx::dilated_bwd: tensors -> DilatedParams -> kernels.
 #include "../cpu/cpu_backend.h"
 #include "checks.h"
+#include "cuda_call.h"
 #include "thread_pool.h"
 
 namespace lctx::api {
@@ -40,12 +41,32 @@ DilatedParams make_params(const Call& call, const Tensor& q, const Tensor& k, co
 
   params.seqlens =
       static_cast<const int32_t*>(call.plain(LCTX_ARG(seqlens), ScalarType::Int, {s.B}));
+  if (call.is_cuda()) return params;  // reading seqlens would wait for the GPU
   for (int64_t b = 0; params.seqlens != nullptr && b < s.B; ++b) {
     call.check(params.seqlens[b] >= 0 && params.seqlens[b] <= s.Tq, "seqlens[", b,
                "] = ", params.seqlens[b], "; expected 0 to T = ", s.Tq);
   }
   return params;
 }
+
+#ifdef LCTX_WITH_CUDA
+void launch(const Call& call, const DilatedParams& params) {
+  check_tma(call, params);
+  const AttnShape& s = params.shape;
+  for (int64_t m = 0; m < params.num_branches; ++m) {
+    call.check(params.dilation_rates[m] <= INT32_MAX, "branch ", m, " has dilation rate ",
+               params.dilation_rates[m], "; expected at most 2^31 - 1 on a GPU");
+  }
+  const CudaCall gpu(call);
+  const bool needs_partial =
+      params.num_branches > 1 || params.dilation_rates[0] != 1 || params.seqlens != nullptr;
+  Tensor partial = call.new_stat(needs_partial ? Shape{s.B, s.Tq, s.Hq, s.Dv} : Shape{0});
+  Tensor counters = call.new_plain(ScalarType::Int, {params.num_branches});
+  cuda::launch_dilated_fwd(params, static_cast<float*>(partial.mutable_data_ptr()),
+                           static_cast<int*>(counters.mutable_data_ptr()), gpu.num_sms(),
+                           gpu.stream());
+}
+#endif
 
 std::tuple<Tensor, Tensor> dilated_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                                        const OptTensor& seqlens,
@@ -59,6 +80,12 @@ std::tuple<Tensor, Tensor> dilated_fwd(const Tensor& q, const Tensor& k, const T
       make_params(call, q, k, v, seqlens,
                   {segment_lengths, dilation_rates, causal, scale, head_offset, mix_grad});
   auto outputs = set_outputs(call, params);
+#ifdef LCTX_WITH_CUDA
+  if (call.is_cuda()) {
+    launch(call, params);
+    return outputs;
+  }
+#endif
   cpu::dilated_fwd(params, thread_pool());
   return outputs;
 }
@@ -89,3 +116,9 @@ STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) {
   m.impl("dilated_fwd", TORCH_BOX(&lctx::api::dilated_fwd));
   m.impl("dilated_bwd", TORCH_BOX(&lctx::api::dilated_bwd));
 }
+
+#ifdef LCTX_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(lctx, CUDA, m) {
+  m.impl("dilated_fwd", TORCH_BOX(&lctx::api::dilated_fwd));
+}
+#endif

@@ -35,21 +35,6 @@ FlashParams make_params(const Call& call, const Tensor& q, const Tensor& k, cons
   return params;
 }
 
-#ifdef LCTX_WITH_CUDA
-// What the Hopper kernels take beyond the checks of every backend.
-void check_tma(const Call& call, const FlashParams& params) {
-  const AttnShape& s = params.shape;
-  call.check(s.dtype == DType::kBFloat16 || s.dtype == DType::kFloat16,
-             "the tensors are float32 or float64; expected bfloat16 or float16 on a GPU");
-  call.check(s.Dk == s.Dv && s.Dk % 8 == 0 && s.Dk <= 256, "the head sizes are ", s.Dk, " and ",
-             s.Dv, "; expected one multiple of 8 up to 256 on a GPU");
-  call.check(params.scale > 0, "scale = ", params.scale, "; expected a positive number on a GPU");
-  call.check_aligned({{"q", params.q, s.B, s.Tq, s.Hq},
-                      {"k", params.k, s.B, s.Tk, s.Hkv},
-                      {"v", params.v, s.B, s.Tk, s.Hkv}});
-}
-#endif
-
 std::tuple<Tensor, Tensor> flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const OptTensor& cu_seqlens, bool causal, double scale,
                                      int64_t window, bool /*deterministic: always*/) {

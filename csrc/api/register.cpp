@@ -15,6 +15,13 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "lse, Tensor? cu_seqlens, bool causal, float scale, int window, bool deterministic) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 
+  // One step of a ring: (carry_out, lse) in fp32 takes in attention over k, v, whose first position
+  // is key_start; lse = -inf where nothing is carried yet. The last step returns the result in the
+  // dtype of q (else an empty tensor) and leaves carry_out as it was. CUDA only.
+  m.def(
+      "flash_carry(Tensor q, Tensor k, Tensor v, Tensor(a!) carry_out, Tensor(b!) lse, bool "
+      "causal, float scale, int window, int query_start, int key_start, bool last) -> Tensor out");
+
   m.def(
       "landmark_fwd(Tensor q, Tensor k, Tensor v, Tensor? is_landmark, int block_size, float "
       "scale, bool deterministic) "

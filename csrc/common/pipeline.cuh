@@ -5,17 +5,13 @@
 
 namespace lctx {
 
-// Position in the ring: the stage of step i is i % kStages, its phase (i / kStages) & 1.
+// Position in the ring: step i uses stage i % kStages in phase (i / kStages) & 1. One register.
 template <int kStages>
 struct PipelineState {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
+  uint32_t step = 0;
+  __device__ __forceinline__ uint32_t stage() const { return step % kStages; }
+  __device__ __forceinline__ uint32_t phase() const { return step / kStages & 1; }
+  __device__ __forceinline__ void advance() { ++step; }
 };
 
 // full[s]: one arrival by the producer plus the copied bytes; empty[s]: one arrival per consumer
@@ -39,18 +35,18 @@ struct Pipeline {
   // Producer: waits for the stage to be free (the first round falls through) and announces a copy.
   __device__ __forceinline__ uint32_t acquire(const PipelineState<kStages>& state,
                                               uint32_t bytes) const {
-    ptx::mbarrier_wait(empty + state.stage * 8, state.phase ^ 1);
-    ptx::mbarrier_arrive_expect(full + state.stage * 8, bytes);
-    return full + state.stage * 8;
+    ptx::mbarrier_wait(empty + state.stage() * 8, state.phase() ^ 1);
+    ptx::mbarrier_arrive_expect(full + state.stage() * 8, bytes);
+    return full + state.stage() * 8;
   }
 
   __device__ __forceinline__ void wait(const PipelineState<kStages>& state) const {
-    ptx::mbarrier_wait(full + state.stage * 8, state.phase);
+    ptx::mbarrier_wait(full + state.stage() * 8, state.phase());
   }
 
   // Consumer: called by every thread, counted once a warp, after this warp's own reads.
   __device__ __forceinline__ void release(const PipelineState<kStages>& state) const {
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + state.stage * 8);
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + state.stage() * 8);
   }
 };
 

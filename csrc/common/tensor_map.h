@@ -27,34 +27,55 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// A box of `box_rows` positions and 64 columns, 128-byte swizzle. Dimensions, innermost first:
-// column, position, head, batch. Elements outside read as zero and are not written.
-// `T` positions; the view's strides must be multiples of 16 bytes and its data 16-byte aligned.
-inline CUtensorMap make_rows_map(const TensorView& x, DType dtype, int64_t B, int64_t T, int64_t H,
-                                 int64_t D, int box_rows) {
-  const cuuint64_t size = static_cast<cuuint64_t>(dtype_size(dtype));
-  const cuuint64_t dims[4] = {static_cast<cuuint64_t>(D), static_cast<cuuint64_t>(T),
-                              static_cast<cuuint64_t>(H), static_cast<cuuint64_t>(B)};
-  // A stride of a dimension of size 1 is never used, but must be a multiple of 16.
-  const auto bytes = [&](int64_t stride, int64_t count) {
-    return count > 1 ? static_cast<cuuint64_t>(stride) * size : cuuint64_t{16};
-  };
-  const cuuint64_t strides[3] = {bytes(x.stride_t, T), bytes(x.stride_h, H), bytes(x.stride_b, B)};
-  const cuuint32_t box[4] = {kChunkColumns, static_cast<cuuint32_t>(box_rows), 1, 1};
-  const cuuint32_t step[4] = {1, 1, 1, 1};
+// A tensor of up to five dimensions, innermost first, as TMA walks it: `stride[i]`, in elements, is
+// the step of dimension i + 1; dimension 0 has step 1.
+struct MapLayout {
+  int64_t size[5];
+  int64_t stride[4];
+  int box[5];
+};
+
+// 16-bit elements, 128-byte swizzle (box[0] is 64 columns), elements outside read as zero and are
+// not written. Used strides must be multiples of 16 bytes and the data 16-byte aligned.
+// `l2_bytes`, 128 or 256: what L2 fetches at least; 256 where the neighbours are read as well.
+inline CUtensorMap make_map(const void* data, DType dtype, const MapLayout& layout,
+                            int l2_bytes = 256) {
+  cuuint64_t dims[5], strides[4];
+  cuuint32_t box[5];
+  const cuuint32_t step[5] = {1, 1, 1, 1, 1};
+  for (int i = 0; i < 5; ++i) {
+    dims[i] = static_cast<cuuint64_t>(layout.size[i]);
+    box[i] = static_cast<cuuint32_t>(layout.box[i]);
+    if (i == 0) continue;
+    // The stride of a dimension of size 1 is never used, but must be a multiple of 16.
+    strides[i - 1] = layout.size[i] > 1 ? static_cast<cuuint64_t>(layout.stride[i - 1] * 2) : 16;
+  }
   CUtensorMap map;
-  const CUresult result =
-      encode_tiled()(&map,
-                     dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                     4, x.data, dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  LCTX_CHECK(result == CUDA_SUCCESS, "a tensor of (B, T, H, D) = (", B, ", ", T, ", ", H, ", ", D,
-             ") with byte strides (", x.stride_b * dtype_size(dtype), ", ",
-             x.stride_t * dtype_size(dtype), ", ", x.stride_h * dtype_size(dtype), ") at ", x.data,
+  const CUresult result = encode_tiled()(
+      &map,
+      dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      5, const_cast<void*>(data), dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B,
+      l2_bytes == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  LCTX_CHECK(result == CUDA_SUCCESS, "a tensor of sizes (", dims[4], ", ", dims[3], ", ", dims[2],
+             ", ", dims[1], ", ", dims[0], ") with byte strides (", strides[3], ", ", strides[2],
+             ", ", strides[1], ", ", strides[0], ") at ", data,
              " is refused by the copy engine; expected data and strides at multiples of 16 bytes");
   return map;
+}
+
+// A (B, T, H, D) tensor as (column, row, phase, head, batch): position row * step + phase. Boxes
+// are `box_rows` rows of one phase and 64 columns. `rows` per phase: positions beyond the tensor
+// must not be counted.
+inline CUtensorMap make_rows_map(const TensorView& x, DType dtype, int64_t B, int64_t rows,
+                                 int64_t H, int64_t D, int box_rows, int64_t step = 1) {
+  return make_map(x.data, dtype,
+                  {{D, rows, step, H, B},
+                   {x.stride_t * step, x.stride_t, x.stride_h, x.stride_b},
+                   {kChunkColumns, box_rows, 1, 1, 1}},
+                  step > 1 && D <= kChunkColumns ? 128 : 256);
 }
 
 }  // namespace lctx

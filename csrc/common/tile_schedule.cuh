@@ -51,15 +51,15 @@ struct TileQueue {
   PipelineState<kSlots> state;
 
   __device__ __forceinline__ void publish(int tile) {
-    ptx::mbarrier_wait(pipeline.empty + state.stage * 8, state.phase ^ 1);
-    slots[state.stage] = tile;
-    ptx::mbarrier_arrive(pipeline.full + state.stage * 8);
+    ptx::mbarrier_wait(pipeline.empty + state.stage() * 8, state.phase() ^ 1);
+    slots[state.stage()] = tile;
+    ptx::mbarrier_arrive(pipeline.full + state.stage() * 8);
     state.advance();
   }
 
   __device__ __forceinline__ int take() {
     pipeline.wait(state);
-    const int tile = *static_cast<volatile int*>(slots + state.stage);
+    const int tile = *static_cast<volatile int*>(slots + state.stage());
     __syncwarp();
     pipeline.release(state);
     state.advance();

@@ -17,6 +17,13 @@ int num_sms();
 // bf16 and fp16; `counter` is an int on the device that the launch zeroes and uses.
 void launch_flash_fwd(const FlashParams& params, int* counter, int num_sms, Stream stream);
 
+void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, Stream stream);
+
+// `partial`: fp32 (B, T, Hq, D) scratch, not needed for one branch of rate 1 without seqlens;
+// `counters`: an int a branch, on the device.
+void launch_dilated_fwd(const DilatedParams& params, float* partial, int* counters, int num_sms,
+                        Stream stream);
+
 void launch_merge_fwd(const MergeParams& params, Stream stream);
 void launch_merge_bwd(const MergeParams& params, const MergeGrads& grads, Stream stream);
 

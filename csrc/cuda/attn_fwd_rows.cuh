@@ -1,0 +1,159 @@
+// Math: what becomes of the finished rows of a tile.
+//       StoreRows   out = O / l in the input dtype
+//       CarryRows   continues from an earlier partial result over other keys (out, lse in fp32) and
+//                   writes the union, in fp32 or in the input dtype
+// Tile map: 64 rows of a warpgroup.
+// Pipeline: out leaves through shared memory by TMA and is waited for before the next tile's rows.
+//       A carried result is read into the accumulators while the first scores are computed.
+// Memory: out once; carried: 8 bytes an element more, straight between registers and memory.
+// Limits: the carried tensors are contiguous (B, T, H, D) and (B, H, T).
+#pragma once
+
+#include "../common/online_softmax_sm90.cuh"
+#include "../common/wgmma.cuh"
+#include "attn_fwd_tiles.cuh"
+
+namespace lctx::cuda {
+
+struct StoreRows {
+  struct Params {};
+  static constexpr bool kCarries = false;
+
+  // Rows of a partial tile in the middle of the tensor, which TMA would not clip.
+  template <class Kernel>
+  static __device__ __forceinline__ void copy_rows(const Kernel& kernel, uint32_t tile, int rows,
+                                                   const Work& work, int row0) {
+    using T = typename Kernel::T;
+    const auto& p = kernel.p;
+    constexpr int kUnits = Kernel::kHeadDim / 8;
+    T* out = static_cast<T*>(p.out_view.data) + work.batch * p.out_view.stride_b +
+             kernel.position(work, row0) * p.out_view.stride_t + work.head * p.out_view.stride_h;
+    const int64_t pitch = kernel.row_step() * p.out_view.stride_t;
+    for (int i = threadIdx.x % 128; i < rows * kUnits; i += 128) {
+      const int row = i / kUnits, unit = i % kUnits;
+      if (unit * 8 >= p.D) continue;
+      *reinterpret_cast<uint4*>(out + row * pitch + unit * 8) =
+          ptx::load_shared_16(tile + swizzled_unit(64, row, unit));
+    }
+  }
+
+  template <class Kernel>
+  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
+                                                const Work& work, float (&o)[Kernel::kHeadDim / 2],
+                                                const float (&inverse)[2]) {
+    using Traits = typename Kernel::Traits;
+    constexpr int kHeadDim = Kernel::kHeadDim;
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    const int row0 = work.row0 + warpgroup * 64;
+    const uint32_t tile = kernel.smem + Traits::kO + warpgroup * tile_bytes(64, kHeadDim);
+    // The last store must have left the tile before it is overwritten.
+    if (thread == 0) ptx::tma_store_wait_read<0>();
+    ptx::named_barrier_sync(1 + warpgroup, 128);
+#pragma unroll
+    for (int t = 0; t < kHeadDim / 16; ++t) {
+      uint32_t r[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        r[i] = pack2<typename Kernel::T>(o[8 * t + 2 * i] * inverse[i % 2],
+                                         o[8 * t + 2 * i + 1] * inverse[i % 2]);
+      }
+      const uint32_t at = swizzled_unit(64, thread / 32 * 16 + lane % 16, 2 * t + lane / 16);
+      ptx::stmatrix_x4(tile + at, r[0], r[1], r[2], r[3]);
+    }
+    ptx::fence_async_proxy();
+    ptx::named_barrier_sync(1 + warpgroup, 128);
+    const int rows = work.row_end - row0;
+    if (Traits::Tiles::kClipsRows && rows < 64) {
+      copy_rows(kernel, tile, rows, work, row0);
+      ptx::named_barrier_sync(1 + warpgroup, 128);
+    } else if (thread == 0) {
+#pragma unroll
+      for (int c = 0; c < kHeadDim / kChunkColumns; ++c) {
+        ptx::tma_store_5d(&kernel.p.out[work.map], tile + c * chunk_bytes(64), c * kChunkColumns,
+                          row0, work.phase, work.head, work.batch);
+      }
+      ptx::tma_store_commit();
+      if constexpr (Traits::kShareO) ptx::tma_store_wait_read<0>();
+    }
+    if constexpr (Traits::kShareO) ptx::named_barrier_sync(1 + warpgroup, 128);
+  }
+};
+
+struct CarryRows {
+  // The partial result to continue from, nullptr: none. A row whose lse is not above -inf (NaN too)
+  // holds nothing yet. `out`, not nullptr: the union goes there instead of FwdParams::out.
+  struct Params {
+    const float* carry_out;
+    const float* carry_lse;
+    float* partial_out;
+    float inverse_scale;  // 1 / scale
+  };
+  static constexpr bool kCarries = true;
+
+  // This thread's first element in row `row` of the tile's tensors (B, T, H, D).
+  template <class Kernel>
+  static __device__ __forceinline__ int64_t element(const Kernel& kernel, const Work& work,
+                                                    int row) {
+    const auto& p = kernel.p;
+    const int64_t position = kernel.position(work, row);
+    return ((work.batch * int64_t{p.Tq} + position) * p.Hq + work.head) * p.D +
+           fragment_column(threadIdx.x % 128);
+  }
+
+  // Puts the carried rows into the accumulators and the row state.
+  template <class Kernel>
+  static __device__ __forceinline__ void begin(const Kernel& kernel, int warpgroup,
+                                               const Work& work, float (&o)[Kernel::kHeadDim / 2],
+                                               RowState& state) {
+    const auto& p = kernel.p;
+    const int thread = threadIdx.x % 128;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
+      bool carried = p.carry_out != nullptr && row < work.row_end;
+      if (carried) {
+        const float lse = p.carry_lse[kernel.lse_offset(work, row)];
+        carried = lse > -INFINITY;
+        if (carried) {
+          state.m[i] = lse * p.inverse_scale;        // of the raw scores
+          state.l[i] = thread % 4 == 0 ? 1.f : 0.f;  // shares of one
+        }
+      }
+      const float* from = p.carry_out + (carried ? element(kernel, work, row) : 0);
+#pragma unroll
+      for (int j = 0; j < Kernel::kHeadDim / 8; ++j) {
+        const bool inside = carried && 8 * j < p.D;
+        const float2 x =
+            inside ? *reinterpret_cast<const float2*>(from + 8 * j) : make_float2(0.f, 0.f);
+        o[4 * j + 2 * i] = x.x;
+        o[4 * j + 2 * i + 1] = x.y;
+      }
+    }
+  }
+
+  template <class Kernel>
+  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
+                                                const Work& work, float (&o)[Kernel::kHeadDim / 2],
+                                                const float (&inverse)[2]) {
+    const auto& p = kernel.p;
+    if (p.partial_out == nullptr) {
+      StoreRows::finish(kernel, warpgroup, work, o, inverse);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = work.row0 + warpgroup * 64 + fragment_row(threadIdx.x % 128) + 8 * i;
+      if (row >= work.row_end) continue;
+      float* to = p.partial_out + element(kernel, work, row);
+#pragma unroll
+      for (int j = 0; j < Kernel::kHeadDim / 8; ++j) {
+        if (8 * j < p.D) {
+          *reinterpret_cast<float2*>(to + 8 * j) =
+              make_float2(o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace lctx::cuda

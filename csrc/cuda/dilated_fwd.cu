@@ -1,0 +1,139 @@
+// Math: dilated attention (LongNet, arXiv 2307.02486, section 2.2-2.3), forward: softmax over the
+//       multiset union of the keys that the branches (w, r) select, out and its log-sum-exp. Each
+//       branch is causal or full attention inside segments of w positions over every r-th of them,
+//       from a phase that depends on the head; branches are merged by their log-sum-exps.
+// Tile map: attn_fwd_sm90.cuh with SegmentTiles: a tile is (segment, head, batch) and a block of
+//       the rows that the branch selects. Tensors are seen with stride r: no gather, no scatter.
+// Pipeline: one launch a branch, largest rate first, each continuing from what the ones before it
+//       left (CarryRows), so that no merge is computed. The last one, which covers all rows if its
+//       rate is 1, writes out; else a pass over all rows does. Launches overlap at their ends.
+// Memory: a branch reads the rows it selects once and its carried rows (fp32) once. Scratch: fp32
+//       (B, T, H, D), of which only selected rows are touched.
+// Limits: those of flash_fwd.cu; any w, r, T.
+#include <vector>
+
+#include "attn_fwd_launch.cuh"
+
+namespace lctx::cuda {
+namespace {
+
+struct Branch {
+  int64_t length, rate;
+};
+
+// Largest rate first, so that the last branch covers the most rows.
+std::vector<Branch> ordered_branches(const DilatedParams& params) {
+  std::vector<Branch> branches;
+  for (int64_t m = 0; m < params.num_branches; ++m) {
+    const int64_t length = std::min(params.segment_lengths[m], params.shape.Tq);
+    branches.push_back({length, params.dilation_rates[m]});
+  }
+  std::stable_sort(branches.begin(), branches.end(),
+                   [](const Branch& a, const Branch& b) { return a.rate > b.rate; });
+  return branches;
+}
+
+struct Carry {
+  const float* in;  // nullptr for the first branch
+  float* out;       // nullptr where the branch writes the result
+};
+
+template <class Tile>
+void launch_branch(const DilatedParams& params, const Branch& branch, const Carry& carry,
+                   int* counter, int num_sms, Stream stream) {
+  using Traits =
+      FwdTraits<Tile, SegmentTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN>, CarryRows>;
+  const AttnShape& s = params.shape;
+  typename Traits::Params p{};
+  set_attention(params, counter, p);
+  set_maps<Tile>(params, p, branch.rate);
+  const int64_t segments = ceil_div(s.Tq, branch.length);
+  const int64_t rows = ceil_div(branch.length, branch.rate);
+  p.segment_len = static_cast<int>(branch.length);
+  p.rate = static_cast<int>(branch.rate);
+  p.long_phases = branch.rate == 1 ? 1 : static_cast<int>(s.Tq % branch.rate);
+  p.offset_block = params.head_offset_block;
+  p.per_segment = FastDivisor(static_cast<int>(s.Hq));
+  p.per_phase = FastDivisor(p.rate);
+  p.per_offset = FastDivisor(static_cast<int>(ceil_div(s.Hq, branch.rate)));
+  p.seqlens = params.seqlens;
+  p.carry_out = carry.in;
+  p.carry_lse = p.lse;
+  p.inverse_scale = static_cast<float>(1 / params.scale);
+  p.partial_out = carry.out;
+  p.order = make_order("lctx::dilated_fwd", ceil_div(rows, Tile::kBlockM), s.Hq * segments, s.B,
+                       heads_per_section(s, rows, 256));
+  launch_fwd<Traits>(p, num_sms, stream, /*overlap=*/carry.in != nullptr);
+}
+
+// out and lse of all rows from the union of the branches; a row that none covers gives 0 and -inf.
+template <class T>
+__global__ void dilated_finish_kernel(const float* partial, float* lse, T* out, int64_t rows,
+                                      int T_len, int H, int D) {
+  const int64_t units = rows * (D / 8);
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < units;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t row = i / (D / 8);  // (batch, position, head)
+    const int64_t head = row % H, position = row / H % T_len, batch = row / H / T_len;
+    const int64_t at = (batch * H + head) * T_len + position;
+    const bool covered = lse[at] > -INFINITY;  // not NaN either
+    uint32_t packed[4];
+    for (int j = 0; j < 4; ++j) {
+      const float2 x =
+          covered ? reinterpret_cast<const float2*>(partial + i * 8)[j] : make_float2(0.f, 0.f);
+      packed[j] = pack2<T>(x.x, x.y);
+    }
+    reinterpret_cast<uint4*>(out)[i] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  }
+}
+
+// Its lse: NaN marks rows that no branch covers.
+__global__ void dilated_finish_lse_kernel(float* lse, int64_t count) {
+  const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (i < count && !(lse[i] > -INFINITY)) lse[i] = -INFINITY;
+}
+
+template <class T>
+void finish(const DilatedParams& params, const float* partial, int num_sms, Stream stream) {
+  const AttnShape& s = params.shape;
+  const dim3 block(256), grid(num_sms * 8);
+  float* lse = static_cast<float*>(params.lse);
+  const int64_t rows = s.B * s.Tq * s.Hq;
+  dilated_finish_kernel<T><<<grid, block, 0, stream>>>(
+      partial, lse, static_cast<T*>(params.out.data), rows, static_cast<int>(s.Tq),
+      static_cast<int>(s.Hq), static_cast<int>(s.Dv));
+  check_launch("dilated_finish_kernel", grid, block, stream);
+  const dim3 lse_grid(static_cast<unsigned>(ceil_div(rows, 256)));
+  dilated_finish_lse_kernel<<<lse_grid, block, 0, stream>>>(lse, rows);
+  check_launch("dilated_finish_lse_kernel", lse_grid, block, stream);
+}
+
+}  // namespace
+
+void launch_dilated_fwd(const DilatedParams& params, float* partial, int* counters, int num_sms,
+                        Stream stream) {
+  const AttnShape& s = params.shape;
+  if (s.B * s.Tq * s.Hq == 0) return;
+  const std::vector<Branch> branches = ordered_branches(params);
+  const bool last_covers = branches.back().rate == 1 && params.seqlens == nullptr;
+  cudaMemsetAsync(counters, 0, branches.size() * sizeof(int), stream);
+  // NaN: nothing is carried yet.
+  cudaMemsetAsync(params.lse, 0xff, s.B * s.Hq * s.Tq * sizeof(float), stream);
+  for (size_t m = 0; m < branches.size(); ++m) {
+    const bool writes = last_covers && m + 1 == branches.size();
+    const Carry carry{m == 0 ? nullptr : partial, writes ? nullptr : partial};
+    const int64_t keys = ceil_div(branches[m].length, branches[m].rate);
+    choose_type_and_tile(params, keys, [&](auto tag) {
+      launch_branch<typename decltype(tag)::type>(params, branches[m], carry, counters + m, num_sms,
+                                                  stream);
+    });
+  }
+  if (last_covers) return;
+  if (s.dtype == DType::kBFloat16) {
+    finish<__nv_bfloat16>(params, partial, num_sms, stream);
+  } else {
+    finish<__half>(params, partial, num_sms, stream);
+  }
+}
+
+}  // namespace lctx::cuda

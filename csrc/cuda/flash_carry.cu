@@ -1,0 +1,37 @@
+// Math: dense softmax attention over one more set of keys: (out, lse) <- merge((out, lse),
+//       attention over k, v), queries and keys at given positions. What a ring of devices computes
+//       for every block of keys it receives.
+// Tile map: as flash_fwd.cu.
+// Pipeline: as flash_fwd.cu. The carried rows are read into the accumulators, with weight
+//       exp(lse), while the first scores are computed; the online softmax goes on from there, so
+//       that the merge costs no arithmetic.
+// Memory: fp32 out and lse are read and written in place, 8 bytes an element; the last step writes
+//       16-bit out instead.
+// Limits: those of flash_fwd.cu; no cu_seqlens.
+#include "attn_fwd_launch.cuh"
+
+namespace lctx::cuda {
+
+void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, Stream stream) {
+  const AttnShape& s = params.shape;
+  if (s.B * s.Tq * s.Hq == 0) return;
+  cudaMemsetAsync(counter, 0, sizeof(int), stream);
+  choose_type_and_tile(params, s.Tk, [&](auto tag) {
+    using Tile = typename decltype(tag)::type;
+    using Traits =
+        FwdTraits<Tile, DenseTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN>, CarryRows>;
+    typename Traits::Params p{};
+    set_flash(params, counter, p);
+    set_maps<Tile>(params, p);
+    p.query_offset = static_cast<int>(params.query_start - params.key_start);
+    p.carry_out = static_cast<const float*>(params.carry_out);
+    p.carry_lse = p.lse;
+    p.inverse_scale = static_cast<float>(1 / params.scale);
+    p.partial_out = params.out.data == nullptr ? static_cast<float*>(params.carry_out) : nullptr;
+    p.order = make_order("lctx::flash_carry", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
+                         heads_per_section(s, s.Tk, 16));
+    launch_fwd<Traits>(p, num_sms, stream);
+  });
+}
+
+}  // namespace lctx::cuda
