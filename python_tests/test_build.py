@@ -210,6 +210,15 @@ def test_build_info_describes_the_build():
     assert info["cuda"]["archs"] == (["9.0a"] if info["cuda"]["built"] else [])
 
 
+def with_headers(source):
+    """A kernel file and the main loops that it instantiates."""
+    found = [source]
+    for path in found:
+        headers = re.findall(r'#include "(\w+\.cuh)"', path.read_text())
+        found += [path.parent / name for name in headers if path.parent / name not in found]
+    return found
+
+
 def test_cuda_kernels_compiled_well():
     """Every kernel of csrc/cuda is in build/ptxas.json, without spills or serialised wgmma."""
     table_file = ROOT / "build" / "ptxas.json"
@@ -221,9 +230,7 @@ def test_cuda_kernels_compiled_well():
         assert row["warnings"] == [], row
         assert row["arch"] == "sm_90a", row
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        text = source.read_text()
-        for header in re.findall(r'#include "(\w+\.cuh)"', text):  # main loops that it instantiates
-            text += (source.parent / header).read_text()
+        text = "".join(path.read_text() for path in with_headers(source))
         written = set(re.findall(r"\b(\w+_kernel)\(", text))
         built = {re.sub(r"<.*|.*::", "", row["kernel"].partition("<")[0]) for row in table
                  if row["source"] == source.name}  # fmt: skip

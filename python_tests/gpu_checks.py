@@ -1,0 +1,41 @@
+"""What the GPU tests of all ops share: tensors, PyTorch's own errors, the comparison with fp64."""
+
+import pytest
+import torch
+from helpers import assert_close_to_reference, errors, random_qkv
+from torch.nn import functional
+
+from lctx_kernels import _ops, reference
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def needs_kernel(op):
+    """Marks of a module whose tests run `lctx::op` on a GPU."""
+    built = "cuda" in _ops.KERNELS.get(op, ())
+    return [pytest.mark.cuda, pytest.mark.skipif(not built, reason=f"built without a CUDA {op}")]
+
+
+def gpu_qkv(*args, dtype=torch.bfloat16, **kwargs):
+    return [x.cuda() for x in random_qkv(*args, dtype=dtype, **kwargs)]
+
+
+def baseline(q, k, v):
+    """Errors of PyTorch's own attention, dense, in the dtype of q."""
+
+    def dense(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    exact = reference.flash_attention(q.double(), k.double(), v.double(), causal=False)
+    return errors(dense(q, k, v), exact[0])
+
+
+def check_result(result, exact, q, k, v):
+    """(out, lse) against the definition in fp64, within DESIGN's bounds relative to PyTorch."""
+    out, lse = result
+    assert out.dtype == q.dtype and out.is_contiguous() and lse.dtype == torch.float32
+    assert_close_to_reference("out", out, exact[0], baseline(q, k, v))
+    # The approximate exp2 of the GPU adds to the rounding of fp32.
+    torch.testing.assert_close(lse.double(), exact[1].double(), rtol=1e-6, atol=4e-6)
