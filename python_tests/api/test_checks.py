@@ -315,8 +315,8 @@ def test_cuda_tensors_are_refused_with_reasons(op, backend):
     if backend == "cpu":
         assert text.startswith('backend="cpu" with tensors on cuda:0; expected cpu tensors')
     else:
-        # These are fp32; the Hopper attention kernels take 16 bits.
-        limit = "torch.float32 on a GPU; expected" if op in lk._checks.HOPPER_OPS else "no cuda kernel"
+        hopper = op in lk._checks.HOPPER_OPS  # takes 16 bits; these are fp32
+        limit = "torch.float32 on a GPU; expected" if hopper else "no cuda kernel"
         assert (limit in text or f"{op} has no cuda kernel" in text) and "reference" in text
 
 
