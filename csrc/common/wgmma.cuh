@@ -74,6 +74,13 @@ __device__ __forceinline__ int fragment_row(int thread) {
 }
 __device__ __forceinline__ int fragment_column(int thread) { return thread % 4 * 2; }
 
+// Scales the two rows of an accumulator of N columns.
+template <int N>
+__device__ __forceinline__ void scale_rows(float (&d)[N / 2], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) d[i] *= factor[i / 2 % 2];
+}
+
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 template <>

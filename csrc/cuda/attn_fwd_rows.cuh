@@ -25,7 +25,7 @@ struct StoreRows {
                                                    const Work& work, int row0) {
     using T = typename Kernel::T;
     const auto& p = kernel.p;
-    constexpr int kUnits = Kernel::kHeadDim / 8;
+    constexpr int kUnits = Kernel::kValueDim / 8;
     T* out = static_cast<T*>(p.out_view.data) + work.batch * p.out_view.stride_b +
              kernel.position(work, row0) * p.out_view.stride_t + work.head * p.out_view.stride_h;
     const int64_t pitch = kernel.row_step() * p.out_view.stride_t;
@@ -39,18 +39,18 @@ struct StoreRows {
 
   template <class Kernel>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
-                                                const Work& work, float (&o)[Kernel::kHeadDim / 2],
+                                                const Work& work, float (&o)[Kernel::kValueDim / 2],
                                                 const float (&inverse)[2]) {
     using Traits = typename Kernel::Traits;
-    constexpr int kHeadDim = Kernel::kHeadDim;
+    constexpr int kValueDim = Kernel::kValueDim;
     const int thread = threadIdx.x % 128, lane = thread % 32;
     const int row0 = work.row0 + warpgroup * 64;
-    const uint32_t tile = kernel.smem + Traits::kO + warpgroup * tile_bytes(64, kHeadDim);
+    const uint32_t tile = kernel.smem + Traits::kO + warpgroup * tile_bytes(64, kValueDim);
     // The last store must have left the tile before it is overwritten.
     if (thread == 0) ptx::tma_store_wait_read<0>();
     ptx::named_barrier_sync(1 + warpgroup, 128);
 #pragma unroll
-    for (int t = 0; t < kHeadDim / 16; ++t) {
+    for (int t = 0; t < kValueDim / 16; ++t) {
       uint32_t r[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -68,9 +68,9 @@ struct StoreRows {
       ptx::named_barrier_sync(1 + warpgroup, 128);
     } else if (thread == 0) {
 #pragma unroll
-      for (int c = 0; c < kHeadDim / kChunkColumns; ++c) {
-        ptx::tma_store_5d(&kernel.p.out[work.map], tile + c * chunk_bytes(64), c * kChunkColumns,
-                          row0, work.phase, work.head, work.batch);
+      for (int c = 0; c < kValueDim / kChunkColumns; ++c) {
+        ptx::tma_store_5d(&kernel.p.out[work.map], tile + c * chunk_bytes(64),
+                          work.column + c * kChunkColumns, row0, work.phase, work.head, work.batch);
       }
       ptx::tma_store_commit();
       if constexpr (Traits::kShareO) ptx::tma_store_wait_read<0>();
@@ -103,7 +103,7 @@ struct CarryRows {
   // Puts the carried rows into the accumulators and the row state.
   template <class Kernel>
   static __device__ __forceinline__ void begin(const Kernel& kernel, int warpgroup,
-                                               const Work& work, float (&o)[Kernel::kHeadDim / 2],
+                                               const Work& work, float (&o)[Kernel::kValueDim / 2],
                                                RowState& state) {
     const auto& p = kernel.p;
     const int thread = threadIdx.x % 128;
@@ -121,7 +121,7 @@ struct CarryRows {
       }
       const float* from = p.carry_out + (carried ? element(kernel, work, row) : 0);
 #pragma unroll
-      for (int j = 0; j < Kernel::kHeadDim / 8; ++j) {
+      for (int j = 0; j < Kernel::kValueDim / 8; ++j) {
         const bool inside = carried && 8 * j < p.D;
         const float2 x =
             inside ? *reinterpret_cast<const float2*>(from + 8 * j) : make_float2(0.f, 0.f);
@@ -133,7 +133,7 @@ struct CarryRows {
 
   template <class Kernel>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
-                                                const Work& work, float (&o)[Kernel::kHeadDim / 2],
+                                                const Work& work, float (&o)[Kernel::kValueDim / 2],
                                                 const float (&inverse)[2]) {
     const auto& p = kernel.p;
     if (p.partial_out == nullptr) {
@@ -146,7 +146,7 @@ struct CarryRows {
       if (row >= work.row_end) continue;
       float* to = p.partial_out + element(kernel, work, row);
 #pragma unroll
-      for (int j = 0; j < Kernel::kHeadDim / 8; ++j) {
+      for (int j = 0; j < Kernel::kValueDim / 8; ++j) {
         if (8 * j < p.D) {
           *reinterpret_cast<float2*>(to + 8 * j) =
               make_float2(o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);

@@ -23,10 +23,14 @@
 
 namespace lctx::cuda {
 
-template <class T_, int kHeadDim_, int kBlockN_, int kConsumers_, bool kShareO_>
+// kValueDim: value columns of a tile, where they are not all of kHeadDim. kOuter: shared memory for a
+// second set of accumulators.
+template <class T_, int kHeadDim_, int kBlockN_, int kConsumers_, bool kShareO_,
+          int kValueDim_ = kHeadDim_, bool kOuter_ = false>
 struct FwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kValueDim = kValueDim_;
   static constexpr int kBlockN = kBlockN_;
   static constexpr int kConsumers = kConsumers_;
   static constexpr bool kShareO = kShareO_;  // O leaves through Q's shared memory
@@ -36,11 +40,15 @@ struct FwdTile {
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   static constexpr int kQBytes = tile_bytes(kBlockM, kHeadDim);
-  static constexpr int kKVBytes = tile_bytes(kBlockN, kHeadDim);
+  static constexpr int kKBytes = tile_bytes(kBlockN, kHeadDim);
+  static constexpr int kVBytes = tile_bytes(kBlockN, kValueDim);
   static constexpr int kK = kQBytes;
-  static constexpr int kV = kK + kStages * kKVBytes;
-  static constexpr int kO = kShareO ? 0 : kV + kStages * kKVBytes;
-  static constexpr int kBarriers = kV + kStages * kKVBytes + (kShareO ? 0 : kQBytes);
+  static constexpr int kV = kK + kStages * kKBytes;
+  static constexpr int kOuter = kV + kStages * kVBytes;
+  static constexpr int kOuterBytes = kOuter_ ? kBlockM * kValueDim * 4 : 0;
+  static constexpr int kO = kShareO ? 0 : kOuter + kOuterBytes;
+  static constexpr int kBarriers =
+      kOuter + kOuterBytes + (kShareO ? 0 : tile_bytes(kBlockM, kValueDim));
   static constexpr int kSharedBytes = kBarriers + 256 + 1024;  // barriers, alignment
 };
 
@@ -61,7 +69,8 @@ struct FwdKernel {
   using Scores = typename Traits::Scores;
   using Rows = typename Traits::Rows;
   using State = typename Scores::State;
-  static constexpr int kHeadDim = Traits::kHeadDim, kBlockN = Traits::kBlockN;
+  static constexpr int kHeadDim = Traits::kHeadDim, kValueDim = Traits::kValueDim;
+  static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr int kConsumerWarps = 4 * Traits::kConsumers;
   using KVPipeline = Pipeline<Traits::kStages>;
@@ -112,16 +121,19 @@ struct FwdKernel {
 
   // ---- producer ----
 
-  // Loads a block of keys or values into the next stage at `offset`. `work.head` is theirs.
+  // Loads kColumns columns of a block of keys or values into the next stage at `offset`.
+  // `work.head` is theirs.
+  template <int kColumns>
   __device__ __forceinline__ void load_block(const KVPipeline& pipe, KVState& state, int offset,
                                              const CUtensorMap* map, const Work& work,
-                                             const KeyBlock& block) const {
-    const uint32_t full = pipe.acquire(state, Traits::kKVBytes);
-    const uint32_t dst = smem + offset + state.stage() * Traits::kKVBytes;
+                                             const KeyBlock& block, int column) const {
+    constexpr int kBytes = tile_bytes(kBlockN, kColumns);
+    const uint32_t full = pipe.acquire(state, kBytes);
+    const uint32_t dst = smem + offset + state.stage() * kBytes;
 #pragma unroll 1
-    for (int c = 0; c < kChunks; ++c) {
-      ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), map, full, c * kChunkColumns, block.row,
-                       block.phase, work.head, work.batch);
+    for (int c = 0; c < kColumns / kChunkColumns; ++c) {
+      ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), map, full, column + c * kChunkColumns,
+                       block.row, block.phase, work.head, work.batch);
     }
     state.advance();
   }
@@ -139,7 +151,7 @@ struct FwdKernel {
 
   __device__ __forceinline__ KeyRange tile_keys(const Work& work) const {
     const int rows = min(Traits::kBlockM, work.row_end - work.row0);
-    return Scores::range(p, work.position0, work.position0 + rows - 1, work.num_keys);
+    return Scores::range(p, work, work.position0, work.position0 + rows - 1);
   }
 
   __device__ __forceinline__ void produce() {
@@ -160,13 +172,13 @@ struct FwdKernel {
       for (int n = keys.end - 1; n >= keys.begin - 1; --n) {
         if (n >= keys.begin) {
           const KeyBlock block = Scores::block(p, work, n);
-          load_block(k_pipe, k_state, Traits::kK, block.k, work, block);
+          load_block<kHeadDim>(k_pipe, k_state, Traits::kK, block.k, work, block, 0);
         }
         if (n == keys.end - 1) {
           load_queries(q_state, find_work_again(index));
         } else {
           const KeyBlock block = Scores::block(p, work, n + 1);
-          load_block(v_pipe, v_state, Traits::kV, block.v, work, block);
+          load_block<kValueDim>(v_pipe, v_state, Traits::kV, block.v, work, block, work.column);
         }
       }
     }
@@ -193,17 +205,11 @@ struct FwdKernel {
 
   // What the rows start from; without a carried result they start with the first product.
   __device__ __forceinline__ void begin_rows(int warpgroup, const Work& work,
-                                             float (&o)[kHeadDim / 2], State& state) const {
+                                             float (&o)[kValueDim / 2], State& state) const {
     if constexpr (Rows::kCarries) {
       ptx::grid_dependency_wait();
       Rows::begin(*this, warpgroup, work, o, state);
     }
-  }
-
-  static __device__ __forceinline__ void scale_rows(float (&o)[kHeadDim / 2],
-                                                    const float (&alpha)[2]) {
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= alpha[i / 2 % 2];
   }
 
   // Lets `blocks` blocks of keys and values pass unread.
@@ -232,12 +238,12 @@ struct FwdKernel {
         // The warpgroup's own rows may see less than the tile; what it skips it only releases.
         const int position0 = work.position0 + warpgroup * 64;
         const int rows = min(64, work.row_end - work.row0 - warpgroup * 64);
-        keys = Scores::range(p, position0, position0 + rows - 1, work.num_keys);
+        keys = Scores::range(p, work, position0, position0 + rows - 1);
         keys.begin = max(keys.begin, all.begin);
         keys.end = min(keys.end, all.end);
       }
       const int skip_left = keys.begin - all.begin;
-      float o[kHeadDim / 2];
+      float o[kValueDim / 2];
       float alpha[2], inverse[2], lse[2];
       State state;
       if (keys.end <= keys.begin) {
@@ -249,7 +255,7 @@ struct FwdKernel {
         }
         const Work work = find_work_again(index);
 #pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.f;
+        for (int i = 0; i < kValueDim / 2; ++i) o[i] = 0.f;
         begin_rows(warpgroup, work, o, state);
         state.finish(p.scale_log2, inverse, lse);
         Rows::finish(*this, warpgroup, work, o, inverse);
@@ -266,27 +272,28 @@ struct FwdKernel {
       k_pipe.wait(k_state);
       wgmma_fence();
       gemm_nt<T, kBlockN, kHeadDim>(
-          s, q_tile, 64, smem + Traits::kK + k_state.stage() * Traits::kKVBytes, kBlockN);
+          s, q_tile, 64, smem + Traits::kK + k_state.stage() * Traits::kKBytes, kBlockN);
       wgmma_commit();
       if constexpr (Rows::kCarries) begin_rows(warpgroup, find_work_again(index), o, state);
+      if constexpr (Scores::kFolds) Scores::begin(*this, warpgroup, find_work_again(index), n, state);
       wgmma_wait<0>();
       k_pipe.release(k_state);
       k_state.advance();
-      if (keys.needs_mask(n)) mask_block(index, warpgroup, n, s, state);
+      if (Scores::needs_mask(keys, n, state)) mask_block(index, warpgroup, n, s, state);
       Scores::template weigh<true>(p, s, state, alpha);
-      accumulator_to_a<T, kBlockN>(s, weights);
-      if constexpr (Rows::kCarries) scale_rows(o, alpha);
+      Scores::template to_a<T>(s, state, weights);
+      if constexpr (Rows::kCarries) scale_rows<kValueDim>(o, alpha);
 
       bool started = Rows::kCarries;
       const auto step = [&](auto masked) {
         wgmma_fence();
         gemm_nt<T, kBlockN, kHeadDim>(
-            s, q_tile, 64, smem + Traits::kK + k_state.stage() * Traits::kKVBytes, kBlockN);
+            s, q_tile, 64, smem + Traits::kK + k_state.stage() * Traits::kKBytes, kBlockN);
         wgmma_commit();
         v_pipe.wait(v_state);
         wgmma_fence();
-        gemm_rn<T, kHeadDim, kBlockN>(
-            o, weights, smem + Traits::kV + v_state.stage() * Traits::kKVBytes, kBlockN, started);
+        gemm_rn<T, kValueDim, kBlockN>(
+            o, weights, smem + Traits::kV + v_state.stage() * Traits::kVBytes, kBlockN, started);
         wgmma_commit();
         started = true;
         wgmma_wait<1>();
@@ -301,12 +308,17 @@ struct FwdKernel {
         wgmma_wait<0>();
         v_pipe.release(v_state);
         v_state.advance();
-        scale_rows(o, alpha);
-        accumulator_to_a<T, kBlockN>(s, weights);
+        if constexpr (Scores::kFolds) {
+          started = Scores::fold(*this, warpgroup, o, alpha, state);
+        } else {
+          scale_rows<kValueDim>(o, alpha);
+        }
+        Scores::template to_a<T>(s, state, weights);
       };
       if (n > keys.begin) k_pipe.wait(k_state);
       for (--n; n >= keys.begin; --n) {
-        if (keys.needs_mask(n)) {
+        if constexpr (Scores::kFolds) Scores::enter(p, n, state);
+        if (Scores::needs_mask(keys, n, state)) {
           step(std::true_type{});
         } else {
           step(std::false_type{});
@@ -319,8 +331,8 @@ struct FwdKernel {
 
       v_pipe.wait(v_state);
       wgmma_fence();
-      gemm_rn<T, kHeadDim, kBlockN>(
-          o, weights, smem + Traits::kV + v_state.stage() * Traits::kKVBytes, kBlockN, started);
+      gemm_rn<T, kValueDim, kBlockN>(
+          o, weights, smem + Traits::kV + v_state.stage() * Traits::kVBytes, kBlockN, started);
       wgmma_commit();
       state.finish(p.scale_log2, inverse, lse);
       const Work work = find_work_again(index);
@@ -329,6 +341,7 @@ struct FwdKernel {
       v_pipe.release(v_state);
       v_state.advance();
       skip(skip_left, k_state, v_state);
+      if constexpr (Scores::kFolds) Scores::complete(*this, warpgroup, o, state);
       Rows::finish(*this, warpgroup, work, o, inverse);
       if constexpr (Traits::kShareO) {
         q_pipe.release(q_state);
