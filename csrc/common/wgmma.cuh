@@ -96,6 +96,22 @@ __device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
   return r;
 }
 
+// Products of both elements of two packs.
+template <class T>
+__device__ __forceinline__ uint32_t multiply2(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t multiply2<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply2<__half>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
 // The accumulator of N columns as A operand of N / 16 steps.
 template <class T, int N>
 __device__ __forceinline__ void accumulator_to_a(const float (&d)[N / 2],

@@ -23,8 +23,8 @@
 
 namespace lctx::cuda {
 
-// kValueDim: value columns of a tile, where they are not all of kHeadDim. kOuter: shared memory for a
-// second set of accumulators.
+// kValueDim: value columns of a tile, where they are not all of kHeadDim. kOuter: shared memory for
+// a second set of accumulators.
 template <class T_, int kHeadDim_, int kBlockN_, int kConsumers_, bool kShareO_,
           int kValueDim_ = kHeadDim_, bool kOuter_ = false>
 struct FwdTile {
@@ -271,11 +271,12 @@ struct FwdKernel {
       q_pipe.wait(q_state);
       k_pipe.wait(k_state);
       wgmma_fence();
-      gemm_nt<T, kBlockN, kHeadDim>(
-          s, q_tile, 64, smem + Traits::kK + k_state.stage() * Traits::kKBytes, kBlockN);
+      gemm_nt<T, kBlockN, kHeadDim>(s, q_tile, 64,
+                                    smem + Traits::kK + k_state.stage() * Traits::kKBytes, kBlockN);
       wgmma_commit();
       if constexpr (Rows::kCarries) begin_rows(warpgroup, find_work_again(index), o, state);
-      if constexpr (Scores::kFolds) Scores::begin(*this, warpgroup, find_work_again(index), n, state);
+      if constexpr (Scores::kFolds)
+        Scores::begin(*this, warpgroup, find_work_again(index), n, state);
       wgmma_wait<0>();
       k_pipe.release(k_state);
       k_state.advance();
@@ -296,6 +297,7 @@ struct FwdKernel {
             o, weights, smem + Traits::kV + v_state.stage() * Traits::kVBytes, kBlockN, started);
         wgmma_commit();
         started = true;
+        if constexpr (Scores::kFolds) Scores::turn(p, n, state);
         wgmma_wait<1>();
         k_pipe.release(k_state);
         k_state.advance();
@@ -317,7 +319,7 @@ struct FwdKernel {
       };
       if (n > keys.begin) k_pipe.wait(k_state);
       for (--n; n >= keys.begin; --n) {
-        if constexpr (Scores::kFolds) Scores::enter(p, n, state);
+        if constexpr (Scores::kFolds) Scores::enter(n, state);
         if (Scores::needs_mask(keys, n, state)) {
           step(std::true_type{});
         } else {
