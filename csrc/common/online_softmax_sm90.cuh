@@ -55,6 +55,11 @@ struct RowState {
     for (int row = 0; row < 2; ++row) l[row] = l[row] * alpha[row] + sum[row];
   }
 
+  // A number that needs all weights to be known.
+  __device__ __forceinline__ int not_negative() const {
+    return __float_as_int(fminf(l[0], l[1]));
+  }
+
   // Completes the sums: returns 1 / l (0 for a row without keys) and the natural log-sum-exp.
   __device__ __forceinline__ void finish(float scale_log2, float (&inverse)[2], float (&lse)[2]) {
 #pragma unroll

@@ -44,6 +44,12 @@ struct Pipeline {
     ptx::mbarrier_wait(full + state.stage() * 8, state.phase());
   }
 
+  // The same, but not before x, which is not negative, is known: ptxas moves arithmetic across a
+  // spin, but not what the spin depends on.
+  __device__ __forceinline__ void wait_after(const PipelineState<kStages>& state, int x) const {
+    ptx::mbarrier_wait(full + state.stage() * 8 + (x < 0 ? 8 : 0), state.phase());
+  }
+
   // Consumer: called by every thread, counted once a warp, after this warp's own reads.
   __device__ __forceinline__ void release(const PipelineState<kStages>& state) const {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + state.stage() * 8);

@@ -283,14 +283,28 @@ struct FwdKernel {
       if (Scores::needs_mask(keys, n, state)) mask_block(index, warpgroup, n, s, state);
       Scores::template weigh<true>(p, s, state, alpha);
       Scores::template to_a<T>(s, state, weights);
-      if constexpr (Rows::kCarries) scale_rows<kValueDim>(o, alpha);
+      if constexpr (Rows::kCarries) {
+        // Not by rescale() below: ptxas would wait for the scores before it loads the carried rows.
+        scale_rows<kValueDim>(o, alpha);
+        alpha[0] = alpha[1] = 1.f;
+      }
 
       bool started = Rows::kCarries;
+      // Brings o into the terms of the weights that are to be multiplied next. It has the time of
+      // the product that was issued before.
+      const auto rescale = [&] {
+        if constexpr (Scores::kFolds) {
+          if (Scores::fold(*this, warpgroup, o, alpha, state)) started = false;
+        } else {
+          scale_rows<kValueDim>(o, alpha);
+        }
+      };
       const auto step = [&](auto masked) {
         wgmma_fence();
         gemm_nt<T, kBlockN, kHeadDim>(
             s, q_tile, 64, smem + Traits::kK + k_state.stage() * Traits::kKBytes, kBlockN);
         wgmma_commit();
+        rescale();
         v_pipe.wait(v_state);
         wgmma_fence();
         gemm_rn<T, kValueDim, kBlockN>(
@@ -304,17 +318,12 @@ struct FwdKernel {
         constexpr bool kMasked = decltype(masked)::value;
         if constexpr (kMasked) mask_block(index, warpgroup, n, s, state);
         Scores::template weigh<kMasked>(p, s, state, alpha);
-        // Waiting for the next keys here keeps ptxas from hoisting the wait for P V above the
-        // softmax: it does not move instructions across the spin.
-        if (n > keys.begin) k_pipe.wait(k_state);
+        // ptxas likes to put the softmax behind the wait for P V, where nothing runs under it. The
+        // wait for the next keys stands between them and is made to depend on the weights.
+        if (n > keys.begin) k_pipe.wait_after(k_state, state.not_negative());
         wgmma_wait<0>();
         v_pipe.release(v_state);
         v_state.advance();
-        if constexpr (Scores::kFolds) {
-          started = Scores::fold(*this, warpgroup, o, alpha, state);
-        } else {
-          scale_rows<kValueDim>(o, alpha);
-        }
         Scores::template to_a<T>(s, state, weights);
       };
       if (n > keys.begin) k_pipe.wait(k_state);
@@ -331,6 +340,7 @@ struct FwdKernel {
         q_state.advance();
       }
 
+      rescale();
       v_pipe.wait(v_state);
       wgmma_fence();
       gemm_rn<T, kValueDim, kBlockN>(

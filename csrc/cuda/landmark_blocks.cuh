@@ -51,7 +51,8 @@ struct BlockScores : PlainScores<kBlockN> {
     float keep[2], add[2];           // O_outer <- keep O_outer + add O
     int first[2] = {0, 0};           // LandmarkRow::first of the rows
     bool earlier[2] = {false, false};
-    bool closed = false;  // the block before is complete
+    bool closes = false;   // this tile begins another block than the one before
+    bool pending = false;  // o is that of a complete block, to be folded
     LandmarkTile tile, next;
     const LandmarkTile* tiles;
 
@@ -148,7 +149,7 @@ struct BlockScores : PlainScores<kBlockN> {
 
   // Before tile n, any other.
   static __device__ __forceinline__ void enter(int n, State& state) {
-    state.closed = state.next.begin() != state.tile.begin();
+    state.closes = state.next.begin() != state.tile.begin();
     state.tile = state.next;
     state.next = state.tiles[max(n - 1, 0)];
   }
@@ -156,7 +157,8 @@ struct BlockScores : PlainScores<kBlockN> {
   // The same, once the products of tile n are on their way.
   template <class P>
   static __device__ __forceinline__ void turn(const P& p, int n, State& state) {
-    if (!state.closed) return;
+    state.pending = state.closes;
+    if (!state.closes) return;
     state.close(p.scale_log2);
     start_block(n, state);
   }
@@ -197,14 +199,13 @@ struct BlockScores : PlainScores<kBlockN> {
     state.template update<kBlockN>(s, p.scale_log2, alpha);
   }
 
-  // Once P V of the tile before is complete: folds it if its block is, else scales it to the new
-  // maximum. Returns whether anything is left in o.
+  // Folds o if its block is complete, else scales it to the new maximum. Returns whether it folded.
   template <class Kernel, int N>
   static __device__ __forceinline__ bool fold(const Kernel& kernel, int warpgroup, float (&o)[N],
                                               const float (&alpha)[2], State& state) {
-    if (!state.closed) {
+    if (!state.pending) {
       scale_rows<2 * N>(o, alpha);
-      return true;
+      return false;
     }
     const uint32_t at = outer(kernel, warpgroup);
 #pragma unroll
@@ -216,7 +217,7 @@ struct BlockScores : PlainScores<kBlockN> {
       x.w = x.w * state.keep[1] + o[4 * j + 3] * state.add[1];
       ptx::store_shared_float4(at + j * 2048, x);
     }
-    return false;
+    return true;
   }
 
   // After the last product: the last block's fold, into o.

@@ -44,6 +44,17 @@ struct LandmarkScores : PlainScores<kBlockN> {
     uint32_t factor[kGroups][2];       // c_g twice, packed
     uint32_t packed[kBlockN / 16][4];  // exponentials
 
+    // A number that needs all weights to be known.
+    __device__ __forceinline__ int not_negative() const {
+      uint32_t any = 0;
+#pragma unroll
+      for (int t = 0; t < kBlockN / 16; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) any |= packed[t][i];
+      }
+      return static_cast<int>(any);
+    }
+
     __device__ __forceinline__ void finish(float, float (&inverse)[2], float (&lse)[2]) const {
       const float sum = kGroups > 1 ? Z + __shfl_xor_sync(~0u, Z, 2) : Z;
       const bool empty = sum == 0.f;
@@ -114,12 +125,12 @@ struct LandmarkScores : PlainScores<kBlockN> {
     }
   }
 
-  // The same for the padding alone, at most half of a group.
+  // The same for the padding alone: at most half of a group, but for the narrowest.
   template <class P>
   static __device__ __forceinline__ void mask_padding(const P& p, float (&s)[kBlockN / 2]) {
     const int low = p.padding - fragment_column(threadIdx.x % 128);
 #pragma unroll
-    for (int j = 0; j < (kWidth + 15) / 16; ++j) {
+    for (int j = 0; j < (kWidth > 16 ? (kWidth + 15) / 16 : kWidth / 8); ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const bool pad = 8 * j + i < low;
