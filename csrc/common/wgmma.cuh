@@ -4,6 +4,7 @@
 // rows are K, columns are M or N.
 #pragma once
 
+#include "ptx.cuh"
 #include "wgmma_layout.h"
 #include "wgmma_shapes.cuh"
 
@@ -66,6 +67,12 @@ __device__ __forceinline__ void gemm_rn(float (&d)[N / 2], const uint32_t (&a)[k
 }
 
 // ---- fragments: which element of a 64-row accumulator a thread holds ----
+
+// Thread of the warpgroup. Opaque: what follows from it (addresses, rows) is computed where it is
+// used instead of being kept in registers, or spilled, through a main loop.
+__device__ __forceinline__ int warpgroup_thread() {
+  return ptx::opaque(static_cast<int>(threadIdx.x % 128));
+}
 
 // Register 4 j + {0, 1} of thread `thread` (0..127): row fragment_row, columns 8 j +
 // fragment_column + {0, 1}; register 4 j + {2, 3}: 8 rows below.

@@ -29,7 +29,7 @@ struct StoreRows {
     T* out = static_cast<T*>(p.out_view.data) + work.batch * p.out_view.stride_b +
              kernel.position(work, row0) * p.out_view.stride_t + work.head * p.out_view.stride_h;
     const int64_t pitch = kernel.row_step() * p.out_view.stride_t;
-    for (int i = threadIdx.x % 128; i < rows * kUnits; i += 128) {
+    for (int i = warpgroup_thread(); i < rows * kUnits; i += 128) {
       const int row = i / kUnits, unit = i % kUnits;
       if (unit * 8 >= p.D) continue;
       *reinterpret_cast<uint4*>(out + row * pitch + unit * 8) =
@@ -43,7 +43,7 @@ struct StoreRows {
                                                 const float (&inverse)[2]) {
     using Traits = typename Kernel::Traits;
     constexpr int kHeadDim = Kernel::kHeadDim;
-    const int thread = threadIdx.x % 128, lane = thread % 32;
+    const int thread = warpgroup_thread(), lane = thread % 32;
     const int row0 = work.row0 + warpgroup * 64;
     const uint32_t tile = kernel.smem + Traits::kO + warpgroup * tile_bytes(64, kHeadDim);
     // The last store must have left the tile before it is overwritten.
@@ -97,7 +97,7 @@ struct CarryRows {
     const auto& p = kernel.p;
     const int64_t position = kernel.position(work, row);
     return ((work.batch * int64_t{p.Tq} + position) * p.Hq + work.head) * p.D +
-           fragment_column(threadIdx.x % 128);
+           fragment_column(warpgroup_thread());
   }
 
   // Puts the carried rows into the accumulators and the row state.
@@ -106,7 +106,7 @@ struct CarryRows {
                                                const Work& work, float (&o)[Kernel::kHeadDim / 2],
                                                RowState& state) {
     const auto& p = kernel.p;
-    const int thread = threadIdx.x % 128;
+    const int thread = warpgroup_thread();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
@@ -142,7 +142,7 @@ struct CarryRows {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = work.row0 + warpgroup * 64 + fragment_row(threadIdx.x % 128) + 8 * i;
+      const int row = work.row0 + warpgroup * 64 + fragment_row(warpgroup_thread()) + 8 * i;
       if (row >= work.row_end) continue;
       float* to = p.partial_out + element(kernel, work, row);
 #pragma unroll

@@ -28,7 +28,7 @@ struct KeyBlock {
   int row, phase;
 };
 
-template <int kBlockN>
+template <int kBlockN, bool kWindowed = true>
 struct DenseScores {
   struct Params {};
   using State = RowState;
@@ -37,7 +37,7 @@ struct DenseScores {
   template <class P>
   static __device__ __forceinline__ KeyRange range(const P& p, int first, int last, int num_keys) {
     int high = p.causal ? min(last, num_keys - 1) : num_keys - 1, low = 0;
-    if (p.window > 0) {
+    if (kWindowed && p.window > 0) {
       high = min(high, last + p.window - 1);
       low = max(low, first - p.window + 1);
     }
@@ -45,7 +45,7 @@ struct DenseScores {
     keys.begin = low / kBlockN;
     keys.end = high < 0 || last < first ? 0 : high / kBlockN + 1;
     int full_high = p.causal ? min(first, num_keys - 1) : num_keys - 1, full_low = 0;
-    if (p.window > 0) {
+    if (kWindowed && p.window > 0) {
       full_high = min(full_high, first + p.window - 1);
       full_low = max(full_low, last - p.window + 1);
     }
@@ -64,12 +64,12 @@ struct DenseScores {
   template <class P>
   static __device__ __forceinline__ void mask(const P& p, const Work& work, int position0, int n,
                                               float (&s)[kBlockN / 2], State&) {
-    const int thread = threadIdx.x % 128;
+    const int thread = warpgroup_thread();
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int position = position0 + fragment_row(thread) + 8 * row;
       int high = p.causal ? min(position, work.num_keys - 1) : work.num_keys - 1, low = 0;
-      if (p.window > 0) {
+      if (kWindowed && p.window > 0) {
         high = min(high, position + p.window - 1);
         low = max(low, position - p.window + 1);
       }
