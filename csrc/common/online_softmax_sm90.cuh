@@ -55,6 +55,9 @@ struct RowState {
     for (int row = 0; row < 2; ++row) l[row] = l[row] * alpha[row] + sum[row];
   }
 
+  // 0, known only when all weights are: what uses it cannot be moved above the exponentials.
+  __device__ __forceinline__ uint32_t settled() const { return l[0] < 0.f || l[1] < 0.f; }
+
   // Completes the sums: returns 1 / l (0 for a row without keys) and the natural log-sum-exp.
   __device__ __forceinline__ void finish(float scale_log2, float (&inverse)[2], float (&lse)[2]) {
 #pragma unroll

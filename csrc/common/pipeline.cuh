@@ -40,8 +40,10 @@ struct Pipeline {
     return full + state.stage() * 8;
   }
 
-  __device__ __forceinline__ void wait(const PipelineState<kStages>& state) const {
-    ptx::mbarrier_wait(full + state.stage() * 8, state.phase());
+  // `zero` must be 0: a value that the wait shall not start before (see RowState::settled).
+  __device__ __forceinline__ void wait(const PipelineState<kStages>& state,
+                                       uint32_t zero = 0) const {
+    ptx::mbarrier_wait(full + state.stage() * 8, state.phase() + zero);
   }
 
   // Consumer: called by every thread, counted once a warp, after this warp's own reads.

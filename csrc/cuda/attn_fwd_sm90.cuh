@@ -340,9 +340,9 @@ struct FwdKernel {
         constexpr bool kMasked = decltype(masked)::value;
         if constexpr (kMasked) mask_block(index, warpgroup, n, s, state);
         Scores::template weigh<kMasked>(p, s, state, alpha);
-        // Waiting for the next keys here keeps ptxas from hoisting the wait for P V above the
-        // softmax: it does not move instructions across the spin.
-        if (n > keys.begin) k_pipe.wait(k_state);
+        // ptxas would hoist the wait for P V above the softmax. It does not move it across a spin,
+        // and this one needs the weights.
+        if (n > keys.begin) k_pipe.wait(k_state, state.settled());
         wgmma_wait<0>();
         v_pipe.release(v_state);
         v_state.advance();
