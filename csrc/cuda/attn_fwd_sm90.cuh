@@ -23,16 +23,17 @@
 
 namespace lctx::cuda {
 
-template <class T_, int kHeadDim_, int kBlockN_, int kConsumers_, bool kShareO_>
+template <class T_, int kHeadDim_, int kBlockN_, int kConsumers_, bool kStagesO_>
 struct FwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockN = kBlockN_;
   static constexpr int kConsumers = kConsumers_;
-  static constexpr bool kShareO = kShareO_;  // O leaves through Q's shared memory
+  // O has shared memory of its own and leaves by TMA; else it leaves from registers.
+  static constexpr bool kStagesO = kStagesO_;
   static constexpr int kStages = 2;
   // A second Q, where there is room, lets the next tile's first scores run under this one's end.
-  static constexpr int kQStages = kShareO ? 1 : 2;
+  static constexpr int kQStages = kStagesO ? 2 : 1;
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
@@ -41,8 +42,8 @@ struct FwdTile {
   static constexpr int kKVBytes = tile_bytes(kBlockN, kHeadDim);
   static constexpr int kK = kQStages * kQBytes;
   static constexpr int kV = kK + kStages * kKVBytes;
-  static constexpr int kO = kShareO ? 0 : kV + kStages * kKVBytes;
-  static constexpr int kBarriers = kV + kStages * kKVBytes + (kShareO ? 0 : kQBytes);
+  static constexpr int kO = kV + kStages * kKVBytes;
+  static constexpr int kBarriers = kO + (kStagesO ? kQBytes : 0);
   static constexpr int kSharedBytes = kBarriers + 256 + 1024;  // barriers, alignment
 };
 
@@ -357,10 +358,8 @@ struct FwdKernel {
           step(std::false_type{});
         }
       }
-      if constexpr (kPrefetch) {
-        q_pipe.release(q_state);
-        q_state.advance();
-      }
+      q_pipe.release(q_state);
+      q_state.advance();
 
       issue_values(v_state, weights, o, started);
       const KVState last = v_state;
@@ -389,8 +388,6 @@ struct FwdKernel {
       if constexpr (kPrefetch) {
         wgmma_wait<0>();
       } else {
-        q_pipe.release(q_state);
-        q_state.advance();
         turn = next_turn(warpgroup);
       }
     }
