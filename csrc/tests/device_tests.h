@@ -60,47 +60,50 @@ void with_value(const char* name, int value, Run&& run) {
 }
 
 // A tensor of five dimensions, innermost first, as Python describes it. Strides are in elements;
-// stride[0] is 1.
+// stride[0] is 1. Type 2 is float32, in any swizzle; others as in with_type, in that of the
+// kernels.
 struct MapArgs {
-  int32_t type;     // 0 bfloat16, 1 float16, 2 float32
-  int32_t swizzle;  // 0 or 128 bytes
+  int32_t type, swizzle;  // swizzle: 0 or 128 bytes
   void* data;
   int64_t size[5], stride[5];
   int32_t box[5];
 };
 
-inline CUtensorMap make_map(const MapArgs& args) {
-  constexpr CUtensorMapDataType kTypes[] = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                                            CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                                            CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
+inline CUtensorMap make_float_map(const MapArgs& args) {
   cuuint64_t size[5], bytes[5];
   cuuint32_t box[5];
   const cuuint32_t step[5] = {1, 1, 1, 1, 1};
   for (int i = 0; i < 5; ++i) {
     size[i] = static_cast<cuuint64_t>(args.size[i]);
-    // The stride of a dimension of size 1 is never used, but must be a multiple of 16.
-    bytes[i] =
-        args.size[i] > 1 ? static_cast<cuuint64_t>(args.stride[i] * (args.type == 2 ? 4 : 2)) : 16;
+    bytes[i] = static_cast<cuuint64_t>(args.stride[i]) * 4;
     box[i] = static_cast<cuuint32_t>(args.box[i]);
   }
   CUtensorMap map;
   const CUresult result =
-      encode_tiled()(&map, kTypes[args.type], 5, args.data, size, bytes + 1, box, step,
-                     CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 5, args.data, size, bytes + 1, box,
+                     step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                      args.swizzle == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   LCTX_CHECK(result == CUDA_SUCCESS, "the tensor map is refused: error ", result);
   return map;
 }
 
+inline DType dtype_of(int type) { return type == 0 ? DType::kBFloat16 : DType::kFloat16; }
+
+inline CUtensorMap make_test_map(const MapArgs& args) {
+  if (args.type == 2) return make_float_map(args);
+  MapLayout layout;
+  for (int i = 0; i < 5; ++i) {
+    layout.size[i] = args.size[i];
+    layout.box[i] = args.box[i];
+    if (i > 0) layout.stride[i - 1] = args.stride[i];
+  }
+  return make_map(args.data, dtype_of(args.type), layout);
+}
+
 // A contiguous (rows, columns) matrix in boxes of `box_rows` rows and 64 columns.
 inline CUtensorMap make_matrix_map(int type, void* data, int rows, int columns, int box_rows) {
-  return make_map({type,
-                   128,
-                   data,
-                   {columns, rows, 1, 1, 1},
-                   {1, columns, 0, 0, 0},
-                   {kChunkColumns, box_rows, 1, 1, 1}});
+  return make_rows_map({data, 0, columns, 0}, dtype_of(type), 1, rows, 1, columns, box_rows);
 }
 
 }  // namespace lctx::tests

@@ -55,12 +55,16 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ 
   }
   const auto* floats = reinterpret_cast<const float*>(base + p.tile_bytes);
   for (int i = threadIdx.x; i < p.vector_bytes / 4; i += kThreads) p.vector_out[i] = floats[i];
-  if (threadIdx.x == 0 && p.stores) {
+  if (!p.stores) return;
+  if (threadIdx.x == 0) {
     const int* c = p.store_at;
     ptx::tma_store_5d(&p.store, tile, c[0], c[1], c[2], c[3], c[4]);
     ptx::tma_store_commit();
-    ptx::tma_store_wait<0>();
+    ptx::tma_store_wait_read<0>();
   }
+  __syncthreads();
+  for (int i = threadIdx.x; i < num_units; i += kThreads) units[i] = {};  // it has been read
+  if (threadIdx.x == 0) ptx::tma_store_wait<0>();
 }
 
 // ---- fragments: registers -> stmatrix -> TMA store, and back by ldmatrix ----
@@ -163,8 +167,8 @@ LCTX_TEST lctx_test_copy(const CopyArgs* args, cudaStream_t stream) {
     CopyParams p{};
     p.loads = args->load.data != nullptr;
     p.stores = args->store.data != nullptr;
-    if (p.loads) p.load = make_map(args->load);
-    if (p.stores) p.store = make_map(args->store);
+    if (p.loads) p.load = make_test_map(args->load);
+    if (p.stores) p.store = make_test_map(args->store);
     for (int i = 0; i < 5; ++i) {
       p.load_at[i] = args->load_at[i];
       p.store_at[i] = args->store_at[i];
@@ -200,7 +204,7 @@ LCTX_TEST lctx_test_sum(int form, const MapArgs* map, const int* at, const float
   return guarded([&] {
     SumParams p{};
     if (form == kTensor) {
-      p.map = make_map(*map);
+      p.map = make_test_map(*map);
       p.swizzled = map->swizzle == 128;
       for (int i = 0; i < 5; ++i) p.at[i] = at[i];
     }
