@@ -167,6 +167,9 @@ LCTX_TEST lctx_test_order(int m_blocks, int heads, int batches, int heads_per_se
 LCTX_TEST lctx_test_dependent_launch(int blocks, int* started, int* data, int* seen,
                                      int* overlapped, cudaStream_t stream) {
   return guarded([&] {
+    // Loaded at its first use otherwise, which waits for running kernels.
+    cudaFuncAttributes attributes;
+    cudaFuncGetAttributes(&attributes, second_kernel);
     first_kernel<<<blocks, 128, 0, stream>>>(started, data, overlapped);
     check_launch("first_kernel", blocks, 128, stream);
     cudaLaunchAttribute early{};
