@@ -74,7 +74,8 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, uint32_
       : "memory");
 }
 
-// Stores a box; rows outside the tensor are clipped.
+// Stores a box; what lies past the end of the tensor is clipped. Unlike those of a load, the
+// coordinates may not be negative: that is an illegal instruction.
 __device__ __forceinline__ void tma_store_5d(const CUtensorMap* map, uint32_t src, int c0, int c1,
                                              int c2, int c3, int c4) {
   asm volatile(
@@ -84,8 +85,7 @@ __device__ __forceinline__ void tma_store_5d(const CUtensorMap* map, uint32_t sr
       : "memory");
 }
 
-// Adds a box to the tensor, in its type; rows outside the tensor are clipped. Committed and waited
-// for like a store.
+// Adds a box to the tensor, in its type; else a store.
 __device__ __forceinline__ void tma_reduce_add_5d(const CUtensorMap* map, uint32_t src, int c0,
                                                   int c1, int c2, int c3, int c4) {
   asm volatile(

