@@ -4,8 +4,9 @@ import importlib.util
 import pytest
 
 from bench.machine import ROOT
-from bench.registry import TIMED_SUITES, Shape
+from bench.registry import Shape
 from bench.results import Document, MemoryRow, Row, goal_results
+from bench.suites import TIMED_SUITES
 
 specification = importlib.util.spec_from_file_location(
     "readme_tables", ROOT / "tools/readme_tables.py"
