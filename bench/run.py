@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -151,8 +152,9 @@ def bench(
         str, typer.Option(help="all, or one suite of this device: see --list.")
     ] = "all",
     only: Annotated[
-        str, typer.Option(help="Groups of the suite that time this candidate, or a goal so named.")
-    ] = "",
+        list[str],
+        typer.Option(help="Groups that time this candidate or whose goal begins so; repeatable."),
+    ] = [],  # noqa: B006
     op: Annotated[str, typer.Option(help="Time this operation instead of a suite.")] = "",
     shapes: Annotated[
         str, typer.Option(help="With --op: lengths or shapes, as 8k,32k-d128,b2-4k-h32/8-bf16.")
@@ -234,19 +236,19 @@ def _plan(
     return plan
 
 
-def _selected(plan: dict[str, list[Group]], only: str) -> dict[str, list[Group]]:
-    """The groups with a candidate named `only`, or a goal whose label begins so."""
-    chosen = {
-        name: [
-            group
-            for group in groups
-            if only in group.candidates or any(g.label.startswith(only) for g in group.goals)
-        ]
-        for name, groups in plan.items()
-    }
+def _selected(plan: dict[str, list[Group]], only: Sequence[str]) -> dict[str, list[Group]]:
+    """The groups with a candidate of one of these names, or a goal whose label begins so."""
+
+    def wanted(group: Group) -> bool:
+        labels = [goal.label for goal in group.goals]
+        return any(o in group.candidates or any(x.startswith(o) for x in labels) for o in only)
+
+    chosen = {name: list(filter(wanted, groups)) for name, groups in plan.items()}
     chosen = {name: groups for name, groups in chosen.items() if groups}
     if not chosen:
-        raise typer.BadParameter(f"{only!r}: no such candidate or goal", param_hint="--only")
+        raise typer.BadParameter(
+            f"{', '.join(only)}: no such candidate or goal", param_hint="--only"
+        )
     return chosen
 
 

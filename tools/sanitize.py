@@ -36,7 +36,7 @@ def qkv(T: int, D: int, *, B: int = 1, Hq: int = 4, Hkv: int = 2, Tq: int | None
     return [torch.randn(shape).bfloat16().cuda() for shape in shapes]
 
 
-def flash() -> None:
+def _flash() -> None:
     for D in (64, 128, 256):
         lk.flash_attention(*qkv(300, D))
     lk.flash_attention(*qkv(300, 64), causal=False, window=40)
@@ -44,31 +44,31 @@ def flash() -> None:
     lk.flash_attention(*qkv(300, 64), cu_seqlens=bounds)
 
 
-def decode() -> None:
+def _decode() -> None:
     lk.flash_attention(*qkv(1500, 128, Tq=1, B=2))
 
 
-def landmark() -> None:
+def _landmark() -> None:
     for D, block_size in ((64, 64), (128, 51), (128, 256)):
         lk.landmark_attention(*qkv(300, D), block_size=block_size)
     places = (torch.arange(300) % 37 == 5)[None].cuda()
     lk.landmark_attention(*qkv(300, 64), is_landmark=places)
 
 
-def dilated() -> None:
+def _dilated() -> None:
     for causal in (True, False):
         lk.dilated_attention(*qkv(300, 64), [64, 128, 300], [1, 2, 4], causal=causal)
     lk.dilated_attention(*qkv(300, 128), [100], [3])
 
 
-def infini() -> None:
+def _infini() -> None:
     for D in (64, 128):
         for update in ("linear", "delta"):
             _, mem = lk.infini_attention(*qkv(300, D), segment_len=128, update=update)
             lk.infini_attention(*qkv(100, D), mem, segment_len=128, update=update)
 
 
-def carry() -> None:
+def _carry() -> None:
     if not hasattr(torch.ops.lctx, "flash_carry"):
         raise NotImplementedError("lctx::flash_carry does not exist in this build")
     q, k, v = qkv(300, 128)
@@ -77,13 +77,13 @@ def carry() -> None:
         torch.ops.lctx.flash_carry(q, k, v, out, lse, True, 0.1, 0, 300, start, last)
 
 
-def merge() -> None:
+def _merge() -> None:
     out, lse = torch.randn(2, 70, 4, 64).cuda(), torch.randn(2, 4, 70).cuda()
     lk.merge_attention(out, lse, out, lse)
 
 
 CALLS: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (flash, decode, landmark, dilated, infini, carry, merge)
+    f.__name__[1:]: f for f in (_flash, _decode, _landmark, _dilated, _infini, _carry, _merge)
 }
 
 
@@ -124,6 +124,7 @@ def sanitize(tool: str, op: str) -> tuple[bool, str]:
 
 
 def results(tools: list[str], ops: list[str], jobs: int) -> Iterator[tuple[bool, str]]:
+    """What `sanitize` says of every pair, op by op, `jobs` processes at a time."""
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(lambda pair: sanitize(*pair), ((t, op) for op in ops for t in tools))
 
