@@ -97,7 +97,12 @@ def measure_copy(device: torch.device | str, budget: Budget | None = None) -> fl
 
 
 def git_commit() -> str:
-    """Short hash of the checkout, "+" if tracked files differ from it; "unknown" without git."""
+    """Short hash of the checkout, "+" if tracked files differ from it; "unknown" without git.
+
+    BENCH_COMMIT says it for a copy of a checkout.
+    """
+    if os.environ.get("BENCH_COMMIT"):
+        return os.environ["BENCH_COMMIT"]
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
     if not commit:
         return "unknown"

@@ -39,6 +39,7 @@ class Row:
     min_bytes: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
+    group: int = 0  # rows and goals of one group of a suite have the same number
 
 
 @dataclass
@@ -55,6 +56,7 @@ class GoalResult:
     measure: str = "time"
     as_cost: bool = False
     label: str = ""
+    group: int = 0
 
     @property
     def reached(self) -> bool:

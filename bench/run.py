@@ -131,6 +131,8 @@ def run_suite(name: str, runner: IsolatedRunner, groups: list[Group], document: 
         print(f"[{name} {number}/{len(groups)}] {group} ...", file=sys.stderr, flush=True)
         rows = runner.run(group)
         goals = goal_results(group, rows)
+        for result in (*rows, *goals):
+            result.group = number
         show_rows(group, rows, goals)
         document.rows += rows
         document.goals += goals
