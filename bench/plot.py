@@ -35,7 +35,7 @@ def plot_hopper(sources: Sequence[Path], path: Path) -> None:
     dashed = [name for name in times if name.endswith("D 64")]
     panels = [
         Panel("forward", "ms", times, dashed=dashed),
-        Panel("necessary FLOPs at", "% of the matmul rate", shares, log=False, dashed=dashed),
+        Panel("rate of necessary FLOPs", "% of the matmul rate", shares, log=False, dashed=dashed),
     ]
     note = f"bf16, causal, 16 heads of 128, or of 64 (D 64). {machine_line(document.machine)}"
     plot_panels(panels, path, note, {SOURCE_KEY: source_hash(sources)})

@@ -54,6 +54,7 @@ def plot_panels(
 
     figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
+    named: set[str] = set()  # by a legend
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         lengths: set[int] = set()
         for name, curve in panel.curves.items():
@@ -77,7 +78,9 @@ def plot_panels(
             axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.5, color="#dddddd")
-        axes.legend(frameon=False)
+        if not named.issuperset(panel.curves):
+            axes.legend(frameon=False)
+            named.update(panel.curves)
     figure.supxlabel(note, fontsize=8, color="#555555")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
