@@ -63,6 +63,11 @@ class Runner:
             if result.failures:
                 row.status, row.reason = "check_failed", "; ".join(result.failures)
                 calls.pop(name)
+        if group.goals and not any(goal.candidate in calls for goal in group.goals):
+            for name in calls:
+                rows[name].status = "unsupported"
+                rows[name].reason = "not timed: nothing of ours runs beside it"
+            calls.clear()
         timings = time_round_robin(
             {name: call.run for name, call in calls.items()}, self.device, self.budget
         )

@@ -8,7 +8,7 @@ from bench import candidates, check
 from bench.candidates import build, make_inputs
 from bench.check import Checker, mask
 from bench.hopper import hopper
-from bench.registry import OPS, SMALL_BRANCHES, Group, Shape, op_of
+from bench.registry import OPS, SMALL_BRANCHES, Goal, Group, Shape, op_of
 from bench.runner import IsolatedRunner, Runner
 from bench.timing import QUICK
 from lctx_kernels import reference
@@ -114,6 +114,17 @@ def test_an_op_that_the_build_lacks_is_a_row_and_not_the_end():
     assert ours.status == "ok"
     assert (carry.status, carry.median_s) == ("unsupported", None)
     assert "does not exist" in carry.reason
+
+
+def test_rivals_alone_are_not_timed_for_a_goal(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("no kernel for this device")
+
+    monkeypatch.setattr(lctx_kernels, "flash_attention", refuse)
+    group = Group(SHAPE, "fwd", ("sdpa", "flash"), (Goal("flash", "sdpa", 1.0),))
+    rows = Runner("cpu", "auto", check=True, budget=QUICK).run(group)
+    assert [(row.status, row.median_s) for row in rows] == [("unsupported", None)] * 2
+    assert "nothing of ours" in rows[0].reason
 
 
 def test_segments_as_a_batch_are_local_attention():
