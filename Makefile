@@ -5,7 +5,7 @@ TORCH  ?= torch==2.13.0
 # One thread for each test process: threads of two processes that wait for each other spin.
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test build device-tests lint format clean
+.PHONY: demo test build device-tests lint format sanitize clean
 
 demo: build
 	$(PYTHON) -m lctx_kernels.cli demo $(DEMO_ARGS)
@@ -42,6 +42,10 @@ format: $(VENV)/ready
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
+
+# On a machine with a Hopper GPU: compute-sanitizer over small calls of every op.
+sanitize: build
+	$(PYTHON) tools/sanitize.py $(SANITIZE_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info lctx_kernels/*.so
