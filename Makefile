@@ -5,7 +5,7 @@ TORCH  ?= torch==2.13.0
 # One thread for each test process: threads of two processes that wait for each other spin.
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test build lint format clean
+.PHONY: demo test build device-tests lint format sanitize clean
 
 demo: build
 	$(PYTHON) -m lctx_kernels.cli demo $(DEMO_ARGS)
@@ -16,6 +16,12 @@ test: build
 # Compiles what changed into lctx_kernels/_C.abi3.so. PYTHON=... builds with another environment's torch.
 build: $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
 	$(PYTHON) setup.py -q build_ext --inplace
+
+# Compiles the tests of csrc/common for a GPU into build/liblctx_device_tests.so; python_tests/device
+# loads it.
+device-tests: build
+	PATH="$(abspath $(dir $(PYTHON))):$$PATH" && cmake build -DLCTX_BUILD_TESTS=ON >build/device_tests.log \
+	  && cmake --build build --target lctx_device_tests
 
 # Everything that demo, test and lint need.
 $(VENV)/ready: pyproject.toml
@@ -36,6 +42,10 @@ format: $(VENV)/ready
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
+
+# On a machine with a Hopper GPU: compute-sanitizer over small calls of every op.
+sanitize: build
+	$(PYTHON) tools/sanitize.py $(SANITIZE_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info lctx_kernels/*.so

@@ -12,7 +12,17 @@ from torch.nn.functional import scaled_dot_product_attention
 import lctx_kernels
 from lctx_kernels import reference
 
-from .registry import COMPETITORS, DTYPES, OPS, Pass, Shape
+from .registry import (
+    COMPETITORS,
+    COPY_BYTES,
+    DTYPES,
+    LOCAL_SEGMENT,
+    OPS,
+    VARIANTS,
+    Pass,
+    Shape,
+    is_ours,
+)
 
 Tensors = tuple[torch.Tensor, ...]
 SDPA_BACKENDS = {
@@ -25,10 +35,11 @@ SDPA_BACKENDS = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors that get gradients, and the gradient of `out`."""
+    """The tensors that get gradients, and the gradient of `out` where one is asked for."""
 
     tensors: Tensors  # q, k, v; or out_a, lse_a, out_b, lse_b
-    dout: torch.Tensor
+    dout: torch.Tensor | None
+    causal: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,32 +50,24 @@ class Call:
     public: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
 
 
-def make_inputs(shape: Shape, device: str, kind: str = "attention", seed: int = 0) -> Inputs:
-    """Standard normal inputs, the same for every candidate of a group."""
-    generator = torch.Generator().manual_seed(seed)
+def make_inputs(
+    shape: Shape, device: str, kind: str = "attention", seed: int = 0, pass_: Pass = "fwd_bwd"
+) -> Inputs:
+    """Standard normal inputs, the same for every candidate of a group, drawn on their device."""
+    generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, DTYPES[shape.dtype])
     stat = torch.promote_types(dtype, torch.float32)
 
     def normal(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        draw = torch.float64 if dtype == torch.float64 else torch.float32
-        return torch.randn(*size, generator=generator, dtype=draw).to(device, dtype)
+        return torch.randn(*size, generator=generator, dtype=dtype, device=device)
 
     B, T, Hq, Hkv, D = shape.B, shape.T, shape.Hq, shape.Hkv, shape.D
     if kind == "merge":
         parts = [x for _ in range(2) for x in (normal(B, T, Hq, D), normal(B, Hq, T, dtype=stat))]
         return Inputs(tuple(parts), normal(B, T, Hq, D))
-    return Inputs(
-        (normal(B, T, Hq, D), normal(B, T, Hkv, D), normal(B, T, Hkv, D)), normal(B, T, Hq, D)
-    )
-
-
-def is_ours(candidate: str) -> bool:
-    return candidate in OPS
-
-
-def op_of(candidate: str) -> str:
-    """The operation whose definition and FLOPs a candidate has; "flash" for dense rivals."""
-    return "merge" if candidate == "torch-merge" else candidate if is_ours(candidate) else "flash"
+    qkv = (normal(B, shape.queries, Hq, D), normal(B, T, Hkv, D), normal(B, T, Hkv, D))
+    dout = None if pass_ == "fwd" else normal(B, shape.queries, Hq, D)
+    return Inputs(qkv, dout, shape.causal)
 
 
 def build(
@@ -72,31 +75,53 @@ def build(
 ) -> Call:
     """The call of a candidate on `inputs`; raises what the candidate raises in its set-up."""
     if is_ours(candidate) or candidate == "torch-merge":
-        return Call(
-            _with_pass(
-                _our_forward(candidate, options, backend), inputs.tensors, inputs.dout, pass_
-            )
-        )
+        forward = _our_forward(candidate, inputs, options, backend)
+        return Call(_with_pass(forward, inputs.tensors, inputs.dout, pass_))
     if candidate == "fa4":
         return Call(_with_pass(_fa4_forward(), inputs.tensors, inputs.dout, pass_))
+    if candidate == "copy":
+        return Call(_copy(inputs.tensors[0].device))
+    if candidate.startswith("local-"):
+        candidate, inputs = _inside_segments(candidate.removeprefix("local-"), inputs)
     # PyTorch's attention gets its fastest layout, (B, H, T, D) contiguous, made before the timing.
     tensors = tuple(x.transpose(1, 2).contiguous() for x in inputs.tensors)
-    dout = inputs.dout.transpose(1, 2).contiguous()
+    dout = None if inputs.dout is None else inputs.dout.transpose(1, 2).contiguous()
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
     if candidate == "flex":
-        forward, context = _flex_forward(tensors), nullcontext
+        forward = _flex_forward(tensors)
     elif candidate == "sdpa" or candidate in SDPA_BACKENDS:
-        forward, context = _sdpa_forward, _sdpa_context(candidate)
+        forward, context = _sdpa_forward(inputs), _sdpa_context(candidate)
     else:
         raise ValueError(
-            f"candidate {candidate!r}: expected one of {', '.join((*OPS, *COMPETITORS))}"
+            f"candidate {candidate!r}: expected one of {', '.join((*OPS, *VARIANTS, *COMPETITORS))}"
         )
     return Call(_with_pass(forward, tensors, dout, pass_, context), lambda x: x.transpose(1, 2))
+
+
+def _inside_segments(candidate: str, inputs: Inputs) -> tuple[str, Inputs]:
+    """Segments of a sequence as a batch, for the local part alone."""
+    plain = candidate.removesuffix("-expanded")
+    q, *kv = inputs.tensors
+    if plain != candidate:
+        kv = [x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in kv]
+    T = q.shape[1]
+    segment = min(LOCAL_SEGMENT, T)
+    if T % segment:
+        raise NotImplementedError(f"length {T} is no multiple of {segment}")
+    cut = [None if x is None else x.reshape(-1, segment, *x.shape[2:]) for x in (*kv, inputs.dout)]
+    return plain, Inputs((q.reshape(-1, segment, *q.shape[2:]), *cut[:2]), cut[2])
+
+
+def _copy(device: torch.device) -> Callable[[], Tensors]:
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: (target.copy_(source),)
 
 
 def _with_pass(
     forward: Callable[..., torch.Tensor],
     tensors: Tensors,
-    dout: torch.Tensor,
+    dout: torch.Tensor | None,
     pass_: Pass,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Callable[[], Tensors]:
@@ -115,12 +140,14 @@ def _with_pass(
 
 
 def _our_forward(
-    candidate: str, options: Mapping[str, Any], backend: str
+    candidate: str, inputs: Inputs, options: Mapping[str, Any], backend: str
 ) -> Callable[..., torch.Tensor]:
     if candidate == "torch-merge":
         return lambda *parts: reference.merge_attention(*parts)[0]
     if candidate == "merge":
         return lambda *parts: lctx_kernels.merge_attention(*parts)[0]
+    if candidate == "flash_carry":
+        return _carry_forward(inputs)
     function = getattr(lctx_kernels, f"{candidate}_attention")
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -130,10 +157,33 @@ def _our_forward(
     return forward
 
 
-def _sdpa_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-    )
+def _carry_forward(inputs: Inputs) -> Callable[..., torch.Tensor]:
+    """A step of a ring in the middle of its tour: (out, lse) is read and written in fp32.
+
+    Taking in the same keys again leaves out as it is, so that repeated calls stay right.
+    """
+    q, k, _ = inputs.tensors
+    B, Tq, H, D = q.shape
+    out = q.new_zeros(B, Tq, H, D, dtype=torch.float32)
+    lse = q.new_full((B, H, Tq), -torch.inf, dtype=torch.float32)
+    query_start = k.shape[1] - Tq
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        torch.ops.lctx.flash_carry(
+            q, k, v, out, lse, inputs.causal, D**-0.5, 0, query_start, 0, False
+        )
+        return out
+
+    return forward
+
+
+def _sdpa_forward(inputs: Inputs) -> Callable[..., torch.Tensor]:
+    q, k, _ = inputs.tensors
+    Tq, gqa = q.shape[1], q.shape[2] != k.shape[2]
+    if inputs.causal and Tq not in (1, k.shape[1]):  # its mask is aligned to the first key
+        raise NotImplementedError(f"SDPA has no causal mask for the last {Tq} queries")
+    causal = inputs.causal and Tq == k.shape[1]
+    return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
 
 
 def _sdpa_context(candidate: str) -> Callable[[], AbstractContextManager[Any]]:

@@ -12,17 +12,25 @@ import torch
 
 from lctx_kernels.info import collect
 
+from .registry import COPY_BYTES
 from .timing import Budget, time_round_robin
 
 ROOT = Path(__file__).resolve().parent.parent
+SMI_FIELDS = {
+    "driver": "driver_version",
+    "sm_clock": "clocks.sm",
+    "max_sm_clock": "clocks.max.sm",
+    "power": "power.limit",
+}
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 def machine_kind(device: torch.device | str) -> str:
-    """Name of the results folder: "cpu", or the GPU's name as in "nvidia-h200"."""
+    """Name of the results folder: "cpu", or the GPU's name as in "h200"."""
     if torch.device(device).type == "cpu":
         return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    name = torch.cuda.get_device_name(device).lower().removeprefix("nvidia")
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 def describe_machine(device: torch.device | str) -> dict[str, Any]:
@@ -46,7 +54,7 @@ def describe_machine(device: torch.device | str) -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = torch.version.cuda
         facts["cudnn"] = torch.backends.cudnn.version()
-        facts |= _nvidia_smi()
+        facts |= _nvidia_smi(SMI_FIELDS)
     return facts
 
 
@@ -78,8 +86,23 @@ def measure_peak(
     return 2 * size**3 / timing.median
 
 
+def measure_copy(device: torch.device | str, budget: Budget | None = None) -> float:
+    """Bytes per second, read and written, of a copy of 4 GiB from device to device."""
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    timing = time_round_robin({"copy": lambda: target.copy_(source)}, device, budget)["copy"]
+    if timing.error:
+        raise RuntimeError(f"copy of {COPY_BYTES} bytes: {timing.error}")
+    return 2 * COPY_BYTES / timing.median
+
+
 def git_commit() -> str:
-    """Short hash of the checkout, "+" if tracked files differ from it; "unknown" without git."""
+    """Short hash of the checkout, "+" if tracked files differ from it; "unknown" without git.
+
+    BENCH_COMMIT says it for a copy of a checkout.
+    """
+    if os.environ.get("BENCH_COMMIT"):
+        return os.environ["BENCH_COMMIT"]
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
     if not commit:
         return "unknown"
@@ -87,13 +110,15 @@ def git_commit() -> str:
     return commit + ("+" if changed else "")
 
 
-def _nvidia_smi() -> dict[str, str]:
-    fields = {
-        "driver": "driver_version",
-        "sm_clock": "clocks.sm",
-        "max_sm_clock": "clocks.max.sm",
-        "power": "power.limit",
-    }
+def clocks_now(device: torch.device | str) -> dict[str, str]:
+    """The GPU's clock and temperature, read right after a suite; {} on a CPU."""
+    if torch.device(device).type != "cuda":
+        return {}
+    fields = {"sm_clock_after": "clocks.sm", "temperature_after": "temperature.gpu"}
+    return _nvidia_smi(fields)
+
+
+def _nvidia_smi(fields: dict[str, str]) -> dict[str, str]:
     query = ",".join(fields.values())
     output = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
     values = [value.strip() for value in output.splitlines()[0].split(",")] if output else []

@@ -17,9 +17,9 @@ import torch
 
 from lctx_kernels._measure import peak_extra_bytes
 
-from .candidates import build, make_inputs, op_of
+from .candidates import build, make_inputs
 from .machine import ROOT
-from .registry import MEMORY_CANDIDATES, OPS, PASSES, Pass, Shape, op_options
+from .registry import MEMORY_CANDIDATES, OPS, PASSES, Pass, Shape, op_of, op_options
 from .results import MemoryRow
 from .timing import describe_error
 

@@ -2,13 +2,15 @@
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from lctx_kernels.demo_plot import Curve, Panel, plot_panels
+from lctx_kernels.demo_plot import COLOURS, Curve, Panel, plot_panels
 
 from .machine import machine_line
-from .results import Document, load
+from .registry import BASELINES
+from .results import Document, Row, load
 
 SOURCE_KEY = "Source-SHA256"
 
@@ -23,6 +25,37 @@ def plot_cpu(sources: Sequence[Path], path: Path) -> None:
     ]
     note = f"fp32, causal, 8 heads of 64. {machine_line(documents['reach'].machine)}"
     plot_panels(panels, path, note, {SOURCE_KEY: source_hash(sources)})
+
+
+def plot_hopper(sources: Sequence[Path], path: Path) -> None:
+    """Time of the forward by length, and its share of the matmul rate, from the scaling suite."""
+    (document,) = map(load, sources)
+    times = hopper_curves(document, lambda row: 1e3 * row.median_s)
+    shares = hopper_curves(document, lambda row: row.percent_of_peak)
+    dashed = [name for name in times if name.endswith("D 64")]
+    panels = [
+        Panel("forward", "ms", times, dashed=dashed),
+        Panel("rate of necessary FLOPs", "% of the matmul rate", shares, log=False, dashed=dashed),
+    ]
+    note = f"bf16, causal, 16 heads of 128, or of 64 (D 64). {machine_line(document.machine)}"
+    plot_panels(panels, path, note, {SOURCE_KEY: source_hash(sources)})
+
+
+def hopper_curves(document: Document, value: Callable[[Row], float]) -> dict[str, Curve]:
+    """A figure of every row by length, for each candidate but the floors, and head dimension."""
+    points: dict[str, dict[int, float]] = {}
+    for row in document.rows:
+        if row.status == "ok" and row.op not in BASELINES:
+            name = row.candidate.replace("sdpa-cudnn", "sdpa (cuDNN)")
+            name += ", D 64" if row.shape["D"] == 64 else ""
+            points.setdefault(name, {})[row.shape["T"]] = value(row)
+    return {name: sorted(curve.items()) for name, curve in sorted(points.items(), key=_order)}
+
+
+def _order(item: tuple[str, Any]) -> tuple[bool, int]:
+    """As the colours are listed, D 64 last."""
+    name = item[0]
+    return name.endswith("D 64"), [name.startswith(method) for method in COLOURS].index(True)
 
 
 def time_curves(

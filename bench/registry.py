@@ -1,19 +1,20 @@
-"""What is measured: operations, shapes, competitors, the suites made of them, and FLOP formulas."""
+"""What is measured: operations, shapes, competitors, and FLOP formulas; suites.py combines them."""
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Pass = Literal["fwd", "fwd_bwd"]
+Measure = Literal["time", "flops", "bytes"]
 PASSES: tuple[Pass, ...] = ("fwd", "fwd_bwd")
 DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One problem: (B, T, Hq, D) queries against Hkv key/value heads."""
+    """One problem: the last Tq (None: all) of T positions as queries, Hq heads of D against Hkv."""
 
     T: int
     B: int = 1
@@ -21,10 +22,18 @@ class Shape:
     Hkv: int = 8
     D: int = 64
     dtype: str = "fp32"
+    Tq: int | None = None
+    causal: bool = True
+
+    @property
+    def queries(self) -> int:
+        return self.T if self.Tq is None else self.Tq
 
     def __str__(self) -> str:
         heads = f"h{self.Hq}" if self.Hq == self.Hkv else f"h{self.Hq}/{self.Hkv}"
-        return f"b{self.B}-t{self.T}-{heads}-d{self.D}-{self.dtype}"
+        length = f"t{self.T}" if self.Tq is None else f"q{self.Tq}-t{self.T}"
+        mask = "" if self.causal else "-full"
+        return f"b{self.B}-{length}-{heads}-d{self.D}-{self.dtype}{mask}"
 
 
 def parse_shape(text: str, default: Shape) -> Shape:
@@ -43,13 +52,21 @@ def parse_shape(text: str, default: Shape) -> Shape:
             values["Hq"], values["Hkv"] = int(match[1]), int(match[2] or match[1])
         elif match := re.fullmatch(r"([bd])(\d+)", part):
             values[match[1].upper()] = int(match[2])
+        elif match := re.fullmatch(r"q(\d+)", part):
+            values["Tq"] = int(match[1])
+        elif part == "full":
+            values["causal"] = False
         else:
             raise ValueError(
-                f"shape {text!r}: cannot read {part!r}; expected parts as 8k, b2, h32/8, d128, bf16"
+                f"shape {text!r}: cannot read {part!r}; expected parts as 8k, b2, h32/8, d128,"
+                " bf16, q1 (queries), full (no causal mask)"
             )
     shape = Shape(**{**default.__dict__, **values})
-    if min(shape.T, shape.B, shape.Hq, shape.Hkv, shape.D) < 1 or shape.Hq % shape.Hkv:
-        raise ValueError(f"shape {text!r}: sizes must be positive and Hq a multiple of Hkv")
+    sizes = (shape.T, shape.B, shape.Hq, shape.Hkv, shape.D, shape.queries)
+    if min(sizes) < 1 or shape.Hq % shape.Hkv or shape.queries > shape.T:
+        raise ValueError(
+            f"shape {text!r}: sizes must be positive, Hq a multiple of Hkv, queries at most T"
+        )
     return shape
 
 
@@ -84,7 +101,18 @@ OPS = {
         Op("merge", "6*B*T*Hq*D"),
     )
 }
+# Ours without a public function: the step of a ring on (out, lse) in fp32, defined as flash is.
+VARIANTS = {"flash_carry": "flash"}
+LOCAL_SEGMENT = 2048
+COPY_BYTES = 4 << 30
+# What measures a floor instead of doing the same work: attention inside segments of 2048 tokens, as
+# a batch, and a copy of 4 GiB from device to device.
+BASELINES = {
+    op.name: op
+    for op in (Op("local", f"2*B*Hq*T*min({LOCAL_SEGMENT}, T)*D"), Op("copy", "0 (4 GiB copied)"))
+}
 # Names of PyTorch's own attention and of other packages; which of them run depends on the machine.
+# "local-...-expanded" has its key/value heads repeated beforehand.
 COMPETITORS = (
     "sdpa",
     "sdpa-cudnn",
@@ -94,15 +122,38 @@ COMPETITORS = (
     "flex",
     "fa4",
     "torch-merge",
+    "local-sdpa",
+    "local-sdpa-cudnn",
+    "local-sdpa-cudnn-expanded",
+    "copy",
 )
 BACKWARD_FACTOR = 2.5  # five products instead of two
 
 
 def op_options(name: str, device: str) -> dict[str, Any]:
-    """Options of an op in the benchmark; on a GPU Infini's and LongNet's are the papers' own."""
+    """Options of ours in the benchmark; on a GPU Infini's and LongNet's are the papers' own."""
+    if name in VARIANTS:
+        return {}
     return dict(
         PAPER_OPTIONS[name] if device == "cuda" and name in PAPER_OPTIONS else OPS[name].options
     )
+
+
+def is_ours(candidate: str) -> bool:
+    return candidate in OPS or candidate in VARIANTS
+
+
+def op_of(candidate: str) -> str:
+    """The operation whose definition and FLOPs a candidate has; "flash" for dense rivals."""
+    if candidate in OPS:
+        return candidate
+    family = candidate.partition("-")[0]
+    others = {**VARIANTS, "torch-merge": "merge"}
+    return others.get(candidate, family if family in BASELINES else "flash")
+
+
+def formula(op: str) -> str:
+    return (OPS | BASELINES)[op].formula
 
 
 def flops(op: str, shape: Shape, pass_: Pass, options: Mapping[str, Any]) -> float:
@@ -118,15 +169,21 @@ def flops(op: str, shape: Shape, pass_: Pass, options: Mapping[str, Any]) -> flo
     memory = 0.0
     if op == "merge":
         return 6.0 * B * T * Hq * D * (1 if pass_ == "fwd" else 3)
-    if op == "infini":
+    if op == "copy":
+        return 0.0
+    if op == "local":
+        local = 2.0 * B * Hq * T * min(LOCAL_SEGMENT, T) * D
+    elif op == "infini":
         local = 2.0 * B * Hq * T * min(options["segment_len"], T) * D
         memory = 2.0 * B * (Hq + Hkv * (2 if options.get("update") == "delta" else 1)) * T * D * D
     elif op == "dilated":
         branches = zip(options["segment_lengths"], options["dilation_rates"], strict=True)
         clipped = [(min(w, T), r) for w, r in branches]
         local = sum(2.0 * B * Hq * D * (T / w) * math.ceil(w / r) ** 2 for w, r in clipped)
-    else:
+    elif shape.Tq is None and shape.causal:
         local = 2.0 * B * Hq * T * T * D
+    else:  # the last Tq positions, each of which sees nearly all keys
+        local = 4.0 * B * Hq * shape.queries * T * D
     if pass_ == "fwd":
         return local + memory
     return local * (1 + BACKWARD_FACTOR) + memory * 3
@@ -134,111 +191,57 @@ def flops(op: str, shape: Shape, pass_: Pass, options: Mapping[str, Any]) -> flo
 
 def min_bytes(op: str, shape: Shape, pass_: Pass) -> int:
     """Bytes of inputs and outputs, each moved once; the backward reads five and writes three."""
+    if op == "copy":
+        return 2 * COPY_BYTES
     size = {"fp64": 8, "fp32": 4}.get(shape.dtype, 2)
-    rows = shape.B * shape.T * shape.D * size
+    query_row = shape.B * shape.queries * shape.Hq * shape.D * size
     if op == "merge":
-        return rows * shape.Hq * (3 if pass_ == "fwd" else 9)
-    forward = rows * (2 * shape.Hq + 2 * shape.Hkv)
-    return forward if pass_ == "fwd" else forward + rows * (4 * shape.Hq + 4 * shape.Hkv)
+        return query_row * (3 if pass_ == "fwd" else 9)
+    key_row = shape.B * shape.T * shape.Hkv * shape.D * size
+    return (2 if pass_ == "fwd" else 6) * (query_row + key_row)
 
 
 @dataclass(frozen=True)
 class Goal:
-    """`candidate` is to run at `speed` times the speed of `versus`, or faster."""
+    """`candidate` is to be at least `speed` times as fast as `versus`, better still `aim` times.
+
+    Speed is the reciprocal of time, of time per FLOP ("flops") or of time per byte ("bytes").
+    `as_cost`: shown as its reciprocal, "at most 1 / speed of the time".
+    """
 
     candidate: str
     versus: str
     speed: float
+    aim: float | None = None
+    measure: Measure = "time"
+    as_cost: bool = False
+    label: str = ""  # the line of a table that it belongs to
 
 
 @dataclass(frozen=True)
 class Group:
-    """Candidates timed against each other, round robin, on the same inputs."""
+    """Candidates timed against each other, round robin, on the same inputs.
+
+    options: of our candidates in this group, where they are not the benchmark's.
+    """
 
     shape: Shape
     pass_: Pass
     candidates: tuple[str, ...]
     goals: tuple[Goal, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.shape} {self.pass_}"
+        options = "".join(f" {name}={value}" for name, value in self.options)
+        return f"{self.shape} {self.pass_}{options}"
 
 
-METHODS = ("infini", "dilated", "landmark")
-LONG_GOALS = (
-    Goal("infini", "sdpa", 6.0),
-    Goal("dilated", "sdpa", 3.0),
-    Goal("landmark", "flash", 0.8),
-)
-
-
-def cpu_reach() -> list[Group]:
-    """The CPU's goals: dense attention near SDPA, the three methods well ahead of it at 16k."""
-    dense = [
-        Group(Shape(T=T, D=D), pass_, ("sdpa", "flash"), (Goal("flash", "sdpa", 0.8),))
-        for T in (2048, 8192)
-        for D in (64, 128)
-        for pass_ in PASSES
-    ]
-    long = [
-        Group(Shape(T=16384), pass_, ("sdpa", "flash", *METHODS), LONG_GOALS) for pass_ in PASSES
-    ]
-    return dense + long
-
-
-def cpu_scaling() -> list[Group]:
-    """Time against length, for the plot; 16k comes from the goals."""
-    return [
-        Group(Shape(T=T), "fwd_bwd", ("sdpa", "flash", *METHODS)) for T in (1024, 2048, 4096, 8192)
-    ]
-
-
-def gpu_dense() -> list[Group]:
-    """Dense attention with Hq * D = 2048 against what ships with torch, and FlashAttention-4."""
-    rivals = ("sdpa-cudnn", "sdpa-flash", "flex", "fa4")
-    return [
-        Group(
-            Shape(T=T, B=B, Hq=2048 // D, Hkv=2048 // D, D=D, dtype="bf16"),
-            pass_,
-            (*rivals, "flash"),
-        )
-        for D in (64, 128)
-        for B, T in ((16, 2048), (8, 4096), (2, 16384))
-        for pass_ in PASSES
-    ]
-
-
-def gpu_methods() -> list[Group]:
-    """The methods against dense cuDNN, and the merge against plain PyTorch."""
-    shapes = {
-        "landmark": [Shape(T=T, Hq=16, Hkv=16, D=128, dtype="bf16") for T in (2048, 8192, 32768)],
-        "dilated": [Shape(T=T, Hq=16, Hkv=16, D=64, dtype="bf16") for T in (8192, 32768, 131072)],
-        "infini": [
-            Shape(T=T, Hq=32, Hkv=Hkv, D=128, dtype="bf16")
-            for Hkv in (32, 8)
-            for T in (8192, 32768)
-        ],
-    }
-    groups = [
-        Group(shape, pass_, ("sdpa-cudnn", op))
-        for op in METHODS[::-1]
-        for shape in shapes[op]
-        for pass_ in PASSES
-    ]
-    merge = Shape(T=16384, Hq=16, Hkv=16, D=128, dtype="bf16")
-    return groups + [Group(merge, pass_, ("torch-merge", "merge")) for pass_ in PASSES]
-
-
-TIMED_SUITES = {
-    "cpu": {"reach": cpu_reach, "scaling": cpu_scaling},
-    "cuda": {"dense": gpu_dense, "methods": gpu_methods},
-}
 MEMORY_LENGTHS = {"cpu": (2048, 4096, 8192), "cuda": (8192, 16384, 32768)}
 MEMORY_CANDIDATES = {"cpu": ("sdpa", *OPS), "cuda": ("sdpa-cudnn", *OPS)}
 QUICK_LENGTHS = (256, 512, 1024)
 
 
 def quick(group: Group) -> Group:
-    """The same group at a sixteenth of the length, without goals: shows that it runs."""
-    length = max(group.shape.T // 16, 128)
-    return Group(Shape(**{**group.shape.__dict__, "T": length}), group.pass_, group.candidates)
+    """The same group at a sixteenth of the length or less, without goals: shows that it runs."""
+    length = max(min(group.shape.T // 16, 2048), 128)
+    return replace(group, shape=replace(group.shape, T=length), goals=())

@@ -39,11 +39,12 @@ class Row:
     min_bytes: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
+    group: int = 0  # rows and goals of one group of a suite have the same number
 
 
 @dataclass
 class GoalResult:
-    """Speed of `candidate` against `versus` in the same rounds: the ratio of their times."""
+    """Speed of `candidate` against `versus` in the same rounds, by the measure of registry.Goal."""
 
     candidate: str
     versus: str
@@ -51,10 +52,23 @@ class GoalResult:
     shape: dict[str, Any]
     wanted: float
     speed: float | None
+    aim: float | None = None
+    measure: str = "time"
+    as_cost: bool = False
+    label: str = ""
+    group: int = 0
 
     @property
     def reached(self) -> bool:
         return self.speed is not None and self.speed >= self.wanted
+
+    @property
+    def aim_reached(self) -> bool:
+        return self.speed is not None and self.aim is not None and self.speed >= self.aim
+
+    def shown(self, speed: float) -> float:
+        """A speed as this goal states it: itself, or the cost that is its reciprocal."""
+        return 1 / speed if self.as_cost else speed
 
 
 @dataclass
@@ -79,6 +93,7 @@ class Document:
     suite: str
     machine: dict[str, Any]
     peak_flops: dict[str, float] = field(default_factory=dict)
+    copy_bytes_per_s: float | None = None
     checked: bool = False
     quick: bool = False
     date: str = ""
@@ -145,16 +160,25 @@ def parse(data: dict[str, Any]) -> Document:
 
 def goal_results(group: Group, rows: list[Row]) -> list[GoalResult]:
     """The goals of a group, from the rows just measured for it."""
-    times = {row.candidate: row.median_s for row in rows}
+    measured = {row.candidate: row for row in rows if row.median_s}
+    shape = dataclasses.asdict(group.shape)
     results = []
     for goal in group.goals:
-        ours, theirs = times.get(goal.candidate), times.get(goal.versus)
-        speed = theirs / ours if ours and theirs else None
-        shape = dataclasses.asdict(group.shape)
+        ours, theirs = measured.get(goal.candidate), measured.get(goal.versus)
+        speed = None
+        if ours is not None and theirs is not None:
+            speed = _speed(ours, goal.measure) / _speed(theirs, goal.measure)
         results.append(
-            GoalResult(goal.candidate, goal.versus, group.pass_, shape, goal.speed, speed)
-        )
+            GoalResult(goal.candidate, goal.versus, group.pass_, shape, goal.speed, speed,
+                       goal.aim, goal.measure, goal.as_cost, goal.label)
+        )  # fmt: skip
     return results
+
+
+def _speed(row: Row, measure: str) -> float:
+    work = {"time": 1.0, "flops": row.flops, "bytes": row.min_bytes}[measure]
+    assert work and row.median_s
+    return work / row.median_s
 
 
 def _require(condition: bool, what: str) -> None:

@@ -5,20 +5,21 @@ asked for:
 
     python -m bench.run --op dilated --shapes 8k,32k --against sdpa,flex
     python -m bench.run --save                  # all suites, into bench/results/<machine-kind>/
+    python -m bench.run --suite hopper --only landmark
 """
 
 import dataclasses
 import datetime
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from .candidates import op_of
-from .machine import describe_machine, machine_line
+from .machine import clocks_now, describe_machine, machine_line
 from .memory import memory_suite
 from .registry import (
     COMPETITORS,
@@ -26,15 +27,18 @@ from .registry import (
     OPS,
     PASSES,
     QUICK_LENGTHS,
-    TIMED_SUITES,
     Group,
     Shape,
+    op_of,
     parse_shape,
     quick,
 )
 from .results import Document, GoalResult, MemoryRow, Row, default_path, goal_results
-from .runner import IsolatedRunner
+from .runner import COPY, IsolatedRunner
+from .suites import TIMED_SUITES
 from .timing import QUICK, Budget
+
+BUDGETS = {"cpu": Budget(), "cuda": Budget(seconds=0.6, min_rounds=3, max_rounds=11)}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -79,12 +83,31 @@ def show_rows(group: Group, rows: list[Row], goals: list[GoalResult]) -> None:
             f"  {row.min_bytes / row.median_s / 1e9:7.1f} GB/s  {errors}"
         )
     for goal in goals:
-        speed = "not measured" if goal.speed is None else f"{goal.speed:.2f}x"
-        mark = "reached" if goal.reached else "NOT reached"
-        print(
-            f"  goal: {goal.candidate} at {goal.wanted:g}x the speed of {goal.versus}:"
-            f" {speed}, {mark}"
-        )
+        print(f"  goal: {goal_line(goal)}")
+
+
+def goal_line(goal: GoalResult) -> str:
+    """What was measured, what was wanted, and whether that is reached, on one line."""
+    bound = "at most" if goal.as_cost else "at least"
+    kind = {"time": "", "flops": " per FLOP", "bytes": " per byte"}[goal.measure]
+    of = ("time" if goal.as_cost else "speed") + kind
+    wanted = f"{bound} {goal.shown(goal.wanted):.3g}"
+    if goal.aim is not None:
+        wanted += f", aim {goal.shown(goal.aim):.3g}"
+    if goal.speed is None:
+        return f"{goal.candidate}: {of} of {goal.versus} not measured ({wanted})"
+    mark = "aim reached" if goal.aim_reached else "reached" if goal.reached else "NOT reached"
+    found = f"{goal.shown(goal.speed):.3f}x"
+    return f"{goal.candidate}: {found} the {of} of {goal.versus} ({wanted}): {mark}"
+
+
+def show_goals(document: Document) -> None:
+    """Print every goal of a suite, one line each."""
+    print(f"\ngoals of {document.suite}")
+    for goal in document.goals:
+        print(f"  {goal.label or goal.candidate:<30} {Shape(**goal.shape)!s:<34} {goal_line(goal)}")
+    reached = sum(goal.reached for goal in document.goals)
+    print(f"{reached} of {len(document.goals)} reached")
 
 
 def show_memory(rows: list[MemoryRow]) -> None:
@@ -108,13 +131,21 @@ def run_suite(name: str, runner: IsolatedRunner, groups: list[Group], document: 
         print(f"[{name} {number}/{len(groups)}] {group} ...", file=sys.stderr, flush=True)
         rows = runner.run(group)
         goals = goal_results(group, rows)
+        for result in (*rows, *goals):
+            result.group = number
         show_rows(group, rows, goals)
         document.rows += rows
         document.goals += goals
-    document.peak_flops = dict(runner.peaks)
+    document.peak_flops = {name: rate for name, rate in runner.peaks.items() if name != COPY}
+    document.copy_bytes_per_s = runner.peaks.get(COPY)
     formulas = {row.op: row.formula for row in document.rows if row.formula}
     print("\nforward FLOPs: " + "; ".join(f"{op} {formula}" for op, formula in formulas.items()))
-    print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    if document.goals:
+        show_goals(document)
+    rates = [f"{dtype} matmul {x / 1e12:.1f} TFLOP/s" for dtype, x in document.peak_flops.items()]
+    if document.copy_bytes_per_s is not None:
+        rates.append(f"copy {document.copy_bytes_per_s / 1e12:.2f} TB/s")
+    print(f"{name}: {time.perf_counter() - started:.0f} s; {', '.join(rates)}", flush=True)
 
 
 @app.command()
@@ -122,6 +153,10 @@ def bench(
     suite: Annotated[
         str, typer.Option(help="all, or one suite of this device: see --list.")
     ] = "all",
+    only: Annotated[
+        list[str],
+        typer.Option(help="Groups that time this candidate or whose goal begins so; repeatable."),
+    ] = [],  # noqa: B006
     op: Annotated[str, typer.Option(help="Time this operation instead of a suite.")] = "",
     shapes: Annotated[
         str, typer.Option(help="With --op: lengths or shapes, as 8k,32k-d128,b2-4k-h32/8-bf16.")
@@ -147,12 +182,14 @@ def bench(
         raise typer.BadParameter(f"{device!r}; expected cpu, cuda or auto", param_hint="--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("PyTorch sees no CUDA GPU here", param_hint="--device")
-    if save and (quick_run or not check or op):
+    if save and (quick_run or not check or op or only):
         raise typer.BadParameter(
-            "needs a whole, checked suite: without --quick, --no-check and --op",
+            "needs a whole, checked suite: without --quick, --no-check, --only and --op",
             param_hint="--save",
         )
     plan = _plan(suite, op, shapes, against, device, quick_run)
+    if only:
+        plan = _selected(plan, only)
     if list_only:
         for name, groups in plan.items():
             print(
@@ -162,7 +199,8 @@ def bench(
     machine = describe_machine(device)
     print(machine_line(machine))
     documents = []
-    with IsolatedRunner(device, backend, check, QUICK if quick_run else Budget()) as runner:
+    budget = QUICK if quick_run else BUDGETS[device]
+    with IsolatedRunner(device, backend, check, budget) as runner:
         for name, groups in plan.items():
             document = Document(
                 name,
@@ -177,6 +215,7 @@ def bench(
                 show_memory(document.memory)
             else:
                 run_suite(name, runner, groups, document)
+                document.machine = document.machine | clocks_now(device)
             documents.append(document)
     raise typer.Exit(_report(documents, json, save))
 
@@ -199,6 +238,22 @@ def _plan(
     return plan
 
 
+def _selected(plan: dict[str, list[Group]], only: Sequence[str]) -> dict[str, list[Group]]:
+    """The groups with a candidate of one of these names, or a goal whose label begins so."""
+
+    def wanted(group: Group) -> bool:
+        labels = [goal.label for goal in group.goals]
+        return any(o in group.candidates or any(x.startswith(o) for x in labels) for o in only)
+
+    chosen = {name: list(filter(wanted, groups)) for name, groups in plan.items()}
+    chosen = {name: groups for name, groups in chosen.items() if groups}
+    if not chosen:
+        raise typer.BadParameter(
+            f"{', '.join(only)}: no such candidate or goal", param_hint="--only"
+        )
+    return chosen
+
+
 def _report(documents: list[Document], json: Path | None, save: bool) -> int:
     failed = [line for document in documents for line in document.failed]
     if json is not None:
@@ -208,6 +263,7 @@ def _report(documents: list[Document], json: Path | None, save: bool) -> int:
             merged.rows, merged.goals = merged.rows + other.rows, merged.goals + other.goals
             merged.memory = merged.memory + other.memory
             merged.peak_flops = merged.peak_flops | other.peak_flops
+            merged.copy_bytes_per_s = merged.copy_bytes_per_s or other.copy_bytes_per_s
         merged.save(json)
         print(f"wrote {json}")
     for line in failed:

@@ -16,11 +16,18 @@ Rows = Callable[..., torch.Tensor]
 
 
 def definition_rows(
-    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Sequence[int], **options: Any
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: Sequence[int],
+    heads: Sequence[int] | None = None,
+    **options: Any,
 ) -> torch.Tensor:
-    """Rows `rows` of the causal attention `op` ("flash", "landmark", "dilated", "infini") in fp64.
+    """Rows `rows` of the attention `op` ("flash", "landmark", "dilated", "infini") in fp64.
 
-    q: (B, T, Hq, Dk), k: (B, T, Hkv, Dk), v: (B, T, Hkv, Dv). Returns (B, len(rows), Hq, Dv) fp64,
+    q: (B, Tq, Hq, Dk), k: (B, Tk, Hkv, Dk), v: (B, Tk, Hkv, Dv); causal, or "flash" with
+    causal=False. heads: query heads, None is all. Returns (B, len(rows), len(heads), Dv) fp64,
     differentiable.
 
     >>> import torch
@@ -29,6 +36,12 @@ def definition_rows(
     >>> torch.allclose(definition_rows("landmark", q, k, v, [3, 9], block_size=4), full[:, [3, 9]])
     True
     """
+    Hq = q.shape[2]
+    if op == "dilated":
+        options["heads"] = (range(Hq) if heads is None else heads, Hq)
+    if heads is not None:
+        readers = [h // (Hq // k.shape[2]) for h in heads]  # one key/value head for each
+        q, k, v = q[:, :, list(heads)], k[:, :, readers], v[:, :, readers]
     return _ROWS[op](q.double(), k.double(), v.double(), list(rows), **options)
 
 
@@ -57,8 +70,13 @@ def _prefix_rows(definition: Callable[..., Any]) -> Rows:
     def rows_of(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: list[int], **options: Any
     ) -> torch.Tensor:
+        if options.get("causal") is False:
+            out: torch.Tensor = definition(q[:, rows], k, v, **options)[0]
+            return out
+        seen = k.shape[1] - q.shape[1] + 1  # by row 0
         parts = [
-            definition(q[:, i : i + 1], k[:, : i + 1], v[:, : i + 1], **options)[0] for i in rows
+            definition(q[:, i : i + 1], k[:, : i + seen], v[:, : i + seen], **options)[0]
+            for i in rows
         ]
         return torch.cat(parts, dim=1)
 
@@ -75,11 +93,20 @@ def _infini_rows(
 
 
 def _dilated_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: list[int], **options: Any
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: list[int],
+    heads: tuple[Sequence[int], int],
+    **options: Any,
 ) -> torch.Tensor:
-    heads = range(q.shape[2])
-    parts = [torch.cat([_dilated_row(q, k, v, i, h, **options) for h in heads], 2) for i in rows]
-    return torch.cat(parts, dim=1)
+    numbers, Hq = heads  # the heads given in q, among Hq
+    group = q.shape[2] // k.shape[2]
+    outs = []
+    for n, h in enumerate(numbers):
+        one = q[:, :, n : n + 1], k[:, :, n // group, None], v[:, :, n // group, None]
+        outs.append(torch.cat([_dilated_row(*one, i, h, Hq, **options) for i in rows], dim=1))
+    return torch.cat(outs, dim=2)
 
 
 def _dilated_row(
@@ -88,14 +115,14 @@ def _dilated_row(
     v: torch.Tensor,
     i: int,
     h: int,
+    Hq: int,
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     head_offset: str = "mod",
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Row i of query head h: attention over each branch's selected keys, merged."""
-    Hq, group = q.shape[2], q.shape[2] // k.shape[2]
-    q, k, v = q[:, i : i + 1, h : h + 1], k[:, :, h // group, None], v[:, :, h // group, None]
+    """Row i of query head h of Hq: attention over each branch's selected keys, merged."""
+    q = q[:, i : i + 1]
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     lse = q.new_full((q.shape[0], 1, 1), -torch.inf)
     for w, r in zip(segment_lengths, dilation_rates, strict=True):

@@ -1,6 +1,7 @@
-"""Curves over the sequence length on logarithmic axes, for the demo and the benchmark."""
+"""Curves over the sequence length, for the demo and the benchmark."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,25 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: a curve per method."""
+    """One pair of axes: a curve per method, whose name begins with the method's."""
 
     title: str
     unit: str
     curves: Mapping[str, Curve]
+    log: bool = True  # the values' axis; lengths are on a logarithmic one
+    dashed: Collection[str] = ()  # names of curves
+
+
+def short(length: float) -> str:
+    """A length as on an axis.
+
+    >>> short(1 << 20), short(2048), short(100)
+    ('1M', '2k', '100')
+    """
+    for unit, name in ((1 << 20, "M"), (1 << 10, "k")):
+        if length >= unit:
+            return f"{length / unit:g}{name}"
+    return f"{length:g}"
 
 
 def plot_panels(
@@ -39,26 +54,33 @@ def plot_panels(
 
     figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
+    named: set[str] = set()  # by a legend
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         lengths: set[int] = set()
         for name, curve in panel.curves.items():
             xs, ys = zip(*curve, strict=True)
             lengths.update(xs)
             axes.plot(
-                xs, ys, marker="o", markersize=4, linewidth=2, color=COLOURS.get(name), label=name
-            )
-        axes.set(xscale="log", yscale="log", xlabel="tokens", title=f"{panel.title}, {panel.unit}")
+                xs, ys, marker="o", markersize=4, linewidth=2, label=name,
+                color=COLOURS.get(re.split(r"\W", name)[0]),
+                linestyle="--" if name in panel.dashed else "-",
+            )  # fmt: skip
+        axes.set(xscale="log", xlabel="tokens", title=f"{panel.title}, {panel.unit}")
         axes.set_xticks(sorted(lengths))
-        axes.xaxis.set_major_formatter(
-            FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
-        )
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        if panel.log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=30))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        else:
+            axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.5, color="#dddddd")
-        axes.legend(frameon=False)
+        if not named.issuperset(panel.curves):
+            axes.legend(frameon=False)
+            named.update(panel.curves)
     figure.supxlabel(note, fontsize=8, color="#555555")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

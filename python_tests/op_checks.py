@@ -103,14 +103,27 @@ def named(function, *names, **options):
     return lambda **x: dict(zip(names, function(**x, **options), strict=True))
 
 
-def check_softmax_attention(implementation, definition, case, dtype):
+def call_options(case, device="cpu"):
+    """Keyword arguments of the call that a case stands for."""
+    options = dict(case.options)
+    for name in {"cu_seqlens", "seqlens"} & options.keys():
+        options[name] = torch.tensor(options[name], dtype=torch.int32, device=device)
+    if "density" in options:
+        landmarks = random_landmarks(case.B, case.num_keys, options.pop("density"), seed=3)
+        options["is_landmark"] = landmarks.to(device)
+    if "branches" in options:
+        options["segment_lengths"], options["dilation_rates"] = options.pop("branches")
+    return options
+
+
+def check_softmax_attention(implementation, case, dtype, definition):
     """out, lse, dq, dk, dv with gradients arriving through out, through lse, and through both."""
-    tensors, visible = case.qkv(dtype), None
-    if {"window", "cu_seqlens", "dilation_rates"} & case.options.keys() and case.T < 200:
-        visible = visible_keys(definition, case.options, tensors["q"], tensors["k"])
+    tensors, options, visible = case.qkv(dtype), call_options(case), None
+    if {"window", "cu_seqlens", "dilation_rates"} & options.keys() and case.T < 200:
+        visible = visible_keys(definition, options, tensors["q"], tensors["k"])
     baseline = dense_errors(case, tensors, dtype, visible)
-    ours = named(implementation, "out", "lse", **case.options)
-    exact = named(definition, "out", "lse", **case.options)
+    ours = named(implementation, "out", "lse", **options)
+    exact = named(definition, "out", "lse", **options)
     (B, T, H, _), Dv = tensors["q"].shape, tensors["v"].shape[-1]
     grads = cotangents({"out": (B, T, H, Dv), "lse": (B, H, T)})
     # With scores of hundreds the rounding of lse decides, and the other methods use more than one.
@@ -123,30 +136,9 @@ def check_softmax_attention(implementation, definition, case, dtype):
     return results
 
 
-def check_flash(implementation, case, dtype):
-    if "cu_seqlens" in case.options:
-        starts = torch.tensor(case.options["cu_seqlens"], dtype=torch.int32)
-        case = replace(case, options={**case.options, "cu_seqlens": starts})
-    return check_softmax_attention(implementation, reference.flash_attention, case, dtype)
-
-
-def check_landmark(implementation, case, dtype):
-    options = dict(case.options)
-    if "density" in options:
-        density = options.pop("density")
-        options["is_landmark"] = random_landmarks(case.B, case.num_keys, density, seed=3)
-    case = replace(case, options=options)
-    return check_softmax_attention(implementation, reference.landmark_attention, case, dtype)
-
-
-def check_dilated(implementation, case, dtype):
-    options = dict(case.options)
-    if "seqlens" in options:
-        options["seqlens"] = torch.tensor(options["seqlens"], dtype=torch.int32)
-    w, r = options.pop("branches")
-    options |= {"segment_lengths": w, "dilation_rates": r}
-    case = replace(case, options=options)
-    return check_softmax_attention(implementation, reference.dilated_attention, case, dtype)
+check_flash = functools.partial(check_softmax_attention, definition=reference.flash_attention)
+check_landmark = functools.partial(check_softmax_attention, definition=reference.landmark_attention)
+check_dilated = functools.partial(check_softmax_attention, definition=reference.dilated_attention)
 
 
 def relative(errors):
@@ -154,16 +146,19 @@ def relative(errors):
     return errors._replace(norm=0.0)
 
 
-def infini_tensors(case, dtype, given):
-    tensors = case.qkv(dtype)
+def infini_tensors(case, dtype, given, device="cpu", seed=0):
+    tensors = case.qkv(dtype, device, seed)
     Hkv, Dv = case.Hkv or case.Hq, case.Dv or case.Dk
     stat = stat_dtype(dtype)
-    apart = [random_tensor(*tensors[n].shape, dtype=dtype, seed=21 + i) for i, n in enumerate("qk")]
+    shapes = (tensors[n].shape for n in "qk")
+    apart = [random_tensor(*s, dtype=dtype, seed=21 + i) for i, s in enumerate(shapes)]
+    M, z = random_memory(case.B, Hkv, case.Dk, Dv, dtype)
     optional = {
-        "gate": torch.linspace(-2, 2, case.Hq, dtype=stat),
-        "q_mem": LAYOUTS[case.layout](apart[0]),
-        "k_mem": LAYOUTS[case.layout](apart[1]),
-        **dict(zip(("M", "z"), random_memory(case.B, Hkv, case.Dk, Dv, dtype), strict=True)),
+        "gate": torch.linspace(-2, 2, case.Hq, dtype=stat, device=device),
+        "q_mem": LAYOUTS[case.layout](apart[0].to(device)),
+        "k_mem": LAYOUTS[case.layout](apart[1].to(device)),
+        "M": M.to(device),
+        "z": z.to(device),
     }
     names = set(given) | ({"M", "z"} if "mem" in given else set())
     return tensors | {n: x for n, x in optional.items() if n in names}

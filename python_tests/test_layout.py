@@ -147,3 +147,13 @@ def test_no_leftovers(path):
 
 def test_generated_headers_are_current():
     subprocess.run([sys.executable, ROOT / "tools" / "generate_wgmma.py", "--check"], check=True)
+
+
+def test_every_ptx_wrapper_has_a_device_test():
+    """In csrc/tests, or through another header of csrc/common; but for those without a result."""
+    text = (CSRC / "common" / "ptx.cuh").read_text()
+    wrappers = set(re.findall(r"__forceinline__ \w+ (\w+)\(", text))
+    assert len(wrappers) > 20
+    callers = [p for p in SOURCES if p.parent.name in ("common", "tests") and p.name != "ptx.cuh"]
+    called = {name for p in callers for name in re.findall(r"\bptx::(\w+)", p.read_text())}
+    assert wrappers - called <= {"setmaxnreg_inc", "setmaxnreg_dec", "opaque"}

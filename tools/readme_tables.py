@@ -1,25 +1,55 @@
 #!/usr/bin/env python3
-"""Write the README's tables and plot from the committed results; --check fails where they differ.
+"""Write the pages' tables and plots from the committed results; --check fails where they differ.
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; the names are the keys of
-TABLES.
+TABLES, the pages PAGES.
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.hopper_tables import goals_table, shapes_table  # noqa: E402
 from bench.machine import machine_line  # noqa: E402
-from bench.plot import hash_in_png, plot_cpu, source_hash  # noqa: E402
+from bench.plot import hash_in_png, plot_cpu, plot_hopper, source_hash  # noqa: E402
 from bench.results import Document, load  # noqa: E402
 
-CPU_SUITES = ("scaling", "reach", "memory")
-CPU_PLOT = Path("docs/img/cpu.png")
+PAGES = (Path("README.md"), Path("docs/hopper_results.md"))  # the second may be absent
+RESULTS = Path("bench/results")
+GPU = "h200"
+
+
+class Plot(NamedTuple):
+    """An image, the results it is drawn from, and what draws it."""
+
+    path: Path
+    sources: tuple[Path, ...]
+    draw: Callable[[Sequence[Path], Path], None]
+
+    def measured(self, root: Path) -> bool:
+        """Whether all of its sources are there."""
+        return all((root / source).exists() for source in self.sources)
+
+    def is_current(self, root: Path) -> bool:
+        """Whether it was drawn from the results as they are; true while there are none."""
+        if not self.measured(root):
+            return True
+        path = root / self.path
+        return path.exists() and hash_in_png(path) == source_hash(
+            [root / source for source in self.sources]
+        )
+
+
+CPU_SOURCES = tuple(RESULTS / "cpu" / f"{suite}.json" for suite in ("scaling", "reach", "memory"))
+CPU_PLOT = Plot(Path("docs/img/cpu.png"), CPU_SOURCES, plot_cpu)
+HOPPER_PLOT = Plot(Path("docs/img/h200.png"), (RESULTS / GPU / "scaling.json",), plot_hopper)
+PLOTS = (CPU_PLOT, HOPPER_PLOT)
 MISSING = "_Not measured yet: `python -m bench.run --save` measures it._"
 PASS_NAMES = {"fwd": "forward", "fwd_bwd": "forward + backward"}
 MARKERS = re.compile(r"(<!-- bench:([a-z-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
@@ -42,7 +72,7 @@ def published(folder: Path, suite: str, machine: str = "cpu") -> Document | None
 
 def cpu_reach(root: Path) -> str:
     """Our time beside that of the competitor, for every goal."""
-    document = published(root / "bench/results", "reach")
+    document = published(root / RESULTS, "reach")
     if document is None:
         return MISSING
     times = {(r.candidate, r.pass_, r.shape["T"], r.shape["D"]): r for r in document.rows}
@@ -65,7 +95,7 @@ def cpu_reach(root: Path) -> str:
 
 def hopper_flash(root: Path) -> str:
     """The forward of flash_attention beside PyTorch's back ends, shape by shape."""
-    document = published(root / "bench/results", "flash_fwd", "h200")
+    document = published(root / RESULTS, "flash_fwd", GPU)
     if document is None:
         return MISSING
     lines = [
@@ -90,7 +120,7 @@ def hopper_flash(root: Path) -> str:
 
 def cpu_memory(root: Path) -> str:
     """Peak bytes beyond inputs and outputs at T, 2T, 4T."""
-    document = published(root / "bench/results", "memory")
+    document = published(root / RESULTS, "memory")
     if document is None:
         return MISSING
     rows = [row for row in document.memory if row.status == "ok"]
@@ -105,38 +135,73 @@ def cpu_memory(root: Path) -> str:
 
 def cpu_plot(root: Path) -> str:
     """The image, or the note that nothing is measured yet."""
-    if not all((root / "bench/results/cpu" / f"{suite}.json").exists() for suite in CPU_SUITES):
+    return _image(CPU_PLOT, "time and peak memory against the sequence length, on a CPU", root)
+
+
+def hopper_plot(root: Path) -> str:
+    """The image, or the note that nothing is measured yet."""
+    return _image(HOPPER_PLOT, "time against the sequence length, on an H200", root)
+
+
+def _image(plot: Plot, text: str, root: Path) -> str:
+    if not plot.measured(root):
         return MISSING
-    return f"![time and peak memory against the sequence length, on a CPU]({CPU_PLOT})"
+    for source in plot.sources:
+        published(root / RESULTS, source.stem, source.parent.name)
+    return f"![{text}]({plot.path})"
+
+
+def hopper_goals(root: Path) -> str:
+    """Every goal of the Hopper forward, its lengths in one line."""
+    document = published(root / RESULTS, "hopper", GPU)
+    return MISSING if document is None else _with_conditions(goals_table(document), document)
+
+
+def hopper_shapes(*labels: str) -> Callable[[Path], str]:
+    """Every shape of the goals whose label begins so."""
+
+    def table(root: Path) -> str:
+        document = published(root / RESULTS, "hopper", GPU)
+        lines = [] if document is None else shapes_table(document, *labels)
+        if document is None or len(lines) == 2:
+            return MISSING
+        return _with_conditions(lines, document)
+
+    return table
+
+
+def _with_conditions(lines: list[str], document: Document) -> str:
+    rates = [f"{dtype} matmul {x / 1e12:.0f} TFLOP/s" for dtype, x in document.peak_flops.items()]
+    if document.copy_bytes_per_s is not None:
+        rates.append(f"copy {document.copy_bytes_per_s / 1e12:.2f} TB/s, read and written")
+    return "\n".join([*lines, "", f"{', '.join(rates)}. {_conditions(document)}"])
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-reach": cpu_reach,
     "cpu-memory": cpu_memory,
     "cpu-plot": cpu_plot,
+    "hopper-plot": hopper_plot,
+    "hopper-goals": hopper_goals,
     "hopper-flash": hopper_flash,
+    "hopper-dense": hopper_shapes("flash", "fp32 carry"),
+    "hopper-landmark": hopper_shapes("landmark"),
+    "hopper-dilated": hopper_shapes("dilated"),
+    "hopper-infini": hopper_shapes("infini"),
+    "hopper-decode": hopper_shapes("one token"),
 }
 
 
 def render(text: str, root: Path) -> str:
-    """The README's text with every table made anew."""
+    """A page's text with every table made anew."""
     names = [name for _, name, _, _ in MARKERS.findall(text)]
     opened = re.findall(r"<!-- bench:([a-z-]+) -->", text)
     unknown = [name for name in opened if name not in TABLES]
     if unknown or names != opened:
         raise DriftError(
-            f"README markers {opened}: every one must be closed and be one of {', '.join(TABLES)}"
+            f"markers {opened}: every one must be closed and be one of {', '.join(TABLES)}"
         )
     return MARKERS.sub(lambda m: f"{m[1]}{TABLES[m[2]](root)}\n{m[4]}", text)
-
-
-def plot_is_current(root: Path) -> bool:
-    """Whether the plot was drawn from the results as they are; true while there are none."""
-    sources = [root / "bench/results/cpu" / f"{suite}.json" for suite in CPU_SUITES]
-    if not all(source.exists() for source in sources):
-        return True
-    plot = root / CPU_PLOT
-    return plot.exists() and hash_in_png(plot) == source_hash(sources)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -147,27 +212,28 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--root", type=Path, default=ROOT, help="repository root")
     options = parser.parse_args(arguments)
-    root, readme = options.root, options.root / "README.md"
+    root = options.root
     try:
-        text = readme.read_text(encoding="utf-8")
-        wanted, current = render(text, root), plot_is_current(root)
+        texts = {
+            page: (root / page).read_text(encoding="utf-8")
+            for page in PAGES
+            if page == PAGES[0] or (root / page).exists()
+        }
+        wanted = {page: render(text, root) for page, text in texts.items()}
+        pages = [page for page, text in texts.items() if text != wanted[page]]
+        plots = [plot for plot in PLOTS if not plot.is_current(root)]
         if options.check:
-            stale = [
-                name for name, ok in ((readme.name, text == wanted), (CPU_PLOT, current)) if not ok
-            ]
+            stale = [*pages, *(plot.path for plot in plots)]
             if stale:
                 raise DriftError(
                     f"{', '.join(map(str, stale))}: not what bench/results says;"
                     f" run tools/{Path(__file__).name}"
                 )
             return 0
-        if not current:
-            plot_cpu(
-                [root / "bench/results/cpu" / f"{suite}.json" for suite in CPU_SUITES],
-                root / CPU_PLOT,
-            )
-        if text != wanted:
-            readme.write_text(wanted, encoding="utf-8")
+        for plot in plots:
+            plot.draw([root / source for source in plot.sources], root / plot.path)
+        for page in pages:
+            (root / page).write_text(wanted[page], encoding="utf-8")
     except (DriftError, ValueError, OSError, ImportError) as error:
         print(f"readme_tables: {error}", file=sys.stderr)
         return 1

@@ -18,6 +18,21 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// Among the four threads of a row: x[j] of thread i becomes x[i] of thread j.
+__device__ __forceinline__ void quad_transpose(uint32_t (&x)[4]) {
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+    const bool upper = threadIdx.x & step;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j & step) continue;
+      const uint32_t got = __shfl_xor_sync(~0u, upper ? x[j] : x[j + step], step);
+      x[j] = upper ? got : x[j];
+      x[j + step] = upper ? x[j + step] : got;
+    }
+  }
+}
+
 // m: running maximum of the raw scores; l: this thread's share of the running sum.
 struct RowState {
   float m[2] = {kEmptyRowMax, kEmptyRowMax};
@@ -55,10 +70,8 @@ struct RowState {
     for (int row = 0; row < 2; ++row) l[row] = l[row] * alpha[row] + sum[row];
   }
 
-  // A number that needs all weights to be known.
-  __device__ __forceinline__ int not_negative() const {
-    return __float_as_int(fminf(l[0], l[1]));
-  }
+  // 0, known only when all weights are: what uses it cannot be moved above the exponentials.
+  __device__ __forceinline__ uint32_t settled() const { return l[0] < 0.f || l[1] < 0.f; }
 
   // Completes the sums: returns 1 / l (0 for a row without keys) and the natural log-sum-exp.
   __device__ __forceinline__ void finish(float scale_log2, float (&inverse)[2], float (&lse)[2]) {

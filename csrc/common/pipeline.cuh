@@ -40,14 +40,10 @@ struct Pipeline {
     return full + state.stage() * 8;
   }
 
-  __device__ __forceinline__ void wait(const PipelineState<kStages>& state) const {
-    ptx::mbarrier_wait(full + state.stage() * 8, state.phase());
-  }
-
-  // The same, but not before x, which is not negative, is known: ptxas moves arithmetic across a
-  // spin, but not what the spin depends on.
-  __device__ __forceinline__ void wait_after(const PipelineState<kStages>& state, int x) const {
-    ptx::mbarrier_wait(full + state.stage() * 8 + (x < 0 ? 8 : 0), state.phase());
+  // `zero` must be 0: a value that the wait shall not start before (see RowState::settled).
+  __device__ __forceinline__ void wait(const PipelineState<kStages>& state,
+                                       uint32_t zero = 0) const {
+    ptx::mbarrier_wait(full + state.stage() * 8, state.phase() + zero);
   }
 
   // Consumer: called by every thread, counted once a warp, after this warp's own reads.

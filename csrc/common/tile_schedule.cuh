@@ -46,7 +46,8 @@ struct TileOrder {
 // consumers.
 struct TileQueue {
   static constexpr int kSlots = 2;
-  Pipeline<kSlots> pipeline;
+  using Ring = Pipeline<kSlots>;
+  Ring pipeline;
   int* slots;  // shared, kSlots
   PipelineState<kSlots> state;
 

@@ -4,12 +4,14 @@
 // rows are K, columns are M or N.
 #pragma once
 
+#include "ptx.cuh"
 #include "wgmma_layout.h"
 #include "wgmma_shapes.cuh"
 
 namespace lctx {
 
 constexpr int kSwizzle128 = 1;  // layout field of the descriptor
+constexpr int kMajorK = 0, kMajorMN = 1;
 
 // Descriptor of the operand at `address`, `offset` bytes into a tile. `leading` is the distance
 // between 64-column chunks (MN-major operands that span several); 8 rows are always 1024 bytes
@@ -30,6 +32,11 @@ __device__ __forceinline__ uint64_t mn_major_step(uint32_t tile, int rows, int t
   return wgmma_descriptor(tile, t * 16 * kChunkRowBytes, chunk_bytes(rows));
 }
 
+template <int kMajor>
+__device__ __forceinline__ uint64_t operand_step(uint32_t tile, int rows, int t) {
+  return kMajor == kMajorK ? k_major_step(tile, rows, t) : mn_major_step(tile, rows, t);
+}
+
 // Between the last ordinary access to accumulators or A registers and the first wgmma on them.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -43,29 +50,58 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// D (64 x N) = A B^T over `kDepth`: both operands K-major in shared memory (scores: Q K^T).
-// a_rows, b_rows: rows of the stored tiles, which set the distance between chunks.
-template <class T, int N, int kDepth>
-__device__ __forceinline__ void gemm_nt(float (&d)[N / 2], uint32_t a, int a_rows, uint32_t b,
-                                        int b_rows) {
+// D (64 x N) (+)= A B over `kDepth`, both tiles in shared memory. a_rows, b_rows: rows of the
+// stored tiles, which set the distance between chunks.
+template <class T, int N, int kDepth, int kMajorA, int kMajorB>
+__device__ __forceinline__ void gemm_ss(float (&d)[N / 2], uint32_t a, int a_rows, uint32_t b,
+                                        int b_rows, bool accumulate) {
 #pragma unroll
   for (int t = 0; t < kDepth / 16; ++t) {
-    ptx::Wgmma<T, N>::template ss<0, 0>(d, k_major_step(a, a_rows, t), k_major_step(b, b_rows, t),
-                                        t != 0);
+    ptx::Wgmma<T, N>::template ss<kMajorA, kMajorB>(d, operand_step<kMajorA>(a, a_rows, t),
+                                                    operand_step<kMajorB>(b, b_rows, t),
+                                                    accumulate || t != 0);
   }
 }
 
-// D (64 x N) (+)= A B over `kDepth`: A in registers, four per 16-deep step, B MN-major (P V).
-template <class T, int N, int kDepth>
-__device__ __forceinline__ void gemm_rn(float (&d)[N / 2], const uint32_t (&a)[kDepth / 16][4],
+// The same with A in registers, four per 16-deep step.
+template <class T, int N, int kDepth, int kMajorB>
+__device__ __forceinline__ void gemm_rs(float (&d)[N / 2], const uint32_t (&a)[kDepth / 16][4],
                                         uint32_t b, int b_rows, bool accumulate) {
 #pragma unroll
   for (int t = 0; t < kDepth / 16; ++t) {
-    ptx::Wgmma<T, N>::template rs<1>(d, a[t], mn_major_step(b, b_rows, t), accumulate || t != 0);
+    ptx::Wgmma<T, N>::template rs<kMajorB>(d, a[t], operand_step<kMajorB>(b, b_rows, t),
+                                           accumulate || t != 0);
   }
 }
 
+// D = A B^T, both stored with depth in their columns (scores: Q K^T).
+template <class T, int N, int kDepth>
+__device__ __forceinline__ void gemm_nt(float (&d)[N / 2], uint32_t a, int a_rows, uint32_t b,
+                                        int b_rows, bool accumulate = false) {
+  gemm_ss<T, N, kDepth, kMajorK, kMajorK>(d, a, a_rows, b, b_rows, accumulate);
+}
+
+// D (+)= A^T B, both stored with depth in their rows (dQ = dS K with dS^T stored; K^T V).
+template <class T, int N, int kDepth>
+__device__ __forceinline__ void gemm_tn(float (&d)[N / 2], uint32_t a, int a_rows, uint32_t b,
+                                        int b_rows, bool accumulate) {
+  gemm_ss<T, N, kDepth, kMajorMN, kMajorMN>(d, a, a_rows, b, b_rows, accumulate);
+}
+
+// D (+)= A B, A in registers, B stored with depth in its rows (P V).
+template <class T, int N, int kDepth>
+__device__ __forceinline__ void gemm_rn(float (&d)[N / 2], const uint32_t (&a)[kDepth / 16][4],
+                                        uint32_t b, int b_rows, bool accumulate) {
+  gemm_rs<T, N, kDepth, kMajorMN>(d, a, b, b_rows, accumulate);
+}
+
 // ---- fragments: which element of a 64-row accumulator a thread holds ----
+
+// Thread of the warpgroup. Opaque: what follows from it (addresses, rows) is computed where it is
+// used instead of being kept in registers, or spilled, through a main loop.
+__device__ __forceinline__ int warpgroup_thread() {
+  return ptx::opaque(static_cast<int>(threadIdx.x % 128));
+}
 
 // Register 4 j + {0, 1} of thread `thread` (0..127): row fragment_row, columns 8 j +
 // fragment_column + {0, 1}; register 4 j + {2, 3}: 8 rows below.

@@ -2,8 +2,8 @@
 // Tile map: choose_tile picks rows x keys of a tile by head dimension, by measurement
 //       (docs/hopper_forward.md):
 //       D <= 64   192 x 128, three warpgroups
-//       D <= 128  128 x 128, two; from 8192 keys on 128 x 176, O leaving through Q's memory
-//       D <= 256  128 x 80, two, O leaving through Q's memory
+//       D <= 128  128 x 128, two; from 8192 keys on 128 x 176, O leaving from registers
+//       D <= 256  128 x 80, two, O leaving from registers
 // Pipeline: the tile counter must be zero at launch; one persistent block per multiprocessor. A
 //       launch may overlap with the end of the one before (programmatic dependent launch).
 // Memory: tiles go through the heads in sections whose keys and values fit the L2 cache.
@@ -106,13 +106,13 @@ template <class T, class Run>
 void choose_tile(const AttnParams& params, int64_t keys, Run&& run) {
   const int64_t D = std::max(params.shape.Dk, params.shape.Dv);
   if (D <= 64) {
-    run(TypeTag<FwdTile<T, 64, 128, 3, false>>());
+    run(TypeTag<FwdTile<T, 64, 128, 3, true>>());
   } else if (D <= 128 && keys < kLongSequence) {
-    run(TypeTag<FwdTile<T, 128, 128, 2, false>>());
+    run(TypeTag<FwdTile<T, 128, 128, 2, true>>());
   } else if (D <= 128) {
-    run(TypeTag<FwdTile<T, 128, 176, 2, true>>());
+    run(TypeTag<FwdTile<T, 128, 176, 2, false>>());
   } else {
-    run(TypeTag<FwdTile<T, 256, 80, 2, true>>());
+    run(TypeTag<FwdTile<T, 256, 80, 2, false>>());
   }
 }
 

@@ -3,8 +3,10 @@
 //       CarryRows   continues from an earlier partial result over other keys (out, lse in fp32) and
 //                   writes the union, in fp32 or in the input dtype
 // Tile map: 64 rows of a warpgroup.
-// Pipeline: out leaves through shared memory by TMA and is waited for before the next tile's rows.
-//       A carried result is read into the accumulators while the first scores are computed.
+// Pipeline: out leaves through shared memory by TMA and is waited for before the next tile's rows;
+//       tiles without room for it write 16 bytes a thread from registers, so that Q's memory is
+//       free for the next tile as soon as the last scores are computed. A carried result is read
+//       into the accumulators while the first scores are computed.
 // Memory: out once; carried: 8 bytes an element more, straight between registers and memory.
 // Limits: the carried tensors are contiguous (B, T, H, D) and (B, H, T).
 #pragma once
@@ -29,11 +31,42 @@ struct StoreRows {
     T* out = static_cast<T*>(p.out_view.data) + work.batch * p.out_view.stride_b +
              kernel.position(work, row0) * p.out_view.stride_t + work.head * p.out_view.stride_h;
     const int64_t pitch = kernel.row_step() * p.out_view.stride_t;
-    for (int i = threadIdx.x % 128; i < rows * kUnits; i += 128) {
+    for (int i = warpgroup_thread(); i < rows * kUnits; i += 128) {
       const int row = i / kUnits, unit = i % kUnits;
       if (unit * 8 >= p.D) continue;
       *reinterpret_cast<uint4*>(out + row * pitch + unit * 8) =
           ptx::load_shared_16(tile + swizzled_unit(64, row, unit));
+    }
+  }
+
+  // Straight to memory. The four threads of a row exchange columns so that each holds 16 bytes.
+  template <class Kernel>
+  static __device__ __forceinline__ void write_rows(const Kernel& kernel, int warpgroup,
+                                                    const Work& work,
+                                                    float (&o)[Kernel::kValueDim / 2],
+                                                    const float (&inverse)[2]) {
+    using T = typename Kernel::T;
+    const auto& p = kernel.p;
+    const int thread = warpgroup_thread(), place = thread % 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
+      T* out = static_cast<T*>(p.out_view.data) + work.batch * p.out_view.stride_b +
+               kernel.position(work, row) * p.out_view.stride_t + work.head * p.out_view.stride_h;
+#pragma unroll
+      for (int a = 0; a < Kernel::kValueDim / 32; ++a) {
+        uint32_t x[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int at = 4 * (4 * a + j) + 2 * i;
+          x[j] = pack2<T>(o[at] * inverse[i], o[at + 1] * inverse[i]);
+        }
+        quad_transpose(x);
+        const int column = work.column + 32 * a + 8 * place;
+        if (row < work.row_end && column < p.D) {
+          *reinterpret_cast<uint4*>(out + column) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+      }
     }
   }
 
@@ -42,8 +75,12 @@ struct StoreRows {
                                                 const Work& work, float (&o)[Kernel::kValueDim / 2],
                                                 const float (&inverse)[2]) {
     using Traits = typename Kernel::Traits;
+    if constexpr (!Traits::kStagesO) {
+      write_rows(kernel, warpgroup, work, o, inverse);
+      return;
+    }
     constexpr int kValueDim = Kernel::kValueDim;
-    const int thread = threadIdx.x % 128, lane = thread % 32;
+    const int thread = warpgroup_thread(), lane = thread % 32;
     const int row0 = work.row0 + warpgroup * 64;
     const uint32_t tile = kernel.smem + Traits::kO + warpgroup * tile_bytes(64, kValueDim);
     // The last store must have left the tile before it is overwritten.
@@ -73,9 +110,7 @@ struct StoreRows {
                           work.column + c * kChunkColumns, row0, work.phase, work.head, work.batch);
       }
       ptx::tma_store_commit();
-      if constexpr (Traits::kShareO) ptx::tma_store_wait_read<0>();
     }
-    if constexpr (Traits::kShareO) ptx::named_barrier_sync(1 + warpgroup, 128);
   }
 };
 
@@ -97,7 +132,7 @@ struct CarryRows {
     const auto& p = kernel.p;
     const int64_t position = kernel.position(work, row);
     return ((work.batch * int64_t{p.Tq} + position) * p.Hq + work.head) * p.D +
-           fragment_column(threadIdx.x % 128);
+           fragment_column(warpgroup_thread());
   }
 
   // Puts the carried rows into the accumulators and the row state.
@@ -106,7 +141,7 @@ struct CarryRows {
                                                const Work& work, float (&o)[Kernel::kValueDim / 2],
                                                RowState& state) {
     const auto& p = kernel.p;
-    const int thread = threadIdx.x % 128;
+    const int thread = warpgroup_thread();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
@@ -142,7 +177,7 @@ struct CarryRows {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = work.row0 + warpgroup * 64 + fragment_row(threadIdx.x % 128) + 8 * i;
+      const int row = work.row0 + warpgroup * 64 + fragment_row(warpgroup_thread()) + 8 * i;
       if (row >= work.row_end) continue;
       float* to = p.partial_out + element(kernel, work, row);
 #pragma unroll

@@ -31,7 +31,8 @@ struct KeyBlock {
 // What a Scores policy does unless it says otherwise.
 template <int kBlockN>
 struct PlainScores {
-  // Whether accumulators of several blocks of keys are folded into outer ones (landmark_blocks.cuh).
+  // Whether accumulators of several blocks of keys are folded into outer ones
+  // (landmark_blocks.cuh).
   static constexpr bool kFolds = false;
 
   template <class State>
@@ -47,7 +48,7 @@ struct PlainScores {
   }
 };
 
-template <int kBlockN>
+template <int kBlockN, bool kWindowed = true>
 struct DenseScores : PlainScores<kBlockN> {
   struct Params {};
   using State = RowState;
@@ -58,7 +59,7 @@ struct DenseScores : PlainScores<kBlockN> {
                                                    int last) {
     const int num_keys = work.num_keys;
     int high = p.causal ? min(last, num_keys - 1) : num_keys - 1, low = 0;
-    if (p.window > 0) {
+    if (kWindowed && p.window > 0) {
       high = min(high, last + p.window - 1);
       low = max(low, first - p.window + 1);
     }
@@ -66,7 +67,7 @@ struct DenseScores : PlainScores<kBlockN> {
     keys.begin = low / kBlockN;
     keys.end = high < 0 || last < first ? 0 : high / kBlockN + 1;
     int full_high = p.causal ? min(first, num_keys - 1) : num_keys - 1, full_low = 0;
-    if (p.window > 0) {
+    if (kWindowed && p.window > 0) {
       full_high = min(full_high, first + p.window - 1);
       full_low = max(full_low, last - p.window + 1);
     }
@@ -85,12 +86,12 @@ struct DenseScores : PlainScores<kBlockN> {
   template <class P>
   static __device__ __forceinline__ void mask(const P& p, const Work& work, int position0, int n,
                                               float (&s)[kBlockN / 2], State&) {
-    const int thread = threadIdx.x % 128;
+    const int thread = warpgroup_thread();
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int position = position0 + fragment_row(thread) + 8 * row;
       int high = p.causal ? min(position, work.num_keys - 1) : work.num_keys - 1, low = 0;
-      if (p.window > 0) {
+      if (kWindowed && p.window > 0) {
         high = min(high, position + p.window - 1);
         low = max(low, position - p.window + 1);
       }

@@ -25,7 +25,7 @@ namespace lctx::cuda {
 
 // kValueDim: value columns of a tile, where they are not all of kHeadDim. kOuter: shared memory for
 // a second set of accumulators.
-template <class T_, int kHeadDim_, int kBlockN_, int kConsumers_, bool kShareO_,
+template <class T_, int kHeadDim_, int kBlockN_, int kConsumers_, bool kStagesO_,
           int kValueDim_ = kHeadDim_, bool kOuter_ = false>
 struct FwdTile {
   using T = T_;
@@ -33,8 +33,11 @@ struct FwdTile {
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kBlockN = kBlockN_;
   static constexpr int kConsumers = kConsumers_;
-  static constexpr bool kShareO = kShareO_;  // O leaves through Q's shared memory
+  // O has shared memory of its own and leaves by TMA; else it leaves from registers.
+  static constexpr bool kStagesO = kStagesO_;
   static constexpr int kStages = 2;
+  // A second Q, where there is room, lets the next tile's first scores run under this one's end.
+  static constexpr int kQStages = kStagesO ? 2 : 1;
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
@@ -42,13 +45,11 @@ struct FwdTile {
   static constexpr int kQBytes = tile_bytes(kBlockM, kHeadDim);
   static constexpr int kKBytes = tile_bytes(kBlockN, kHeadDim);
   static constexpr int kVBytes = tile_bytes(kBlockN, kValueDim);
-  static constexpr int kK = kQBytes;
+  static constexpr int kK = kQStages * kQBytes;
   static constexpr int kV = kK + kStages * kKBytes;
   static constexpr int kOuter = kV + kStages * kVBytes;
-  static constexpr int kOuterBytes = kOuter_ ? kBlockM * kValueDim * 4 : 0;
-  static constexpr int kO = kShareO ? 0 : kOuter + kOuterBytes;
-  static constexpr int kBarriers =
-      kOuter + kOuterBytes + (kShareO ? 0 : tile_bytes(kBlockM, kValueDim));
+  static constexpr int kO = kOuter + (kOuter_ ? kBlockM * kValueDim * 4 : 0);
+  static constexpr int kBarriers = kO + (kStagesO ? tile_bytes(kBlockM, kValueDim) : 0);
   static constexpr int kSharedBytes = kBarriers + 256 + 1024;  // barriers, alignment
 };
 
@@ -75,11 +76,15 @@ struct FwdKernel {
   static constexpr int kConsumerWarps = 4 * Traits::kConsumers;
   using KVPipeline = Pipeline<Traits::kStages>;
   using KVState = PipelineState<Traits::kStages>;
+  using QPipeline = Pipeline<Traits::kQStages>;
+  using QState = PipelineState<Traits::kQStages>;
+
+  static constexpr int kQueue = Traits::kBarriers + 2 * KVPipeline::kBytes + QPipeline::kBytes;
 
   const typename Traits::Params& p;
   const uint32_t smem;
   KVPipeline k_pipe, v_pipe;
-  Pipeline<1> q_pipe;
+  QPipeline q_pipe;
   TileQueue queue;
 
   __device__ __forceinline__ FwdKernel(const typename Traits::Params& params, char* base)
@@ -88,9 +93,8 @@ struct FwdKernel {
         k_pipe(smem + Traits::kBarriers),
         v_pipe(smem + Traits::kBarriers + KVPipeline::kBytes),
         q_pipe(smem + Traits::kBarriers + 2 * KVPipeline::kBytes),
-        queue{Pipeline<2>(smem + Traits::kBarriers + 2 * KVPipeline::kBytes + 16),
-              reinterpret_cast<int*>(base + Traits::kBarriers + 2 * KVPipeline::kBytes + 16 + 32)} {
-  }
+        queue{TileQueue::Ring(smem + kQueue),
+              reinterpret_cast<int*>(base + kQueue + TileQueue::Ring::kBytes)} {}
 
   __device__ __forceinline__ void init() const {
     k_pipe.init(kConsumerWarps);
@@ -138,13 +142,13 @@ struct FwdKernel {
     state.advance();
   }
 
-  __device__ __forceinline__ void load_queries(PipelineState<1>& state, const Work& work) const {
+  __device__ __forceinline__ void load_queries(QState& state, const Work& work) const {
     const uint32_t full = q_pipe.acquire(state, Traits::kQBytes);
+    const uint32_t dst = smem + state.stage() * Traits::kQBytes;
 #pragma unroll 1
     for (int i = 0; i < Traits::kConsumers * kChunks; ++i) {
-      ptx::tma_load_5d(smem + i * chunk_bytes(64), &p.q[work.map], full,
-                       i % kChunks * kChunkColumns, work.row0 + i / kChunks * 64, work.phase,
-                       work.head, work.batch);
+      ptx::tma_load_5d(dst + i * chunk_bytes(64), &p.q[work.map], full, i % kChunks * kChunkColumns,
+                       work.row0 + i / kChunks * 64, work.phase, work.head, work.batch);
     }
     state.advance();
   }
@@ -156,7 +160,7 @@ struct FwdKernel {
 
   __device__ __forceinline__ void produce() {
     KVState k_state, v_state;
-    PipelineState<1> q_state;
+    QState q_state;
     int next = blockIdx.x;
     while (true) {
       const int index = next;
@@ -188,7 +192,7 @@ struct FwdKernel {
 
   __device__ __forceinline__ void store_lse(int warpgroup, const Work& work,
                                             const float (&lse)[2]) const {
-    const int thread = threadIdx.x % 128;
+    const int thread = warpgroup_thread();
     if (thread % 4 != 0) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -224,74 +228,117 @@ struct FwdKernel {
     }
   }
 
+  // A tile as one warpgroup sees it.
+  struct Turn {
+    int index;
+    KeyRange keys;  // blocks that its rows see
+    int right;      // blocks of the tile to the right of them, which it only releases
+    bool empty;     // its rows see no keys
+    bool loaded;    // the tile has queries and keys in shared memory
+  };
+
+  __device__ __forceinline__ Turn next_turn(int warpgroup) {
+    Turn turn{queue.take(), {}, 0, true, false};
+    if (turn.index >= p.order.num_tiles) return turn;
+    const Work work = Tiles::find(p, turn.index);
+    const KeyRange all = tile_keys(work);
+    const int position0 = work.position0 + warpgroup * 64;
+    const int rows = min(64, work.row_end - work.row0 - warpgroup * 64);
+    KeyRange keys = Scores::range(p, work, position0, position0 + rows - 1);
+    keys.begin = max(keys.begin, all.begin);
+    keys.end = min(keys.end, all.end);
+    turn.keys = keys;
+    turn.empty = keys.end <= keys.begin;
+    turn.loaded = all.end > all.begin;
+    turn.right = turn.empty ? all.end - all.begin : all.end - keys.end;
+    return turn;
+  }
+
+  __device__ __forceinline__ void wait_first(const QState& q_state, const KVState& k_state) const {
+    q_pipe.wait(q_state);
+    k_pipe.wait(k_state);
+  }
+
+  __device__ __forceinline__ void issue_scores(int warpgroup, const QState& q_state,
+                                               const KVState& k_state,
+                                               float (&s)[kBlockN / 2]) const {
+    wgmma_fence();
+    gemm_nt<T, kBlockN, kHeadDim>(
+        s, smem + q_state.stage() * Traits::kQBytes + warpgroup * tile_bytes(64, kHeadDim), 64,
+        smem + Traits::kK + k_state.stage() * Traits::kKBytes, kBlockN);
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void issue_values(const KVState& v_state,
+                                               const uint32_t (&weights)[kBlockN / 16][4],
+                                               float (&o)[kValueDim / 2], bool started) const {
+    v_pipe.wait(v_state);
+    wgmma_fence();
+    gemm_rn<T, kValueDim, kBlockN>(
+        o, weights, smem + Traits::kV + v_state.stage() * Traits::kVBytes, kBlockN, started);
+    wgmma_commit();
+  }
+
+  // Rows without keys.
+  __device__ __forceinline__ void finish_empty(int warpgroup, const Turn& turn, QState& q_state,
+                                               KVState& k_state, KVState& v_state) const {
+    if (turn.loaded) {
+      q_pipe.wait(q_state);
+      q_pipe.release(q_state);
+      q_state.advance();
+      skip(turn.right, k_state, v_state);
+    }
+    const Work work = find_work_again(turn.index);
+    State state;
+    float o[kValueDim / 2] = {}, inverse[2], lse[2];
+    begin_rows(warpgroup, work, o, state);
+    state.finish(p.scale_log2, inverse, lse);
+    Rows::finish(*this, warpgroup, work, o, inverse);
+    store_lse(warpgroup, work, lse);
+  }
+
   __device__ __forceinline__ void consume(int warpgroup) {
+    constexpr bool kPrefetch = Traits::kQStages > 1;
     KVState k_state, v_state;
-    PipelineState<1> q_state;
-    const uint32_t q_tile = smem + warpgroup * tile_bytes(64, kHeadDim);
-    while (true) {
-      const int index = queue.take();
-      if (index >= p.order.num_tiles) break;
-      KeyRange all, keys;
-      {
-        const Work work = Tiles::find(p, index);
-        all = tile_keys(work);
-        // The warpgroup's own rows may see less than the tile; what it skips it only releases.
-        const int position0 = work.position0 + warpgroup * 64;
-        const int rows = min(64, work.row_end - work.row0 - warpgroup * 64);
-        keys = Scores::range(p, work, position0, position0 + rows - 1);
-        keys.begin = max(keys.begin, all.begin);
-        keys.end = min(keys.end, all.end);
+    QState q_state;
+    float s[kBlockN / 2];
+    bool prefetched = false;  // s holds the first scores of `turn`
+    Turn turn = next_turn(warpgroup);
+    while (turn.index < p.order.num_tiles) {
+      if (turn.empty) {
+        finish_empty(warpgroup, turn, q_state, k_state, v_state);
+        turn = next_turn(warpgroup);
+        continue;
       }
-      const int skip_left = keys.begin - all.begin;
+      const int index = turn.index;
+      const KeyRange keys = turn.keys;
       float o[kValueDim / 2];
       float alpha[2], inverse[2], lse[2];
       State state;
-      if (keys.end <= keys.begin) {
-        if (all.end > all.begin) {
-          q_pipe.wait(q_state);
-          q_pipe.release(q_state);
-          q_state.advance();
-          skip(all.end - all.begin, k_state, v_state);
-        }
-        const Work work = find_work_again(index);
-#pragma unroll
-        for (int i = 0; i < kValueDim / 2; ++i) o[i] = 0.f;
-        begin_rows(warpgroup, work, o, state);
-        state.finish(p.scale_log2, inverse, lse);
-        Rows::finish(*this, warpgroup, work, o, inverse);
-        store_lse(warpgroup, work, lse);
-        continue;
-      }
-      skip(all.end - keys.end, k_state, v_state);
-
-      float s[kBlockN / 2];
       uint32_t weights[kBlockN / 16][4];
-      // First block: nothing to overlap with yet.
+      // First block: nothing of this tile to overlap with yet.
       int n = keys.end - 1;
-      q_pipe.wait(q_state);
-      k_pipe.wait(k_state);
-      wgmma_fence();
-      gemm_nt<T, kBlockN, kHeadDim>(s, q_tile, 64,
-                                    smem + Traits::kK + k_state.stage() * Traits::kKBytes, kBlockN);
-      wgmma_commit();
-      if constexpr (Rows::kCarries) begin_rows(warpgroup, find_work_again(index), o, state);
-      if constexpr (Scores::kFolds)
+      if (!prefetched) {
+        skip(turn.right, k_state, v_state);
+        wait_first(q_state, k_state);
+        issue_scores(warpgroup, q_state, k_state, s);
+      }
+      if constexpr (Rows::kCarries) {
+        begin_rows(warpgroup, find_work_again(index), o, state);
+      }
+      if constexpr (Scores::kFolds) {
         Scores::begin(*this, warpgroup, find_work_again(index), n, state);
+      }
       wgmma_wait<0>();
       k_pipe.release(k_state);
       k_state.advance();
       if (Scores::needs_mask(keys, n, state)) mask_block(index, warpgroup, n, s, state);
       Scores::template weigh<true>(p, s, state, alpha);
       Scores::template to_a<T>(s, state, weights);
-      if constexpr (Rows::kCarries) {
-        // Not by rescale() below: ptxas would wait for the scores before it loads the carried rows.
-        scale_rows<kValueDim>(o, alpha);
-        alpha[0] = alpha[1] = 1.f;
-      }
+      if constexpr (Rows::kCarries) scale_rows<kValueDim>(o, alpha);
 
       bool started = Rows::kCarries;
-      // Brings o into the terms of the weights that are to be multiplied next. It has the time of
-      // the product that was issued before.
+      // Brings o into the terms of the weights that it is to be multiplied with next.
       const auto rescale = [&] {
         if constexpr (Scores::kFolds) {
           if (Scores::fold(*this, warpgroup, o, alpha, state)) started = false;
@@ -300,16 +347,9 @@ struct FwdKernel {
         }
       };
       const auto step = [&](auto masked) {
-        wgmma_fence();
-        gemm_nt<T, kBlockN, kHeadDim>(
-            s, q_tile, 64, smem + Traits::kK + k_state.stage() * Traits::kKBytes, kBlockN);
-        wgmma_commit();
-        rescale();
-        v_pipe.wait(v_state);
-        wgmma_fence();
-        gemm_rn<T, kValueDim, kBlockN>(
-            o, weights, smem + Traits::kV + v_state.stage() * Traits::kVBytes, kBlockN, started);
-        wgmma_commit();
+        issue_scores(warpgroup, q_state, k_state, s);
+        if constexpr (Scores::kFolds) rescale();
+        issue_values(v_state, weights, o, started);
         started = true;
         if constexpr (Scores::kFolds) Scores::turn(p, n, state);
         wgmma_wait<1>();
@@ -318,12 +358,13 @@ struct FwdKernel {
         constexpr bool kMasked = decltype(masked)::value;
         if constexpr (kMasked) mask_block(index, warpgroup, n, s, state);
         Scores::template weigh<kMasked>(p, s, state, alpha);
-        // ptxas likes to put the softmax behind the wait for P V, where nothing runs under it. The
-        // wait for the next keys stands between them and is made to depend on the weights.
-        if (n > keys.begin) k_pipe.wait_after(k_state, state.not_negative());
+        // ptxas would hoist the wait for P V above the softmax. It does not move it across a spin,
+        // and this one needs the weights.
+        if (n > keys.begin) k_pipe.wait(k_state, state.settled());
         wgmma_wait<0>();
         v_pipe.release(v_state);
         v_state.advance();
+        if constexpr (!Scores::kFolds) rescale();
         Scores::template to_a<T>(s, state, weights);
       };
       if (n > keys.begin) k_pipe.wait(k_state);
@@ -335,29 +376,39 @@ struct FwdKernel {
           step(std::false_type{});
         }
       }
-      if constexpr (!Traits::kShareO) {
-        q_pipe.release(q_state);
-        q_state.advance();
-      }
+      q_pipe.release(q_state);
+      q_state.advance();
 
-      rescale();
-      v_pipe.wait(v_state);
-      wgmma_fence();
-      gemm_rn<T, kValueDim, kBlockN>(
-          o, weights, smem + Traits::kV + v_state.stage() * Traits::kVBytes, kBlockN, started);
-      wgmma_commit();
+      if constexpr (Scores::kFolds) rescale();
+      issue_values(v_state, weights, o, started);
+      const KVState last = v_state;
+      v_state.advance();
       state.finish(p.scale_log2, inverse, lse);
       const Work work = find_work_again(index);
+      const int left = keys.begin - tile_keys(work).begin;  // blocks to the left of those it sees
       store_lse(warpgroup, work, lse);
-      wgmma_wait<0>();
-      v_pipe.release(v_state);
-      v_state.advance();
-      skip(skip_left, k_state, v_state);
+      if constexpr (kPrefetch) {
+        turn = next_turn(warpgroup);
+        // One block may pass unread while this tile still holds a stage, not two. Otherwise the
+        // product is on stale data and ignored: a branch around it would serialise.
+        prefetched = left == 0 && !turn.empty && turn.right <= 1;
+        if (prefetched) {
+          skip(turn.right, k_state, v_state);
+          wait_first(q_state, k_state);
+        }
+        issue_scores(warpgroup, q_state, k_state, s);
+        wgmma_wait<1>();
+      } else {
+        wgmma_wait<0>();
+      }
+      v_pipe.release(last);
+      skip(left, k_state, v_state);
       if constexpr (Scores::kFolds) Scores::complete(*this, warpgroup, o, state);
-      Rows::finish(*this, warpgroup, work, o, inverse);
-      if constexpr (Traits::kShareO) {
-        q_pipe.release(q_state);
-        q_state.advance();
+      Rows::finish(*this, warpgroup, find_work_again(index), o, inverse);
+      if constexpr (kPrefetch) {
+        wgmma_wait<0>();
+      } else {
+        turn = next_turn(warpgroup);
       }
     }
     if (threadIdx.x % 128 == 0) ptx::tma_store_wait<0>();

@@ -105,7 +105,7 @@ struct SegmentTiles {
     bool offset_block;        // phase of head h: h % rate, or h / ceil(Hq / rate)
     FastDivisor per_segment;  // heads
     FastDivisor per_phase;    // rate
-    FastDivisor per_offset;   // ceil(Hq / rate)
+    FastDivisor per_offset;   // rate, or ceil(Hq / rate)
     const int32_t* seqlens;   // (B) true lengths, or nullptr
   };
   static constexpr bool kClipsRows = true;
@@ -120,15 +120,17 @@ struct SegmentTiles {
     Work work;
     work.head = p.per_segment.modulo(tile.head);
     work.batch = tile.batch;
-    const int offset =
-        p.offset_block ? p.per_offset.divide(work.head) : p.per_phase.modulo(work.head);
-    const int length = p.seqlens == nullptr ? p.Tq : min(max(p.seqlens[tile.batch], 0), p.Tq);
+    // No branches here: predicated halves of wide products would stay alive through main loops.
+    const int quotient = p.per_offset.divide(work.head);
+    const int offset = p.offset_block ? quotient : work.head - quotient * p.per_offset.divisor;
+    const int32_t* true_length = p.seqlens != nullptr ? p.seqlens + tile.batch : &p.Tq;
+    const int length = min(max(*true_length, 0), p.Tq);
     const int begin = segment * p.segment_len;
     const int positions = min(p.segment_len, length - begin) - offset;
     work.key0 = p.per_phase.divide(begin + offset);
     work.phase = p.per_phase.modulo(begin + offset);
     work.map = work.phase < p.long_phases ? 0 : 1;
-    work.num_keys = positions > 0 ? p.per_phase.divide(positions + p.rate - 1) : 0;
+    work.num_keys = p.per_phase.divide(max(positions, 0) + p.rate - 1);
     work.position0 = tile.m_block * kBlockM;
     work.row0 = work.key0 + work.position0;
     work.row_end = work.key0 + work.num_keys;

@@ -42,7 +42,7 @@ template <class Tile>
 void launch_branch(const DilatedParams& params, const Branch& branch, const Carry& carry,
                    int* counter, int num_sms, Stream stream) {
   using Traits =
-      FwdTraits<Tile, SegmentTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN>, CarryRows>;
+      FwdTraits<Tile, SegmentTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN, false>, CarryRows>;
   const AttnShape& s = params.shape;
   typename Traits::Params p{};
   set_attention(params, counter, p);
@@ -55,7 +55,8 @@ void launch_branch(const DilatedParams& params, const Branch& branch, const Carr
   p.offset_block = params.head_offset_block;
   p.per_segment = FastDivisor(static_cast<int>(s.Hq));
   p.per_phase = FastDivisor(p.rate);
-  p.per_offset = FastDivisor(static_cast<int>(ceil_div(s.Hq, branch.rate)));
+  p.per_offset =
+      p.offset_block ? FastDivisor(static_cast<int>(ceil_div(s.Hq, branch.rate))) : p.per_phase;
   p.seqlens = params.seqlens;
   p.carry_out = carry.in;
   p.carry_lse = p.lse;

@@ -65,7 +65,7 @@ struct BlockScores : PlainScores<kBlockN> {
         const float top = fmaxf(M[row], A);
         const float w = ptx::exp2_approx(A - top);
         keep[row] = ptx::exp2_approx(M[row] - top);
-        add[row] = earlier[row] ? w * ptx::reciprocal_approx(sum) : w;
+        add[row] = earlier[row] ? __fdividef(w, sum) : w;
         Z[row] = Z[row] * keep[row] + (earlier[row] ? w : w * sum);
         M[row] = top;
       }
@@ -120,9 +120,10 @@ struct BlockScores : PlainScores<kBlockN> {
 
   // A thread's outer accumulators: four at a time, the threads of a warpgroup side by side.
   template <class Kernel>
-  static __device__ __forceinline__ uint32_t outer(const Kernel& kernel, int warpgroup) {
-    return kernel.smem + Kernel::Traits::kOuter + warpgroup * 64 * Kernel::kValueDim * 4 +
-           threadIdx.x % 128 * 16;
+  static __device__ __forceinline__ float4* outer(const Kernel& kernel, int warpgroup) {
+    const uint32_t first =
+        kernel.smem + Kernel::Traits::kOuter + warpgroup * 64 * Kernel::kValueDim * 4;
+    return static_cast<float4*>(__cvta_shared_to_generic(first)) + warpgroup_thread();
   }
 
   // Before tile n, the first of the walk.
@@ -130,7 +131,7 @@ struct BlockScores : PlainScores<kBlockN> {
   static __device__ __forceinline__ void begin(const Kernel& kernel, int warpgroup,
                                                const Work& work, int n, State& state) {
     const auto& p = kernel.p;
-    const int thread = threadIdx.x % 128;
+    const int thread = warpgroup_thread();
     state.tiles = p.tiles + work.batch * int64_t{p.max_tiles};
     state.tile = state.tiles[n];
     state.next = state.tiles[max(n - 1, 0)];
@@ -140,10 +141,10 @@ struct BlockScores : PlainScores<kBlockN> {
       state.first[row] = row_of(p, work, position).first;
     }
     start_block(n, state);
-    const uint32_t at = outer(kernel, warpgroup);
+    float4* const at = outer(kernel, warpgroup);
 #pragma unroll
     for (int j = 0; j < Kernel::kValueDim / 8; ++j) {
-      ptx::store_shared_float4(at + j * 2048, make_float4(0.f, 0.f, 0.f, 0.f));
+      at[j * 128] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
   }
 
@@ -167,7 +168,7 @@ struct BlockScores : PlainScores<kBlockN> {
   template <class P>
   static __device__ __forceinline__ void mask(const P&, const Work&, int position0, int,
                                               float (&s)[kBlockN / 2], State& state) {
-    const int thread = threadIdx.x % 128;
+    const int thread = warpgroup_thread();
     const int column0 = state.tile.row0 + fragment_column(thread);
     const int low = state.tile.begin() - column0;
 #pragma unroll
@@ -207,15 +208,15 @@ struct BlockScores : PlainScores<kBlockN> {
       scale_rows<2 * N>(o, alpha);
       return false;
     }
-    const uint32_t at = outer(kernel, warpgroup);
+    float4* const at = outer(kernel, warpgroup);
 #pragma unroll
     for (int j = 0; j < N / 4; ++j) {
-      float4 x = ptx::load_shared_float4(at + j * 2048);
+      float4 x = at[j * 128];
       x.x = x.x * state.keep[0] + o[4 * j] * state.add[0];
       x.y = x.y * state.keep[0] + o[4 * j + 1] * state.add[0];
       x.z = x.z * state.keep[1] + o[4 * j + 2] * state.add[1];
       x.w = x.w * state.keep[1] + o[4 * j + 3] * state.add[1];
-      ptx::store_shared_float4(at + j * 2048, x);
+      at[j * 128] = x;
     }
     return true;
   }
@@ -224,10 +225,10 @@ struct BlockScores : PlainScores<kBlockN> {
   template <class Kernel, int N>
   static __device__ __forceinline__ void complete(const Kernel& kernel, int warpgroup,
                                                   float (&o)[N], const State& state) {
-    const uint32_t at = outer(kernel, warpgroup);
+    float4* const at = outer(kernel, warpgroup);
 #pragma unroll
     for (int j = 0; j < N / 4; ++j) {
-      const float4 x = ptx::load_shared_float4(at + j * 2048);
+      const float4 x = at[j * 128];
       o[4 * j] = x.x * state.keep[0] + o[4 * j] * state.add[0];
       o[4 * j + 1] = x.y * state.keep[0] + o[4 * j + 1] * state.add[0];
       o[4 * j + 2] = x.z * state.keep[1] + o[4 * j + 2] * state.add[1];

@@ -159,11 +159,11 @@ template <class T>
 void choose_blocks(const LandmarkParams& params, int* scratch, int num_sms, Stream stream) {
   const int64_t D = std::max(params.shape.Dk, params.shape.Dv);
   if (D <= 64) {
-    launch_blocks<FwdTile<T, 64, 64, 3, false, 64, true>>(params, scratch, num_sms, stream);
+    launch_blocks<FwdTile<T, 64, 64, 3, true, 64, true>>(params, scratch, num_sms, stream);
   } else if (D <= 128) {
-    launch_blocks<FwdTile<T, 128, 128, 2, true, 128, true>>(params, scratch, num_sms, stream);
+    launch_blocks<FwdTile<T, 128, 128, 2, false, 128, true>>(params, scratch, num_sms, stream);
   } else {
-    launch_blocks<FwdTile<T, 256, 64, 2, true, 128, true>>(params, scratch, num_sms, stream);
+    launch_blocks<FwdTile<T, 256, 64, 2, false, 128, true>>(params, scratch, num_sms, stream);
   }
 }
 

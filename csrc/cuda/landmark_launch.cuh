@@ -58,7 +58,7 @@ void launch_groups(const LandmarkParams& params, int* counter, int num_sms, Stre
 
 // The tile of kBlockN keys for a head dimension.
 template <class T, int kHeadDim, int kBlockN>
-using GroupsTile = FwdTile<T, kHeadDim, kBlockN, kHeadDim == 64 ? 3 : 2, kHeadDim == 256>;
+using GroupsTile = FwdTile<T, kHeadDim, kBlockN, kHeadDim == 64 ? 3 : 2, kHeadDim != 256>;
 
 template <class T, int kHeadDim>
 void choose_groups(const LandmarkParams& params, int* counter, int num_sms, Stream stream) {

@@ -44,15 +44,15 @@ struct LandmarkScores : PlainScores<kBlockN> {
     uint32_t factor[kGroups][2];       // c_g twice, packed
     uint32_t packed[kBlockN / 16][4];  // exponentials
 
-    // A number that needs all weights to be known.
-    __device__ __forceinline__ int not_negative() const {
+    // 0, known only when all weights are packed: see RowState::settled. They are not negative.
+    __device__ __forceinline__ uint32_t settled() const {
       uint32_t any = 0;
 #pragma unroll
       for (int t = 0; t < kBlockN / 16; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) any |= packed[t][i];
       }
-      return static_cast<int>(any);
+      return any >> 31;
     }
 
     __device__ __forceinline__ void finish(float, float (&inverse)[2], float (&lse)[2]) const {
@@ -95,7 +95,7 @@ struct LandmarkScores : PlainScores<kBlockN> {
   template <class P>
   static __device__ __forceinline__ void mask(const P& p, const Work&, int position0, int n,
                                               float (&s)[kBlockN / 2], State& state) {
-    const int thread = threadIdx.x % 128;
+    const int thread = warpgroup_thread();
     const bool whole = n < p.whole_tiles;
     const int block = whole ? n * kGroups : p.whole_blocks;
     const int groups = whole ? p.whole_blocks - block : 1;
@@ -128,7 +128,7 @@ struct LandmarkScores : PlainScores<kBlockN> {
   // The same for the padding alone: at most half of a group, but for the narrowest.
   template <class P>
   static __device__ __forceinline__ void mask_padding(const P& p, float (&s)[kBlockN / 2]) {
-    const int low = p.padding - fragment_column(threadIdx.x % 128);
+    const int low = p.padding - fragment_column(warpgroup_thread());
 #pragma unroll
     for (int j = 0; j < (kWidth > 16 ? (kWidth + 15) / 16 : kWidth / 8); ++j) {
 #pragma unroll
@@ -267,7 +267,7 @@ struct LandmarkScores : PlainScores<kBlockN> {
       const int bit = kGroups > 1 ? 4 * h + threadIdx.x % 4 : threadIdx.x % 2;
       const bool own = kMasked && !(state.earlier >> bit & 1);
       state.Z += own ? w[h] * l[h] : w[h];
-      const float c = own ? w[h] : w[h] * ptx::reciprocal_approx(l[h]);
+      const float c = own ? w[h] : __fdividef(w[h], l[h]);
       factor[h] = pack2<T>(c, c);
     }
 #pragma unroll

@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 import lctx_kernels
-from bench.candidates import build, make_inputs, op_of
-from bench.check import Checker
-from bench.registry import OPS, SMALL_BRANCHES, Group, Shape
+from bench import candidates, check
+from bench.candidates import build, make_inputs
+from bench.check import Checker, mask
+from bench.hopper import hopper
+from bench.registry import OPS, SMALL_BRANCHES, Goal, Group, Shape, op_of
 from bench.runner import IsolatedRunner, Runner
 from bench.timing import QUICK
 from lctx_kernels import reference
@@ -36,6 +40,22 @@ def test_sampled_rows_are_rows_of_the_definition(op, options):
     torch.testing.assert_close(got[:, rows], want[:, rows], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(("op", "options"), [(op, o) for op, all_ in OPTIONS.items() for o in all_])
+def test_rows_of_some_heads_are_those_of_all(op, options):
+    q, k, v = make_inputs(SHAPE, "cpu").tensors
+    every = definition_rows(op, q, k, v, [3, 149], **options)
+    some = definition_rows(op, q, k, v, [3, 149], [1, 3], **options)
+    torch.testing.assert_close(some, every[:, :, [1, 3]], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [replace(SHAPE, Tq=9), replace(SHAPE, Tq=9, causal=False)])
+def test_rows_of_the_last_queries_and_without_a_mask(shape):
+    q, k, v = make_inputs(shape, "cpu").tensors
+    full, _ = reference.flash_attention(q.double(), k.double(), v.double(), causal=shape.causal)
+    rows = definition_rows("flash", q, k, v, [0, 4, 8], **mask(shape.causal))
+    torch.testing.assert_close(rows, full[:, [0, 4, 8]], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("length", [0, 1, 2, 5, 1000])
 def test_sampled_rows_are_late_rows_and_the_last(length):
     rows = sample_rows(length)
@@ -55,6 +75,68 @@ def test_right_candidates_pass(candidate, pass_):
     assert check.failures == []
     assert "small out" in check.errors
     assert len(check.errors) >= (2 if pass_ == "fwd_bwd" else 1)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "flash"])
+@pytest.mark.parametrize("shape", [replace(SHAPE, Tq=1), replace(SHAPE, causal=False)])
+def test_one_query_and_no_mask(kind, shape):
+    runner = Runner("cpu", "reference", check=True, budget=QUICK)
+    (row,) = runner.run(Group(shape, "fwd", (kind,)))
+    assert row.status == "ok", row.reason
+
+
+@pytest.mark.parametrize("group", {g.goals[0].label: g for g in hopper()}.values(), ids=str)
+def test_every_kind_of_hopper_group_runs_on_the_cpu(group, monkeypatch):
+    """At a short length, with PyTorch's default attention in the place of cuDNN's."""
+    monkeypatch.setattr(check, "LARGE", 1 << 12)
+    monkeypatch.setattr(candidates, "LOCAL_SEGMENT", 128)
+    names = [
+        name.replace("-cudnn", "")
+        for name in group.candidates
+        if name not in ("copy", "flash_carry", "local-sdpa-cudnn-expanded")
+    ]
+    shape = replace(group.shape, T=256, B=min(group.shape.B, 2), Hq=4, D=16,
+                    Hkv=4 if group.shape.Hq == group.shape.Hkv else 1)  # fmt: skip
+    short = replace(group, shape=shape, candidates=tuple(names), goals=())
+    rows = Runner("cpu", "cpu", check=True, budget=QUICK).run(short)
+    assert [(row.candidate, row.status, row.reason) for row in rows] == [
+        (name, "ok", None) for name in names
+    ]
+    assert dict(group.options).items() <= rows[-1].options.items()
+    assert "out" in rows[-1].errors
+
+
+def test_an_op_that_this_device_lacks_is_a_row_and_not_the_end():
+    runner = Runner("cpu", "cpu", check=True, budget=QUICK)
+    ours, carry = runner.run(Group(SHAPE, "fwd", ("flash", "flash_carry")))
+    assert ours.status == "ok"
+    assert (carry.status, carry.median_s) == ("unsupported", None)
+    assert carry.reason.startswith("NotImplementedError")
+
+
+def test_rivals_alone_are_not_timed_for_a_goal(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("no kernel for this device")
+
+    monkeypatch.setattr(lctx_kernels, "flash_attention", refuse)
+    group = Group(SHAPE, "fwd", ("sdpa", "flash"), (Goal("flash", "sdpa", 1.0),))
+    rows = Runner("cpu", "auto", check=True, budget=QUICK).run(group)
+    assert [(row.status, row.median_s) for row in rows] == [("unsupported", None)] * 2
+    assert "nothing of ours" in rows[0].reason
+
+
+def test_segments_as_a_batch_are_local_attention():
+    inputs = make_inputs(replace(SHAPE, T=4096), "cpu", pass_="fwd")
+    q, k, v = inputs.tensors
+    want = [
+        reference.flash_attention(*(x[:, part] for x in (q, k, v)))[0]
+        for part in (slice(0, 2048), slice(2048, 4096))
+    ]
+    call = build("local-sdpa", inputs, "fwd", {})
+    out = call.public(call.run()[0])
+    torch.testing.assert_close(out.reshape(q.shape), torch.cat(want, 1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="no multiple of 2048"):
+        build("local-sdpa", make_inputs(replace(SHAPE, T=3000), "cpu"), "fwd", {})
 
 
 WRONG = {

@@ -52,6 +52,21 @@ def test_goals_are_ratios_of_times():
 
 
 @pytest.mark.parametrize(
+    ("measure", "speed"), [("time", 2.0), ("flops", 2.0 * 30 / 10), ("bytes", 2.0 * 7 / 28)]
+)
+def test_goals_are_ratios_of_time_of_flops_or_of_bytes(measure, speed):
+    goal = Goal("flash", "sdpa", 1 / 1.25, 1.0, measure, as_cost=True, label="a line")
+    group = Group(Shape(T=128), "fwd", ("sdpa", "flash"), (goal,))
+    theirs = row(candidate="sdpa", median_s=1.0, flops=10.0, min_bytes=28)
+    (result,) = goal_results(group, [theirs, row(flops=30.0, min_bytes=7)])
+    assert result.speed == pytest.approx(speed)
+    assert result.reached == (speed >= 0.8)
+    assert result.aim_reached == (speed >= 1)
+    assert result.shown(result.wanted) == pytest.approx(1.25)
+    assert result.label == "a line"
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"schema": 2},

@@ -7,8 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import run
+from bench.hopper import hopper
 from bench.machine import ROOT, describe_machine, machine_kind, machine_line, measure_peak
-from bench.results import Document, Row, load
+from bench.results import Document, GoalResult, Row, load
 from bench.timing import QUICK
 
 
@@ -33,6 +34,8 @@ def test_list_shows_the_suites():
         (["--save", "--quick"], "needs a whole, checked suite"),
         (["--save", "--no-check"], "needs a whole, checked suite"),
         (["--save", "--op", "flash"], "needs a whole, checked suite"),
+        (["--save", "--only", "flash"], "needs a whole, checked suite"),
+        (["--only", "nothing", "--device", "cpu"], "no such candidate or goal"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(arguments, message):
@@ -51,6 +54,26 @@ def test_passes_and_competitors_of_an_operation():
         (1024, "fwd", ("torch-merge", "merge")),
         (2048, "fwd", ("torch-merge", "merge")),
     ]
+
+
+def test_only_some_groups_of_a_suite():
+    plan = {"hopper": hopper()}
+    for only, count in (("landmark", 20), ("flash, D 64", 10), ("copy", 6), ("infini, delta", 10)):
+        assert len(run._selected(plan, [only])["hopper"]) == count
+
+
+@pytest.mark.parametrize(
+    ("speed", "text"),
+    [
+        (0.9, "infini: 1.111x the time of sdpa (at most 1.15, aim 1): reached"),
+        (1.1, "infini: 0.909x the time of sdpa (at most 1.15, aim 1): aim reached"),
+        (0.5, "infini: 2.000x the time of sdpa (at most 1.15, aim 1): NOT reached"),
+        (None, "infini: time of sdpa not measured (at most 1.15, aim 1)"),
+    ],
+)
+def test_a_goal_is_one_line(speed, text):
+    goal = GoalResult("infini", "sdpa", "fwd", {"T": 8}, 1 / 1.15, speed, 1.0, as_cost=True)
+    assert run.goal_line(goal) == text
 
 
 @pytest.mark.slow
