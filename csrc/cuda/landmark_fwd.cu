@@ -1,11 +1,12 @@
 // Math: landmark attention, forward (Mohtashami & Jaggi 2023, arXiv 2305.16300, section 3.1): one
 //       softmax over the ordinary keys of the row's own block and the landmarks of earlier blocks,
 //       whose weights are shared out by softmaxes over the ordinary keys of their blocks.
-// Tile map: short uniform blocks: landmark_scores.cuh, several blocks to a key tile, in
+// Tile map: short uniform blocks: landmark_scores.cuh, several to a key tile, compiled in
 //       landmark_d64_fwd.cu, landmark_d128_fwd.cu, landmark_d256_fwd.cu by head dimension. Longer
 //       blocks and landmarks at any places: landmark_blocks.cuh, in landmark_blocks_fwd.cu.
-// Pipeline: one memset of the tile counter, the tables where they are needed, one persistent
-// launch. Memory: as flash_fwd.cu. Limits: as flash_fwd.cu.
+// Pipeline: a memset of the tile counter, tables where they are needed, one persistent launch.
+// Memory: as flash_fwd.cu.
+// Limits: as flash_fwd.cu.
 #include "landmark_launch.cuh"
 
 namespace lctx::cuda {
