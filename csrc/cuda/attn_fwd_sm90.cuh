@@ -73,6 +73,7 @@ struct FwdKernel {
   static constexpr int kHeadDim = Traits::kHeadDim, kValueDim = Traits::kValueDim;
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kChunks = kHeadDim / kChunkColumns;
+  static constexpr bool kRescalesLate = Scores::kFolds || (Scores::kRescalesLate && kHeadDim > 64);
   static constexpr int kConsumerWarps = 4 * Traits::kConsumers;
   using KVPipeline = Pipeline<Traits::kStages>;
   using KVState = PipelineState<Traits::kStages>;
@@ -348,7 +349,7 @@ struct FwdKernel {
       };
       const auto step = [&](auto masked) {
         issue_scores(warpgroup, q_state, k_state, s);
-        if constexpr (Scores::kFolds) rescale();
+        if constexpr (kRescalesLate) rescale();
         issue_values(v_state, weights, o, started);
         started = true;
         if constexpr (Scores::kFolds) Scores::turn(p, n, state);
@@ -364,7 +365,7 @@ struct FwdKernel {
         wgmma_wait<0>();
         v_pipe.release(v_state);
         v_state.advance();
-        if constexpr (!Scores::kFolds) rescale();
+        if constexpr (!kRescalesLate) rescale();
         Scores::template to_a<T>(s, state, weights);
       };
       if (n > keys.begin) k_pipe.wait(k_state);
@@ -379,7 +380,7 @@ struct FwdKernel {
       q_pipe.release(q_state);
       q_state.advance();
 
-      if constexpr (Scores::kFolds) rescale();
+      if constexpr (kRescalesLate) rescale();
       issue_values(v_state, weights, o, started);
       const KVState last = v_state;
       v_state.advance();
