@@ -122,17 +122,31 @@ struct CarryRows {
     const float* carry_lse;
     float* partial_out;
     float inverse_scale;  // 1 / scale
+    bool prefetches;      // most rows carry something
   };
   static constexpr bool kCarries = true;
 
-  // This thread's first element in row `row` of the tile's tensors (B, T, H, D).
+  // First element of row `row` of the tile in tensors (B, T, H, D).
   template <class Kernel>
   static __device__ __forceinline__ int64_t element(const Kernel& kernel, const Work& work,
                                                     int row) {
     const auto& p = kernel.p;
     const int64_t position = kernel.position(work, row);
-    return ((work.batch * int64_t{p.Tq} + position) * p.Hq + work.head) * p.D +
-           fragment_column(warpgroup_thread());
+    return ((work.batch * int64_t{p.Tq} + position) * p.Hq + work.head) * p.D;
+  }
+
+  // Producer: brings the carried rows of a tile into the L2 cache.
+  template <class Kernel>
+  static __device__ __forceinline__ void prefetch(const Kernel& kernel, int index) {
+    const auto& p = kernel.p;
+    if (!p.prefetches || index >= p.order.num_tiles) return;
+    const Work work = kernel.find_work_again(index);
+    const int end = min(work.row0 + Kernel::Traits::kBlockM, work.row_end);
+    const int begin = max(work.row0, work.row_begin);
+    const float* row = p.carry_out + element(kernel, work, begin);
+    const int64_t pitch = int64_t{kernel.row_step()} * p.Hq * p.D;
+#pragma unroll 1
+    for (int i = begin; i < end; ++i, row += pitch) ptx::bulk_prefetch(row, p.D * 4);
   }
 
   // Puts the carried rows into the accumulators and the row state.
@@ -154,7 +168,8 @@ struct CarryRows {
           state.l[i] = thread % 4 == 0 ? 1.f : 0.f;  // shares of one
         }
       }
-      const float* from = p.carry_out + (carried ? element(kernel, work, row) : 0);
+      const float* from =
+          p.carry_out + (carried ? element(kernel, work, row) : 0) + fragment_column(thread);
 #pragma unroll
       for (int j = 0; j < Kernel::kHeadDim / 8; ++j) {
         const bool inside = carried && 8 * j < p.D;
@@ -179,7 +194,7 @@ struct CarryRows {
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(warpgroup_thread()) + 8 * i;
       if (row >= work.row_end) continue;
-      float* to = p.partial_out + element(kernel, work, row);
+      float* to = p.partial_out + element(kernel, work, row) + fragment_column(warpgroup_thread());
 #pragma unroll
       for (int j = 0; j < Kernel::kHeadDim / 8; ++j) {
         if (8 * j < p.D) {

@@ -67,6 +67,8 @@ struct FwdKernel {
   static constexpr int kHeadDim = Traits::kHeadDim, kBlockN = Traits::kBlockN;
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr int kConsumerWarps = 4 * Traits::kConsumers;
+  // A producer with 32 registers would spill.
+  static constexpr bool kPrefetchesCarry = Rows::kCarries && Traits::kProducerRegisters >= 40;
   using KVPipeline = Pipeline<Traits::kStages>;
   using KVState = PipelineState<Traits::kStages>;
   using QPipeline = Pipeline<Traits::kQStages>;
@@ -156,6 +158,9 @@ struct FwdKernel {
       const int index = next;
       queue.publish(index);
       if (index >= p.order.num_tiles) break;
+      if constexpr (kPrefetchesCarry) {
+        if (index == blockIdx.x) Rows::prefetch(*this, index);
+      }
       next = gridDim.x + atomicAdd(p.counter, 1);
       Work work = Tiles::find(p, index);
       const KeyRange keys = tile_keys(work);
@@ -175,6 +180,7 @@ struct FwdKernel {
           load_block(v_pipe, v_state, Traits::kV, block.v, work, block);
         }
       }
+      if constexpr (kPrefetchesCarry) Rows::prefetch(*this, next);
     }
   }
 
@@ -238,8 +244,8 @@ struct FwdKernel {
     if (turn.index >= p.order.num_tiles) return turn;
     const Work work = Tiles::find(p, turn.index);
     const KeyRange all = tile_keys(work);
-    const int position0 = work.position0 + warpgroup * 64;
-    const int rows = min(64, work.row_end - work.row0 - warpgroup * 64);
+    const int position0 = work.position0 + warpgroup * 64, row0 = work.row0 + warpgroup * 64;
+    const int rows = row0 < work.row_begin ? 0 : min(64, work.row_end - row0);
     KeyRange keys = Scores::range(p, position0, position0 + rows - 1, work.num_keys);
     keys.begin = max(keys.begin, all.begin);
     keys.end = min(keys.end, all.end);
@@ -285,6 +291,7 @@ struct FwdKernel {
       skip(turn.right, k_state, v_state);
     }
     const Work work = find_work_again(turn.index);
+    if (work.row0 + warpgroup * 64 < work.row_begin) return;
     State state;
     float o[kHeadDim / 2] = {}, inverse[2], lse[2];
     begin_rows(warpgroup, work, o, state);

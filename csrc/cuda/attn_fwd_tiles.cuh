@@ -26,14 +26,22 @@ struct FwdParams {
   FastDivisor per_group;  // query heads per key/value head
   int Hq, Tq, Tk, D;
   int query_offset;    // position of query 0 minus that of key 0 (DenseTiles)
+  int row_shift;       // see row_shift(): the first tile starts so many rows early
   int causal, window;  // window 0: none
   float scale_log2;
 };
 
-// One query tile: rows [row0, row_end) of the tensor; row i sits at position0 + i - row0 among the
-// num_keys keys that start at row key0.
+// Where the tiles do not divide the rows, whole warpgroups that have nothing to do stand before the
+// first row instead of after the last one: with a causal mask, in the shortest tile instead of the
+// longest. A multiple of 64.
+constexpr int64_t row_shift(int64_t rows, int block_m) {
+  return (ceil_div(rows, block_m) * block_m - rows) / 64 * 64;
+}
+
+// One query tile: rows [row0, row_end) of the tensor from row_begin on; row i sits at position0 + i
+// - row0 among the num_keys keys that start at row key0.
 struct Work {
-  int row0, row_end, position0, key0, num_keys;
+  int row0, row_begin, row_end, position0, key0, num_keys;
   int head, batch;
   int phase = 0, map = 0;
 };
@@ -50,7 +58,8 @@ struct DenseTiles {
     Work work;
     work.head = tile.head;
     work.batch = tile.batch;
-    work.row0 = tile.m_block * kBlockM;
+    work.row0 = tile.m_block * kBlockM - p.row_shift;
+    work.row_begin = 0;
     work.row_end = p.Tq;
     work.position0 = work.row0 + p.query_offset;
     work.key0 = 0;
@@ -89,6 +98,7 @@ struct PackedTiles {
     work.batch = tile.batch;
     work.position0 = (tile.m_block - begin / kBlockM - low) * kBlockM;
     work.row0 = begin + work.position0;
+    work.row_begin = begin;
     work.row_end = min(p.cu_seqlens[low + 1], p.Tq);
     work.key0 = begin;
     work.num_keys = work.row_end - begin;
@@ -130,8 +140,9 @@ struct SegmentTiles {
     work.phase = p.per_phase.modulo(begin + offset);
     work.map = work.phase < p.long_phases ? 0 : 1;
     work.num_keys = p.per_phase.divide(max(positions, 0) + p.rate - 1);
-    work.position0 = tile.m_block * kBlockM;
+    work.position0 = tile.m_block * kBlockM - p.row_shift;
     work.row0 = work.key0 + work.position0;
+    work.row_begin = work.key0;
     work.row_end = work.key0 + work.num_keys;
     return work;
   }
