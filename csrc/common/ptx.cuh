@@ -74,13 +74,6 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, uint32_
       : "memory");
 }
 
-// Brings `bytes` in a row, a multiple of 16 from a multiple of 16, into the L2 cache.
-__device__ __forceinline__ void bulk_prefetch(const void* src, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(src)),
-               "r"(bytes)
-               : "memory");
-}
-
 // Stores a box; what lies past the end of the tensor is clipped. Unlike those of a load, the
 // coordinates may not be negative: that is an illegal instruction.
 __device__ __forceinline__ void tma_store_5d(const CUtensorMap* map, uint32_t src, int c0, int c1,

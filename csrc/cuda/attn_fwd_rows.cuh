@@ -122,7 +122,7 @@ struct CarryRows {
     const float* carry_lse;
     float* partial_out;
     float inverse_scale;  // 1 / scale
-    bool prefetches;      // most rows carry something
+    bool sparse;          // most rows carry nothing: look before reading them
   };
   static constexpr bool kCarries = true;
 
@@ -135,20 +135,6 @@ struct CarryRows {
     return ((work.batch * int64_t{p.Tq} + position) * p.Hq + work.head) * p.D;
   }
 
-  // Producer: brings the carried rows of a tile into the L2 cache.
-  template <class Kernel>
-  static __device__ __forceinline__ void prefetch(const Kernel& kernel, int index) {
-    const auto& p = kernel.p;
-    if (!p.prefetches || index >= p.order.num_tiles) return;
-    const Work work = kernel.find_work_again(index);
-    const int end = min(work.row0 + Kernel::Traits::kBlockM, work.row_end);
-    const int begin = max(work.row0, work.row_begin);
-    const float* row = p.carry_out + element(kernel, work, begin);
-    const int64_t pitch = int64_t{kernel.row_step()} * p.Hq * p.D;
-#pragma unroll 1
-    for (int i = begin; i < end; ++i, row += pitch) ptx::bulk_prefetch(row, p.D * 4);
-  }
-
   // Puts the carried rows into the accumulators and the row state.
   template <class Kernel>
   static __device__ __forceinline__ void begin(const Kernel& kernel, int warpgroup,
@@ -159,25 +145,42 @@ struct CarryRows {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
-      bool carried = p.carry_out != nullptr && row < work.row_end;
-      if (carried) {
-        const float lse = p.carry_lse[kernel.lse_offset(work, row)];
-        carried = lse > -INFINITY;
-        if (carried) {
-          state.m[i] = lse * p.inverse_scale;        // of the raw scores
-          state.l[i] = thread % 4 == 0 ? 1.f : 0.f;  // shares of one
-        }
-      }
+      const bool inside = p.carry_out != nullptr && row < work.row_end;
+      const float lse = inside ? p.carry_lse[kernel.lse_offset(work, row)] : -INFINITY;
       const float* from =
-          p.carry_out + (carried ? element(kernel, work, row) : 0) + fragment_column(thread);
-#pragma unroll
-      for (int j = 0; j < Kernel::kHeadDim / 8; ++j) {
-        const bool inside = carried && 8 * j < p.D;
-        const float2 x =
-            inside ? *reinterpret_cast<const float2*>(from + 8 * j) : make_float2(0.f, 0.f);
-        o[4 * j + 2 * i] = x.x;
-        o[4 * j + 2 * i + 1] = x.y;
+          p.carry_out + (inside ? element(kernel, work, row) : 0) + fragment_column(thread);
+      // Where all rows carry something, they are read without waiting for lse.
+      if (p.sparse) {
+        read_row(p, from, lse > -INFINITY, i, o);
+      } else {
+        read_row(p, from, inside, i, o);
       }
+      const bool carried = lse > -INFINITY;
+      state.m[i] = carried ? lse * p.inverse_scale : kEmptyRowMax;  // of the raw scores
+      state.l[i] = carried && thread % 4 == 0 ? 1.f : 0.f;          // shares of one
+    }
+  }
+
+  // Brings what begin() read to the maximum of the row. Nothing is carried where `factor` is 0, and
+  // what was read may then be NaN. After the first weights, so that nothing waits for the reads.
+  template <int N>
+  static __device__ __forceinline__ void scale(float (&o)[N], const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      o[i] = factor[i / 2 % 2] == 0.f ? 0.f : o[i] * factor[i / 2 % 2];
+    }
+  }
+
+  template <class P, int N>
+  static __device__ __forceinline__ void read_row(const P& p, const float* from, bool wanted, int i,
+                                                  float (&o)[N]) {
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+      const bool inside = wanted && 8 * j < p.D;
+      const float2 x =
+          inside ? *reinterpret_cast<const float2*>(from + 8 * j) : make_float2(0.f, 0.f);
+      o[4 * j + 2 * i] = x.x;
+      o[4 * j + 2 * i + 1] = x.y;
     }
   }
 

@@ -35,6 +35,7 @@ struct FwdTile {
   // A second Q, where there is room, lets the next tile's first scores run under this one's end.
   static constexpr int kQStages = kStagesO ? 2 : 1;
   static constexpr int kBlockM = 64 * kConsumers;
+  static constexpr bool kShifts = kConsumers > 2;  // see row_shift()
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
@@ -67,8 +68,6 @@ struct FwdKernel {
   static constexpr int kHeadDim = Traits::kHeadDim, kBlockN = Traits::kBlockN;
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr int kConsumerWarps = 4 * Traits::kConsumers;
-  // A producer with 32 registers would spill.
-  static constexpr bool kPrefetchesCarry = Rows::kCarries && Traits::kProducerRegisters >= 40;
   using KVPipeline = Pipeline<Traits::kStages>;
   using KVState = PipelineState<Traits::kStages>;
   using QPipeline = Pipeline<Traits::kQStages>;
@@ -158,9 +157,6 @@ struct FwdKernel {
       const int index = next;
       queue.publish(index);
       if (index >= p.order.num_tiles) break;
-      if constexpr (kPrefetchesCarry) {
-        if (index == blockIdx.x) Rows::prefetch(*this, index);
-      }
       next = gridDim.x + atomicAdd(p.counter, 1);
       Work work = Tiles::find(p, index);
       const KeyRange keys = tile_keys(work);
@@ -180,7 +176,6 @@ struct FwdKernel {
           load_block(v_pipe, v_state, Traits::kV, block.v, work, block);
         }
       }
-      if constexpr (kPrefetchesCarry) Rows::prefetch(*this, next);
     }
   }
 
@@ -245,7 +240,8 @@ struct FwdKernel {
     const Work work = Tiles::find(p, turn.index);
     const KeyRange all = tile_keys(work);
     const int position0 = work.position0 + warpgroup * 64, row0 = work.row0 + warpgroup * 64;
-    const int rows = row0 < work.row_begin ? 0 : min(64, work.row_end - row0);
+    const bool early = Traits::kShifts && row0 < work.row_begin;
+    const int rows = early ? 0 : min(64, work.row_end - row0);
     KeyRange keys = Scores::range(p, position0, position0 + rows - 1, work.num_keys);
     keys.begin = max(keys.begin, all.begin);
     keys.end = min(keys.end, all.end);
@@ -291,11 +287,15 @@ struct FwdKernel {
       skip(turn.right, k_state, v_state);
     }
     const Work work = find_work_again(turn.index);
-    if (work.row0 + warpgroup * 64 < work.row_begin) return;
+    if (Traits::kShifts && work.row0 + warpgroup * 64 < work.row_begin) return;
     State state;
     float o[kHeadDim / 2] = {}, inverse[2], lse[2];
     begin_rows(warpgroup, work, o, state);
     state.finish(p.scale_log2, inverse, lse);
+    if constexpr (Rows::kCarries) {
+      Rows::scale(o, inverse);
+      inverse[0] = inverse[1] = 1.f;
+    }
     Rows::finish(*this, warpgroup, work, o, inverse);
     store_lse(warpgroup, work, lse);
   }
@@ -335,7 +335,7 @@ struct FwdKernel {
       if (keys.needs_mask(n)) mask_block(index, warpgroup, n, s, state);
       Scores::template weigh<true>(p, s, state, alpha);
       accumulator_to_a<T, kBlockN>(s, weights);
-      if constexpr (Rows::kCarries) scale_rows(o, alpha);
+      if constexpr (Rows::kCarries) Rows::scale(o, alpha);
 
       bool started = Rows::kCarries;
       const auto step = [&](auto masked) {

@@ -33,9 +33,11 @@ struct FwdParams {
 
 // Where the tiles do not divide the rows, whole warpgroups that have nothing to do stand before the
 // first row instead of after the last one: with a causal mask, in the shortest tile instead of the
-// longest. A multiple of 64.
-constexpr int64_t row_shift(int64_t rows, int block_m) {
-  return (ceil_div(rows, block_m) * block_m - rows) / 64 * 64;
+// longest. A multiple of 64. Not worth its instructions with two warpgroups.
+template <class Tile>
+int row_shift(int64_t rows) {
+  if (!Tile::kShifts) return 0;
+  return static_cast<int>((ceil_div(rows, Tile::kBlockM) * Tile::kBlockM - rows) / 64 * 64);
 }
 
 // One query tile: rows [row0, row_end) of the tensor from row_begin on; row i sits at position0 + i

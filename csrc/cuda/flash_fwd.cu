@@ -19,7 +19,7 @@ void launch_dense(const FlashParams& params, int* counter, int num_sms, Stream s
   typename Traits::Params p{};
   set_flash(params, counter, p);
   set_maps<Tile>(params, p);
-  p.row_shift = static_cast<int>(row_shift(s.Tq, Tile::kBlockM));
+  p.row_shift = row_shift<Tile>(s.Tq);
   p.order = make_order("lctx::flash_fwd", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
                        heads_per_section(s, s.Tk, 16));
   launch_fwd<Traits>(p, num_sms, stream);
