@@ -24,10 +24,15 @@ struct StoreRows {
   struct Params {};
   static constexpr bool kCarries = false;
 
-  // Where the lse of a row goes; nullptr for a row that does not exist.
+  // Whether the tile's row `row` is one to keep, and where its lse goes.
+  template <class P>
+  static __device__ __forceinline__ bool exists(const P&, const Work& work, int row) {
+    return row < work.row_end;
+  }
   template <class Kernel>
-  static __device__ __forceinline__ float* lse_at(const Kernel& kernel, const Work& work, int row) {
-    return row < work.row_end ? kernel.p.lse + kernel.lse_offset(work, row) : nullptr;
+  static __device__ __forceinline__ int64_t lse_offset(const Kernel& kernel, const Work& work,
+                                                       int row) {
+    return kernel.lse_offset(work, row);
   }
 
   // Rows of a partial tile in the middle of the tensor, which TMA would not clip.
@@ -238,12 +243,12 @@ struct SplitRows {
   }
 
   template <class Kernel>
-  static __device__ __forceinline__ float* lse_at(const Kernel& kernel, const Work& work, int row) {
+  static __device__ __forceinline__ int64_t lse_offset(const Kernel& kernel, const Work& work,
+                                                       int row) {
     const auto& p = kernel.p;
-    if (!exists(p, work, row)) return nullptr;
-    if (p.partial != nullptr) return p.lse + slot_row(p, work, row);
+    if (p.partial != nullptr) return slot_row(p, work, row);
     const int head = work.head * p.heads_of_group + head_in_group(p, work, row);
-    return p.lse + (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq + (row >> p.head_bits);
+    return (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq + (row >> p.head_bits);
   }
 
   template <class Kernel>

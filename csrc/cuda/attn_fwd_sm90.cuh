@@ -216,7 +216,7 @@ struct FwdKernel {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
-      if (float* at = Rows::lse_at(*this, work, row)) *at = lse[i];
+      if (Rows::exists(p, work, row)) p.lse[Rows::lse_offset(*this, work, row)] = lse[i];
     }
   }
 
