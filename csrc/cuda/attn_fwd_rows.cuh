@@ -2,6 +2,9 @@
 //       StoreRows   out = O / l in the input dtype
 //       CarryRows   continues from an earlier partial result over other keys (out, lse in fp32) and
 //                   writes the union, in fp32 or in the input dtype
+//       SplitRows   rows of SplitTiles: the result over a share of the keys, in fp32 for a merge,
+//       or
+//                   over all of them
 // Tile map: 64 rows of a warpgroup.
 // Pipeline: out leaves through shared memory by TMA and is waited for before the next tile's rows;
 //       tiles without room for it write 16 bytes a thread from registers, so that Q's memory is
@@ -20,6 +23,17 @@ namespace lctx::cuda {
 struct StoreRows {
   struct Params {};
   static constexpr bool kCarries = false;
+
+  // Whether the tile's row `row` is one to keep, and where its lse goes.
+  template <class P>
+  static __device__ __forceinline__ bool exists(const P&, const Work& work, int row) {
+    return row < work.row_end;
+  }
+  template <class Kernel>
+  static __device__ __forceinline__ int64_t lse_offset(const Kernel& kernel, const Work& work,
+                                                       int row) {
+    return kernel.lse_offset(work, row);
+  }
 
   // Rows of a partial tile in the middle of the tensor, which TMA would not clip.
   template <class Kernel>
@@ -114,7 +128,7 @@ struct StoreRows {
   }
 };
 
-struct CarryRows {
+struct CarryRows : StoreRows {
   // The partial result to continue from, nullptr: none. A row whose lse is not above -inf (NaN too)
   // holds nothing yet. `out`, not nullptr: the union goes there instead of FwdParams::out.
   struct Params {
@@ -203,6 +217,66 @@ struct CarryRows {
         if (8 * j < p.D) {
           *reinterpret_cast<float2*>(to + 8 * j) =
               make_float2(o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
+        }
+      }
+    }
+  }
+};
+
+struct SplitRows {
+  struct Params {
+    float* partial;  // (slots, slot_rows, D), FwdParams::lse is then (slots, slot_rows); nullptr:
+                     // every tile has all keys of its rows
+    int slot_rows;   // rows of a tile that may exist
+    int heads_of_group;  // query heads per key/value head
+  };
+  static constexpr bool kCarries = false;
+
+  template <class P>
+  static __device__ __forceinline__ int head_in_group(const P& p, const Work& work, int row) {
+    return work.query_head + (row & ((1 << p.head_bits) - 1));
+  }
+  template <class P>
+  static __device__ __forceinline__ bool exists(const P& p, const Work& work, int row) {
+    return row < work.row_end && head_in_group(p, work, row) < p.heads_of_group;
+  }
+  template <class P>
+  static __device__ __forceinline__ int64_t slot_row(const P& p, const Work& work, int row) {
+    return static_cast<int64_t>(work.slot) * p.slot_rows + row - work.row0;
+  }
+
+  template <class Kernel>
+  static __device__ __forceinline__ int64_t lse_offset(const Kernel& kernel, const Work& work,
+                                                       int row) {
+    const auto& p = kernel.p;
+    if (p.partial != nullptr) return slot_row(p, work, row);
+    const int head = work.head * p.heads_of_group + head_in_group(p, work, row);
+    return (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq + (row >> p.head_bits);
+  }
+
+  template <class Kernel>
+  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
+                                                const Work& work, float (&o)[Kernel::kHeadDim / 2],
+                                                const float (&inverse)[2]) {
+    const auto& p = kernel.p;
+    const int thread = warpgroup_thread(), column = fragment_column(thread);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
+      if (!exists(p, work, row)) continue;
+      float* partial = p.partial + slot_row(p, work, row) * p.D + column;
+      const int head = work.head * p.heads_of_group + head_in_group(p, work, row);
+      auto* out = static_cast<typename Kernel::T*>(p.out_view.data) +
+                  work.batch * p.out_view.stride_b + (row >> p.head_bits) * p.out_view.stride_t +
+                  head * p.out_view.stride_h + column;
+#pragma unroll
+      for (int j = 0; j < Kernel::kHeadDim / 8; ++j) {
+        if (8 * j >= p.D) break;
+        const float x = o[4 * j + 2 * i] * inverse[i], y = o[4 * j + 2 * i + 1] * inverse[i];
+        if (p.partial != nullptr) {
+          *reinterpret_cast<float2*>(partial + 8 * j) = make_float2(x, y);
+        } else {
+          *reinterpret_cast<uint32_t*>(out + 8 * j) = pack2<typename Kernel::T>(x, y);
         }
       }
     }

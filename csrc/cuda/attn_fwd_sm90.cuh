@@ -11,7 +11,7 @@
 //       next block is issued together with P V of the last one, and the softmax runs under P V.
 //       Tile numbers come from tile_schedule.cuh, one ahead.
 // Memory: Q once, K and V once per tile (L2), O and lse once. Shared: Q + O + kStages (K + V).
-//       Registers: 40/232 (two consumers) or 32/160 (three), no spills.
+//       Registers: 40/232 (two consumers), 32/160 (three) or evenly (one), no spills.
 // Limits: bf16, fp16; D = Dv <= kHeadDim (TMA fills the rest with zeros); strides and data at
 //       multiples of 16 bytes; scale > 0.
 #pragma once
@@ -23,7 +23,8 @@
 
 namespace lctx::cuda {
 
-template <class T_, int kHeadDim_, int kBlockN_, int kConsumers_, bool kStagesO_>
+template <class T_, int kHeadDim_, int kBlockN_, int kConsumers_, bool kStagesO_, int kStages_ = 2,
+          int kQStages_ = kStagesO_ ? 2 : 1>
 struct FwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -31,9 +32,9 @@ struct FwdTile {
   static constexpr int kConsumers = kConsumers_;
   // O has shared memory of its own and leaves by TMA; else it leaves from registers.
   static constexpr bool kStagesO = kStagesO_;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = kStages_;
   // A second Q, where there is room, lets the next tile's first scores run under this one's end.
-  static constexpr int kQStages = kStagesO ? 2 : 1;
+  static constexpr int kQStages = kQStages_;
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr bool kShifts = kConsumers > 2;  // see row_shift()
   static constexpr int kThreads = 128 * (1 + kConsumers);
@@ -46,6 +47,10 @@ struct FwdTile {
   static constexpr int kO = kV + kStages * kKVBytes;
   static constexpr int kBarriers = kO + (kStagesO ? kQBytes : 0);
   static constexpr int kSharedBytes = kBarriers + 256 + 1024;  // barriers, alignment
+  static_assert(2 * Pipeline<kStages>::kBytes + Pipeline<kQStages>::kBytes +
+                        TileQueue::Ring::kBytes + TileQueue::kSlots * 4 <=
+                    256,
+                "no room for the barriers of so many stages");
 };
 
 // A tile shape and the three policies, as one type that the kernel is compiled for.
@@ -54,7 +59,9 @@ struct FwdTraits : Tile {
   using Tiles = Tiles_;
   using Scores = Scores_;
   using Rows = Rows_;
-  struct Params : FwdParams, Tiles::Params, Scores::Params, Rows::Params {};
+  struct Params : FwdParams, Tiles_::Params, Scores_::Params, Rows_::Params {
+    using Tiles = Tiles_;
+  };
 };
 
 template <class Traits_>
@@ -127,8 +134,14 @@ struct FwdKernel {
     const uint32_t dst = smem + offset + state.stage() * Traits::kKVBytes;
 #pragma unroll 1
     for (int c = 0; c < kChunks; ++c) {
-      ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), map, full, c * kChunkColumns, block.row,
-                       block.phase, work.head, work.batch);
+      const uint32_t chunk = dst + c * chunk_bytes(kBlockN);
+      if constexpr (Tiles::kReadsKeysOnce) {
+        ptx::tma_load_5d_once(chunk, map, full, c * kChunkColumns, block.row, block.phase,
+                              work.head, work.batch);
+      } else {
+        ptx::tma_load_5d(chunk, map, full, c * kChunkColumns, block.row, block.phase, work.head,
+                         work.batch);
+      }
     }
     state.advance();
   }
@@ -138,26 +151,36 @@ struct FwdKernel {
     const uint32_t dst = smem + state.stage() * Traits::kQBytes;
 #pragma unroll 1
     for (int i = 0; i < Traits::kConsumers * kChunks; ++i) {
+      const int2 at = Tiles::query_at(p, work, i / kChunks * 64);
       ptx::tma_load_5d(dst + i * chunk_bytes(64), &p.q[work.map], full, i % kChunks * kChunkColumns,
-                       work.row0 + i / kChunks * 64, work.phase, work.head, work.batch);
+                       at.x, at.y, work.head, work.batch);
     }
     state.advance();
   }
 
+  // The blocks of the tile that `rows` rows from position0 on see.
+  __device__ __forceinline__ KeyRange keys_of(const Work& work, int position0, int rows) const {
+    KeyRange keys = Scores::range(p, position0, position0 + Tiles::position_of(p, rows - 1),
+                                  work.num_keys);
+    if constexpr (Tiles::kSplitsKeys) {
+      keys.begin = max(keys.begin, work.block_begin);
+      keys.end = min(keys.end, work.block_end);
+    }
+    return keys;
+  }
   __device__ __forceinline__ KeyRange tile_keys(const Work& work) const {
-    const int rows = min(Traits::kBlockM, work.row_end - work.row0);
-    return Scores::range(p, work.position0, work.position0 + rows - 1, work.num_keys);
+    return keys_of(work, work.position0, min(Traits::kBlockM, work.row_end - work.row0));
   }
 
   __device__ __forceinline__ void produce() {
     KVState k_state, v_state;
     QState q_state;
-    int next = blockIdx.x;
+    int next = Tiles::first(p);
     while (true) {
       const int index = next;
       queue.publish(index);
-      if (index >= p.order.num_tiles) break;
-      next = gridDim.x + atomicAdd(p.counter, 1);
+      if (index >= Tiles::end(p)) break;
+      next = Tiles::next(p, index);
       Work work = Tiles::find(p, index);
       const KeyRange keys = tile_keys(work);
       if (keys.end <= keys.begin) continue;
@@ -188,14 +211,14 @@ struct FwdKernel {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
-      if (row < work.row_end) p.lse[lse_offset(work, row)] = lse[i];
+      if (Rows::exists(p, work, row)) p.lse[Rows::lse_offset(*this, work, row)] = lse[i];
     }
   }
 
   __device__ __forceinline__ void mask_block(int index, int warpgroup, int n,
                                              float (&s)[kBlockN / 2], State& state) const {
     const Work work = find_work_again(index);
-    Scores::mask(p, work, work.position0 + warpgroup * 64, n, s, state);
+    Scores::mask(p, work, work.position0 + Tiles::position_of(p, warpgroup * 64), n, s, state);
   }
 
   // What the rows start from; without a carried result they start with the first product.
@@ -236,13 +259,14 @@ struct FwdKernel {
 
   __device__ __forceinline__ Turn next_turn(int warpgroup) {
     Turn turn{queue.take(), {}, 0, true, false};
-    if (turn.index >= p.order.num_tiles) return turn;
+    if (turn.index >= Tiles::end(p)) return turn;
     const Work work = Tiles::find(p, turn.index);
     const KeyRange all = tile_keys(work);
-    const int position0 = work.position0 + warpgroup * 64, row0 = work.row0 + warpgroup * 64;
+    const int position0 = work.position0 + Tiles::position_of(p, warpgroup * 64);
+    const int row0 = work.row0 + warpgroup * 64;
     const bool early = Traits::kShifts && row0 < work.row_begin;
     const int rows = early ? 0 : min(64, work.row_end - row0);
-    KeyRange keys = Scores::range(p, position0, position0 + rows - 1, work.num_keys);
+    KeyRange keys = keys_of(work, position0, rows);
     keys.begin = max(keys.begin, all.begin);
     keys.end = min(keys.end, all.end);
     turn.keys = keys;
@@ -307,7 +331,7 @@ struct FwdKernel {
     float s[kBlockN / 2];
     bool prefetched = false;  // s holds the first scores of `turn`
     Turn turn = next_turn(warpgroup);
-    while (turn.index < p.order.num_tiles) {
+    while (turn.index < Tiles::end(p)) {
       if (turn.empty) {
         finish_empty(warpgroup, turn, q_state, k_state, v_state);
         turn = next_turn(warpgroup);
@@ -408,20 +432,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ char shared[];
   char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
   FwdKernel<Traits> kernel(p, base);
-  if constexpr (Traits::Rows::kCarries) ptx::grid_dependents_launch();
+  if constexpr (Traits::Rows::kCarries || Traits::Tiles::kSplitsKeys) ptx::grid_dependents_launch();
   if (threadIdx.x == 0) {
     kernel.init();
     ptx::prefetch_tensor_map(&p.q[0]);
     ptx::prefetch_tensor_map(&p.k[0]);
     ptx::prefetch_tensor_map(&p.v[0]);
-    ptx::prefetch_tensor_map(&p.out[0]);
+    if constexpr (!Traits::Tiles::kSplitsKeys) ptx::prefetch_tensor_map(&p.out[0]);
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    ptx::setmaxnreg_dec<Traits::kProducerRegisters>();
+    if constexpr (Traits::kConsumers > 1) ptx::setmaxnreg_dec<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) kernel.produce();
   } else {
-    ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
+    if constexpr (Traits::kConsumers > 1) ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
     // Through a shuffle, so that the compiler knows it is the same for the whole warp.
     kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
   }
