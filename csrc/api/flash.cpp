@@ -45,9 +45,9 @@ std::tuple<Tensor, Tensor> flash_fwd(const Tensor& q, const Tensor& k, const Ten
   if (call.is_cuda()) {
     check_tma(call, params);
     const CudaCall gpu(call);
-    Tensor counter = call.new_plain(ScalarType::Int, {1});
-    cuda::launch_flash_fwd(params, static_cast<int*>(counter.mutable_data_ptr()), gpu.num_sms(),
-                           gpu.stream());
+    const int num_sms = gpu.num_sms();
+    Tensor scratch = call.new_stat({cuda::flash_fwd_scratch(params, num_sms)});
+    cuda::launch_flash_fwd(params, scratch.mutable_data_ptr(), num_sms, gpu.stream());
     return outputs;
   }
 #endif

@@ -2,6 +2,9 @@
 //       StoreRows   out = O / l in the input dtype
 //       CarryRows   continues from an earlier partial result over other keys (out, lse in fp32) and
 //                   writes the union, in fp32 or in the input dtype
+//       SplitRows   rows of SplitTiles: the result over a share of the keys, in fp32 for a merge,
+//       or
+//                   over all of them
 // Tile map: 64 rows of a warpgroup.
 // Pipeline: out leaves through shared memory by TMA and is waited for before the next tile's rows;
 //       tiles without room for it write 16 bytes a thread from registers, so that Q's memory is
@@ -20,6 +23,17 @@ namespace lctx::cuda {
 struct StoreRows {
   struct Params {};
   static constexpr bool kCarries = false;
+
+  // Whether the tile's row `row` is one to keep, and where its lse goes.
+  template <class P>
+  static __device__ __forceinline__ bool exists(const P&, const Work& work, int row) {
+    return row < work.row_end;
+  }
+  template <class Kernel>
+  static __device__ __forceinline__ int64_t lse_offset(const Kernel& kernel, const Work& work,
+                                                       int row) {
+    return kernel.lse_offset(work, row);
+  }
 
   // Rows of a partial tile in the middle of the tensor, which TMA would not clip.
   template <class Kernel>
@@ -114,7 +128,7 @@ struct StoreRows {
   }
 };
 
-struct CarryRows {
+struct CarryRows : StoreRows {
   // The partial result to continue from, nullptr: none. A row whose lse is not above -inf (NaN too)
   // holds nothing yet. `out`, not nullptr: the union goes there instead of FwdParams::out.
   struct Params {
@@ -122,17 +136,17 @@ struct CarryRows {
     const float* carry_lse;
     float* partial_out;
     float inverse_scale;  // 1 / scale
+    bool sparse;          // most rows carry nothing: look before reading them
   };
   static constexpr bool kCarries = true;
 
-  // This thread's first element in row `row` of the tile's tensors (B, T, H, D).
+  // First element of row `row` of the tile in tensors (B, T, H, D).
   template <class Kernel>
   static __device__ __forceinline__ int64_t element(const Kernel& kernel, const Work& work,
                                                     int row) {
     const auto& p = kernel.p;
     const int64_t position = kernel.position(work, row);
-    return ((work.batch * int64_t{p.Tq} + position) * p.Hq + work.head) * p.D +
-           fragment_column(warpgroup_thread());
+    return ((work.batch * int64_t{p.Tq} + position) * p.Hq + work.head) * p.D;
   }
 
   // Puts the carried rows into the accumulators and the row state.
@@ -145,24 +159,42 @@ struct CarryRows {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
-      bool carried = p.carry_out != nullptr && row < work.row_end;
-      if (carried) {
-        const float lse = p.carry_lse[kernel.lse_offset(work, row)];
-        carried = lse > -INFINITY;
-        if (carried) {
-          state.m[i] = lse * p.inverse_scale;        // of the raw scores
-          state.l[i] = thread % 4 == 0 ? 1.f : 0.f;  // shares of one
-        }
+      const bool inside = p.carry_out != nullptr && row < work.row_end;
+      const float lse = inside ? p.carry_lse[kernel.lse_offset(work, row)] : -INFINITY;
+      const float* from =
+          p.carry_out + (inside ? element(kernel, work, row) : 0) + fragment_column(thread);
+      // Where all rows carry something, they are read without waiting for lse.
+      if (p.sparse) {
+        read_row(p, from, lse > -INFINITY, i, o);
+      } else {
+        read_row(p, from, inside, i, o);
       }
-      const float* from = p.carry_out + (carried ? element(kernel, work, row) : 0);
+      const bool carried = lse > -INFINITY;
+      state.m[i] = carried ? lse * p.inverse_scale : kEmptyRowMax;  // of the raw scores
+      state.l[i] = carried && thread % 4 == 0 ? 1.f : 0.f;          // shares of one
+    }
+  }
+
+  // Brings what begin() read to the maximum of the row. Nothing is carried where `factor` is 0, and
+  // what was read may then be NaN. After the first weights, so that nothing waits for the reads.
+  template <int N>
+  static __device__ __forceinline__ void scale(float (&o)[N], const float (&factor)[2]) {
 #pragma unroll
-      for (int j = 0; j < Kernel::kValueDim / 8; ++j) {
-        const bool inside = carried && 8 * j < p.D;
-        const float2 x =
-            inside ? *reinterpret_cast<const float2*>(from + 8 * j) : make_float2(0.f, 0.f);
-        o[4 * j + 2 * i] = x.x;
-        o[4 * j + 2 * i + 1] = x.y;
-      }
+    for (int i = 0; i < N; ++i) {
+      o[i] = factor[i / 2 % 2] == 0.f ? 0.f : o[i] * factor[i / 2 % 2];
+    }
+  }
+
+  template <class P, int N>
+  static __device__ __forceinline__ void read_row(const P& p, const float* from, bool wanted, int i,
+                                                  float (&o)[N]) {
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+      const bool inside = wanted && 8 * j < p.D;
+      const float2 x =
+          inside ? *reinterpret_cast<const float2*>(from + 8 * j) : make_float2(0.f, 0.f);
+      o[4 * j + 2 * i] = x.x;
+      o[4 * j + 2 * i + 1] = x.y;
     }
   }
 
@@ -179,12 +211,72 @@ struct CarryRows {
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(warpgroup_thread()) + 8 * i;
       if (row >= work.row_end) continue;
-      float* to = p.partial_out + element(kernel, work, row);
+      float* to = p.partial_out + element(kernel, work, row) + fragment_column(warpgroup_thread());
 #pragma unroll
       for (int j = 0; j < Kernel::kValueDim / 8; ++j) {
         if (8 * j < p.D) {
           *reinterpret_cast<float2*>(to + 8 * j) =
               make_float2(o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
+        }
+      }
+    }
+  }
+};
+
+struct SplitRows {
+  struct Params {
+    float* partial;  // (slots, slot_rows, D), FwdParams::lse is then (slots, slot_rows); nullptr:
+                     // every tile has all keys of its rows
+    int slot_rows;   // rows of a tile that may exist
+    int heads_of_group;  // query heads per key/value head
+  };
+  static constexpr bool kCarries = false;
+
+  template <class P>
+  static __device__ __forceinline__ int head_in_group(const P& p, const Work& work, int row) {
+    return work.query_head + (row & ((1 << p.head_bits) - 1));
+  }
+  template <class P>
+  static __device__ __forceinline__ bool exists(const P& p, const Work& work, int row) {
+    return row < work.row_end && head_in_group(p, work, row) < p.heads_of_group;
+  }
+  template <class P>
+  static __device__ __forceinline__ int64_t slot_row(const P& p, const Work& work, int row) {
+    return static_cast<int64_t>(work.slot) * p.slot_rows + row - work.row0;
+  }
+
+  template <class Kernel>
+  static __device__ __forceinline__ int64_t lse_offset(const Kernel& kernel, const Work& work,
+                                                       int row) {
+    const auto& p = kernel.p;
+    if (p.partial != nullptr) return slot_row(p, work, row);
+    const int head = work.head * p.heads_of_group + head_in_group(p, work, row);
+    return (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq + (row >> p.head_bits);
+  }
+
+  template <class Kernel>
+  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
+                                                const Work& work, float (&o)[Kernel::kValueDim / 2],
+                                                const float (&inverse)[2]) {
+    const auto& p = kernel.p;
+    const int thread = warpgroup_thread(), column = fragment_column(thread);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
+      if (!exists(p, work, row)) continue;
+      float* partial = p.partial + slot_row(p, work, row) * p.D + column;
+      const int head = work.head * p.heads_of_group + head_in_group(p, work, row);
+      auto* out = static_cast<typename Kernel::T*>(p.out_view.data) +
+                  work.batch * p.out_view.stride_b + (row >> p.head_bits) * p.out_view.stride_t +
+                  head * p.out_view.stride_h + column;
+#pragma unroll
+      for (int j = 0; j < Kernel::kValueDim / 8; ++j) {
+        if (8 * j >= p.D) break;
+        const float x = o[4 * j + 2 * i] * inverse[i], y = o[4 * j + 2 * i + 1] * inverse[i];
+        if (p.partial != nullptr) {
+          *reinterpret_cast<float2*>(partial + 8 * j) = make_float2(x, y);
+        } else {
+          *reinterpret_cast<uint32_t*>(out + 8 * j) = pack2<typename Kernel::T>(x, y);
         }
       }
     }

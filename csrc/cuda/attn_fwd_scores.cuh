@@ -91,7 +91,7 @@ struct DenseScores : PlainScores<kBlockN> {
     const int thread = warpgroup_thread();
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int position = position0 + fragment_row(thread) + 8 * row;
+      const int position = position0 + P::Tiles::position_of(p, fragment_row(thread) + 8 * row);
       int high = p.causal ? min(position, work.num_keys - 1) : work.num_keys - 1, low = 0;
       if (kWindowed && p.window > 0) {
         high = min(high, position + p.window - 1);

@@ -11,7 +11,7 @@
 //       next block is issued together with P V of the last one, and the softmax runs under P V.
 //       Tile numbers come from tile_schedule.cuh, one ahead.
 // Memory: Q once, K and V once per tile (L2), O and lse once. Shared: Q + O + kStages (K + V).
-//       Registers: 40/232 (two consumers) or 32/160 (three), no spills.
+//       Registers: 40/232 (two consumers), 32/160 (three) or evenly (one), no spills.
 // Limits: bf16, fp16; D = Dv <= kHeadDim (TMA fills the rest with zeros); strides and data at
 //       multiples of 16 bytes; scale > 0.
 #pragma once
@@ -25,8 +25,8 @@ namespace lctx::cuda {
 
 // kValueDim: value columns of a tile, where they are not all of kHeadDim. kOuter: shared memory for
 // a second set of accumulators.
-template <class T_, int kHeadDim_, int kBlockN_, int kConsumers_, bool kStagesO_,
-          int kValueDim_ = kHeadDim_, bool kOuter_ = false>
+template <class T_, int kHeadDim_, int kBlockN_, int kConsumers_, bool kStagesO_, int kStages_ = 2,
+          int kQStages_ = kStagesO_ ? 2 : 1, int kValueDim_ = kHeadDim_, bool kOuter_ = false>
 struct FwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -35,10 +35,11 @@ struct FwdTile {
   static constexpr int kConsumers = kConsumers_;
   // O has shared memory of its own and leaves by TMA; else it leaves from registers.
   static constexpr bool kStagesO = kStagesO_;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = kStages_;
   // A second Q, where there is room, lets the next tile's first scores run under this one's end.
-  static constexpr int kQStages = kStagesO ? 2 : 1;
+  static constexpr int kQStages = kQStages_;
   static constexpr int kBlockM = 64 * kConsumers;
+  static constexpr bool kShifts = kConsumers > 2;  // see row_shift()
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
@@ -51,6 +52,10 @@ struct FwdTile {
   static constexpr int kO = kOuter + (kOuter_ ? kBlockM * kValueDim * 4 : 0);
   static constexpr int kBarriers = kO + (kStagesO ? tile_bytes(kBlockM, kValueDim) : 0);
   static constexpr int kSharedBytes = kBarriers + 256 + 1024;  // barriers, alignment
+  static_assert(2 * Pipeline<kStages>::kBytes + Pipeline<kQStages>::kBytes +
+                        TileQueue::Ring::kBytes + TileQueue::kSlots * 4 <=
+                    256,
+                "no room for the barriers of so many stages");
 };
 
 // A tile shape and the three policies, as one type that the kernel is compiled for.
@@ -59,7 +64,9 @@ struct FwdTraits : Tile {
   using Tiles = Tiles_;
   using Scores = Scores_;
   using Rows = Rows_;
-  struct Params : FwdParams, Tiles::Params, Scores::Params, Rows::Params {};
+  struct Params : FwdParams, Tiles_::Params, Scores_::Params, Rows_::Params {
+    using Tiles = Tiles_;
+  };
 };
 
 template <class Traits_>
@@ -137,8 +144,14 @@ struct FwdKernel {
     const uint32_t dst = smem + offset + state.stage() * kBytes;
 #pragma unroll 1
     for (int c = 0; c < kColumns / kChunkColumns; ++c) {
-      ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), map, full, column + c * kChunkColumns,
-                       block.row, block.phase, work.head, work.batch);
+      const uint32_t chunk = dst + c * chunk_bytes(kBlockN);
+      const int first = column + c * kChunkColumns;
+      if constexpr (Tiles::kReadsKeysOnce) {
+        ptx::tma_load_5d_once(chunk, map, full, first, block.row, block.phase, work.head,
+                              work.batch);
+      } else {
+        ptx::tma_load_5d(chunk, map, full, first, block.row, block.phase, work.head, work.batch);
+      }
     }
     state.advance();
   }
@@ -148,26 +161,35 @@ struct FwdKernel {
     const uint32_t dst = smem + state.stage() * Traits::kQBytes;
 #pragma unroll 1
     for (int i = 0; i < Traits::kConsumers * kChunks; ++i) {
+      const int2 at = Tiles::query_at(p, work, i / kChunks * 64);
       ptx::tma_load_5d(dst + i * chunk_bytes(64), &p.q[work.map], full, i % kChunks * kChunkColumns,
-                       work.row0 + i / kChunks * 64, work.phase, work.head, work.batch);
+                       at.x, at.y, work.head, work.batch);
     }
     state.advance();
   }
 
+  // The blocks of the tile that `rows` rows from position0 on see.
+  __device__ __forceinline__ KeyRange keys_of(const Work& work, int position0, int rows) const {
+    KeyRange keys = Scores::range(p, work, position0, position0 + Tiles::position_of(p, rows - 1));
+    if constexpr (Tiles::kSplitsKeys) {
+      keys.begin = max(keys.begin, work.block_begin);
+      keys.end = min(keys.end, work.block_end);
+    }
+    return keys;
+  }
   __device__ __forceinline__ KeyRange tile_keys(const Work& work) const {
-    const int rows = min(Traits::kBlockM, work.row_end - work.row0);
-    return Scores::range(p, work, work.position0, work.position0 + rows - 1);
+    return keys_of(work, work.position0, min(Traits::kBlockM, work.row_end - work.row0));
   }
 
   __device__ __forceinline__ void produce() {
     KVState k_state, v_state;
     QState q_state;
-    int next = blockIdx.x;
+    int next = Tiles::first(p);
     while (true) {
       const int index = next;
       queue.publish(index);
-      if (index >= p.order.num_tiles) break;
-      next = gridDim.x + atomicAdd(p.counter, 1);
+      if (index >= Tiles::end(p)) break;
+      next = Tiles::next(p, index);
       Work work = Tiles::find(p, index);
       const KeyRange keys = tile_keys(work);
       if (keys.end <= keys.begin) continue;
@@ -198,14 +220,14 @@ struct FwdKernel {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
-      if (row < work.row_end) p.lse[lse_offset(work, row)] = lse[i];
+      if (Rows::exists(p, work, row)) p.lse[Rows::lse_offset(*this, work, row)] = lse[i];
     }
   }
 
   __device__ __forceinline__ void mask_block(int index, int warpgroup, int n,
                                              float (&s)[kBlockN / 2], State& state) const {
     const Work work = find_work_again(index);
-    Scores::mask(p, work, work.position0 + warpgroup * 64, n, s, state);
+    Scores::mask(p, work, work.position0 + Tiles::position_of(p, warpgroup * 64), n, s, state);
   }
 
   // What the rows start from; without a carried result they start with the first product.
@@ -240,12 +262,14 @@ struct FwdKernel {
 
   __device__ __forceinline__ Turn next_turn(int warpgroup) {
     Turn turn{queue.take(), {}, 0, true, false};
-    if (turn.index >= p.order.num_tiles) return turn;
+    if (turn.index >= Tiles::end(p)) return turn;
     const Work work = Tiles::find(p, turn.index);
     const KeyRange all = tile_keys(work);
-    const int position0 = work.position0 + warpgroup * 64;
-    const int rows = min(64, work.row_end - work.row0 - warpgroup * 64);
-    KeyRange keys = Scores::range(p, work, position0, position0 + rows - 1);
+    const int position0 = work.position0 + Tiles::position_of(p, warpgroup * 64);
+    const int row0 = work.row0 + warpgroup * 64;
+    const bool early = Traits::kShifts && row0 < work.row_begin;
+    const int rows = early ? 0 : min(64, work.row_end - row0);
+    KeyRange keys = keys_of(work, position0, rows);
     keys.begin = max(keys.begin, all.begin);
     keys.end = min(keys.end, all.end);
     turn.keys = keys;
@@ -290,10 +314,15 @@ struct FwdKernel {
       skip(turn.right, k_state, v_state);
     }
     const Work work = find_work_again(turn.index);
+    if (Traits::kShifts && work.row0 + warpgroup * 64 < work.row_begin) return;
     State state;
     float o[kValueDim / 2] = {}, inverse[2], lse[2];
     begin_rows(warpgroup, work, o, state);
     state.finish(p.scale_log2, inverse, lse);
+    if constexpr (Rows::kCarries) {
+      Rows::scale(o, inverse);
+      inverse[0] = inverse[1] = 1.f;
+    }
     Rows::finish(*this, warpgroup, work, o, inverse);
     store_lse(warpgroup, work, lse);
   }
@@ -305,7 +334,7 @@ struct FwdKernel {
     float s[kBlockN / 2];
     bool prefetched = false;  // s holds the first scores of `turn`
     Turn turn = next_turn(warpgroup);
-    while (turn.index < p.order.num_tiles) {
+    while (turn.index < Tiles::end(p)) {
       if (turn.empty) {
         finish_empty(warpgroup, turn, q_state, k_state, v_state);
         turn = next_turn(warpgroup);
@@ -336,7 +365,7 @@ struct FwdKernel {
       if (Scores::needs_mask(keys, n, state)) mask_block(index, warpgroup, n, s, state);
       Scores::template weigh<true>(p, s, state, alpha);
       Scores::template to_a<T>(s, state, weights);
-      if constexpr (Rows::kCarries) scale_rows<kValueDim>(o, alpha);
+      if constexpr (Rows::kCarries) Rows::scale(o, alpha);
 
       bool started = Rows::kCarries;
       // Brings o into the terms of the weights that it is to be multiplied with next.
@@ -422,20 +451,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ char shared[];
   char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
   FwdKernel<Traits> kernel(p, base);
-  if constexpr (Traits::Rows::kCarries) ptx::grid_dependents_launch();
+  if constexpr (Traits::Rows::kCarries || Traits::Tiles::kSplitsKeys) ptx::grid_dependents_launch();
   if (threadIdx.x == 0) {
     kernel.init();
     ptx::prefetch_tensor_map(&p.q[0]);
     ptx::prefetch_tensor_map(&p.k[0]);
     ptx::prefetch_tensor_map(&p.v[0]);
-    ptx::prefetch_tensor_map(&p.out[0]);
+    if constexpr (!Traits::Tiles::kSplitsKeys) ptx::prefetch_tensor_map(&p.out[0]);
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    ptx::setmaxnreg_dec<Traits::kProducerRegisters>();
+    if constexpr (Traits::kConsumers > 1) ptx::setmaxnreg_dec<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) kernel.produce();
   } else {
-    ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
+    if constexpr (Traits::kConsumers > 1) ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
     // Through a shuffle, so that the compiler knows it is the same for the whole warp.
     kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
   }

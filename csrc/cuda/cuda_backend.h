@@ -14,9 +14,11 @@ using Stream = CUstream_st*;  // cudaStream_t
 // Multiprocessors of the current device.
 int num_sms();
 
-// bf16 and fp16; `counter` is an int on the device that the launch zeroes and uses.
-void launch_flash_fwd(const FlashParams& params, int* counter, int num_sms, Stream stream);
+// bf16 and fp16; `scratch`: flash_fwd_scratch 32-bit words on the device.
+int64_t flash_fwd_scratch(const FlashParams& params, int num_sms);
+void launch_flash_fwd(const FlashParams& params, void* scratch, int num_sms, Stream stream);
 
+// `counter` is an int on the device that the launch zeroes and uses.
 void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, Stream stream);
 
 // `partial`: fp32 (B, T, Hq, D) scratch, not needed for one branch of rate 1 without seqlens;

@@ -62,6 +62,8 @@ void launch_branch(const DilatedParams& params, const Branch& branch, const Carr
   p.carry_lse = p.lse;
   p.inverse_scale = static_cast<float>(1 / params.scale);
   p.partial_out = carry.out;
+  p.sparse = true;
+  p.row_shift = row_shift<Tile>(rows);
   p.order = make_order("lctx::dilated_fwd", ceil_div(rows, Tile::kBlockM), s.Hq * segments, s.B,
                        heads_per_section(s, rows, 256));
   launch_fwd<Traits>(p, num_sms, stream, /*overlap=*/carry.in != nullptr);

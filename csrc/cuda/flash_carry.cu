@@ -28,6 +28,7 @@ void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, St
     p.carry_lse = p.lse;
     p.inverse_scale = static_cast<float>(1 / params.scale);
     p.partial_out = params.out.data == nullptr ? static_cast<float*>(params.carry_out) : nullptr;
+    p.row_shift = row_shift<Tile>(s.Tq);
     p.order = make_order("lctx::flash_carry", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
                          heads_per_section(s, s.Tk, 16));
     launch_fwd<Traits>(p, num_sms, stream);

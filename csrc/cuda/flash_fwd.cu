@@ -1,11 +1,14 @@
 // Math: dense softmax attention, forward: out = softmax(scale q k^T) v over the keys a row sees,
 //       and its log-sum-exp.
-// Tile map: attn_fwd_launch.cuh chooses the tile; attn_fwd_sm90.cuh is the kernel.
+// Tile map: attn_fwd_launch.cuh chooses the tile; attn_fwd_sm90.cuh is the kernel. Few rows over
+// many
+//       keys go to flash_split_fwd.cu.
 // Pipeline: one memset of the tile counter, one persistent launch of a block per multiprocessor.
 // Memory: q, k, v once (keys and values from L2), out and lse once.
 // Limits: bf16, fp16; Dk = Dv, a multiple of 8 up to 256; strides and data at multiples of 16
 //       bytes; scale > 0. csrc/api/flash.cpp refuses the rest.
 #include "attn_fwd_launch.cuh"
+#include "split_plan.h"
 
 namespace lctx::cuda {
 namespace {
@@ -19,6 +22,7 @@ void launch_dense(const FlashParams& params, int* counter, int num_sms, Stream s
   typename Traits::Params p{};
   set_flash(params, counter, p);
   set_maps<Tile>(params, p);
+  p.row_shift = row_shift<Tile>(s.Tq);
   p.order = make_order("lctx::flash_fwd", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
                        heads_per_section(s, s.Tk, 16));
   launch_fwd<Traits>(p, num_sms, stream);
@@ -47,9 +51,18 @@ int num_sms() {
   return count;
 }
 
-void launch_flash_fwd(const FlashParams& params, int* counter, int num_sms, Stream stream) {
+int64_t flash_fwd_scratch(const FlashParams& params, int num_sms) {
+  return std::max<int64_t>(plan_flash_split(params, num_sms).scratch(params.shape.Dv), 1);
+}
+
+void launch_flash_fwd(const FlashParams& params, void* scratch, int num_sms, Stream stream) {
   const AttnShape& s = params.shape;
   if (s.B * s.Tq * s.Hq == 0) return;
+  const SplitPlan plan = plan_flash_split(params, num_sms);
+  if (plan.units > 0) {
+    return launch_flash_split(params, plan, static_cast<float*>(scratch), num_sms, stream);
+  }
+  int* counter = static_cast<int*>(scratch);
   cudaMemsetAsync(counter, 0, sizeof(int), stream);
   choose_type_and_tile(params, s.Tk, [&](auto tile) {
     using Tile = typename decltype(tile)::type;

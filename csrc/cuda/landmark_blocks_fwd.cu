@@ -137,6 +137,7 @@ void launch_blocks(const LandmarkParams& params, int* scratch, int num_sms, Stre
   p.rows = rows;
   p.tiles = tiles;
   p.max_tiles = static_cast<int>(max_tiles(s.Tk));
+  p.row_shift = row_shift<Tile>(s.Tq);
   p.order = make_order("lctx::landmark_fwd", ceil_div(s.Tq, Tile::kBlockM), s.Hq * kParts, s.B,
                        heads_per_section(s, s.Tk, 16) * kParts);
   if (s.Tk > 0) {
@@ -159,11 +160,12 @@ template <class T>
 void choose_blocks(const LandmarkParams& params, int* scratch, int num_sms, Stream stream) {
   const int64_t D = std::max(params.shape.Dk, params.shape.Dv);
   if (D <= 64) {
-    launch_blocks<FwdTile<T, 64, 64, 3, true, 64, true>>(params, scratch, num_sms, stream);
+    launch_blocks<FwdTile<T, 64, 64, 3, true, 2, 2, 64, true>>(params, scratch, num_sms, stream);
   } else if (D <= 128) {
-    launch_blocks<FwdTile<T, 128, 128, 2, false, 128, true>>(params, scratch, num_sms, stream);
+    launch_blocks<FwdTile<T, 128, 128, 2, false, 2, 1, 128, true>>(params, scratch, num_sms,
+                                                                   stream);
   } else {
-    launch_blocks<FwdTile<T, 256, 64, 2, false, 128, true>>(params, scratch, num_sms, stream);
+    launch_blocks<FwdTile<T, 256, 64, 2, false, 2, 1, 128, true>>(params, scratch, num_sms, stream);
   }
 }
 

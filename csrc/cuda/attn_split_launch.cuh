@@ -1,0 +1,220 @@
+// Math: rows whose keys were split: out = sum_s w_s out_s / sum_s w_s, w_s = exp(lse_s - max lse),
+//       lse = max lse + log sum_s w_s, over the parts s in their order. A part without visible keys
+//       (-inf) has weight 0, whatever its rows hold.
+// Tile map: SplitTiles (attn_fwd_tiles.cuh); here its host side and the merge: a thread block a
+//       row, 32 lanes along it, parts dealt to the warps.
+// Pipeline: the merge is launched to overlap with the attention (programmatic dependent launch):
+// its
+//       blocks are resident and wait when the last partial result is written. Sums are always taken
+//       in the same order.
+// Memory: fp32 partial rows, written and read once, mostly in L2: for a decoded token a thousandth
+//       of the keys and values.
+// Limits: those of attn_fwd_sm90.cuh; 2^31 - 1 blocks of keys over all heads.
+#pragma once
+
+#include "attn_fwd_launch.cuh"
+#include "split_plan.h"
+
+namespace lctx::cuda {
+
+struct SplitMerge {
+  const float *partial, *partial_lse;
+  TensorView out;
+  float* lse;
+  int share, extra, blocks_per_unit, slot_rows, block_m, head_bits, heads_of_group, Hq, Tq, D;
+  FastDivisor per_share, per_longer;  // blocks of a thread block of the attention: share, share + 1
+  FastDivisor per_slot, per_m, per_group, per_batch;
+
+#if defined(__CUDACC__)
+  // The thread block of the attention that has block `n` of the list.
+  __device__ __forceinline__ int owner(int n) const {
+    const int longer = extra * (share + 1);
+    return n < longer ? per_longer.divide(n) : extra + per_share.divide(n - longer);
+  }
+#endif
+};
+
+constexpr int kMergeWarps = 8;  // most
+
+// kVectors: of 4 elements for each of 32 lanes.
+template <class T, int kVectors>
+__global__ void __launch_bounds__(32 * kMergeWarps)
+    split_merge_kernel(const __grid_constant__ SplitMerge p) {
+  __shared__ float4 sums[kMergeWarps][32 * kVectors];
+  __shared__ float totals[kMergeWarps];
+  const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
+  const int unit = p.per_slot.divide(blockIdx.x), slot_row = p.per_slot.modulo(blockIdx.x);
+  const int in_group = p.per_group.modulo(unit), group = p.per_group.divide(unit);
+  const int row = p.per_m.modulo(in_group) * p.block_m + slot_row;
+  const int position = row >> p.head_bits;
+  const int head = p.per_m.divide(in_group) * 64 + (row & ((1 << p.head_bits) - 1));
+  if (position >= p.Tq || head >= p.heads_of_group) return;
+
+  const int block0 = unit * p.blocks_per_unit, cta0 = p.owner(block0);
+  const int parts = p.owner(block0 + p.blocks_per_unit - 1) - cta0 + 1;
+  const int64_t first = static_cast<int64_t>(cta0 + unit) * p.slot_rows + slot_row;
+  const float* part_lse = p.partial_lse + first;
+  const float* part = p.partial + first * p.D + lane * 4;
+
+  constexpr int kAhead = 4;  // parts in flight
+  float lse[kAhead];
+  float4 x[kAhead][kVectors];
+  const auto load = [&](int from) {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      const int64_t step = static_cast<int64_t>(from + a * warps) * p.slot_rows;
+      lse[a] = from + a * warps < parts ? part_lse[step] : -INFINITY;
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        if (from + a * warps < parts && lane * 4 + j * 128 < p.D) {
+          x[a][j] = *reinterpret_cast<const float4*>(part + step * p.D + j * 128);
+        }
+      }
+    }
+  };
+  ptx::grid_dependency_wait();
+  load(warp);
+  float top = -1e38f;  // finite: a row may have no key at all
+  for (int i = lane; i < parts; i += 32) {
+    top = fmaxf(top, part_lse[static_cast<int64_t>(i) * p.slot_rows]);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+
+  float4 sum[kVectors];
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) sum[j] = make_float4(0.f, 0.f, 0.f, 0.f);
+  float total = 0.f;
+  for (int from = warp;;) {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      const float weight = expf(lse[a] - top);
+      if (weight == 0.f) continue;  // whatever x holds
+      total += weight;
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        sum[j].x += weight * x[a][j].x;
+        sum[j].y += weight * x[a][j].y;
+        sum[j].z += weight * x[a][j].z;
+        sum[j].w += weight * x[a][j].w;
+      }
+    }
+    from += kAhead * warps;
+    if (from >= parts) break;
+    load(from);
+  }
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) sums[warp][j * 32 + lane] = sum[j];
+  if (lane == 0) totals[warp] = total;
+  __syncthreads();
+  if (warp != 0) return;
+  for (int other = 1; other < warps; ++other) {
+    total += totals[other];
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      const float4 more = sums[other][j * 32 + lane];
+      sum[j].x += more.x;
+      sum[j].y += more.y;
+      sum[j].z += more.z;
+      sum[j].w += more.w;
+    }
+  }
+  const int batch = p.per_batch.divide(group);
+  const int q_head = p.per_batch.modulo(group) * p.heads_of_group + head;
+  if (lane == 0) {
+    p.lse[(static_cast<int64_t>(batch) * p.Hq + q_head) * p.Tq + position] =
+        total == 0.f ? -INFINITY : top + logf(total);
+  }
+  const float inverse = total == 0.f ? 0.f : 1.f / total;
+  T* out = static_cast<T*>(p.out.data) + batch * p.out.stride_b + position * p.out.stride_t +
+           q_head * p.out.stride_h + lane * 4;
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (lane * 4 + j * 128 >= p.D) continue;
+    *reinterpret_cast<uint2*>(out + j * 128) =
+        make_uint2(pack2<T>(sum[j].x * inverse, sum[j].y * inverse),
+                   pack2<T>(sum[j].z * inverse, sum[j].w * inverse));
+  }
+}
+
+template <class T>
+void launch_split_merge(const AttnParams& params, const SplitPlan& plan, int block_m,
+                        const float* scratch, Stream stream) {
+  const AttnShape& s = params.shape;
+  const int64_t blocks = plan.units * plan.blocks_per_unit;
+  SplitMerge p{};
+  p.partial = scratch;
+  p.partial_lse = scratch + plan.slots * plan.slot_rows * s.Dv;
+  p.out = params.out;
+  p.lse = static_cast<float*>(params.lse);
+  p.share = static_cast<int>(blocks / plan.ctas);
+  p.extra = static_cast<int>(blocks % plan.ctas);
+  p.blocks_per_unit = static_cast<int>(plan.blocks_per_unit);
+  p.slot_rows = static_cast<int>(plan.slot_rows);
+  p.block_m = block_m;
+  p.head_bits = static_cast<int>(plan.head_bits);
+  p.heads_of_group = static_cast<int>(s.Hq / s.Hkv);
+  p.Hq = static_cast<int>(s.Hq);
+  p.Tq = static_cast<int>(s.Tq);
+  p.D = static_cast<int>(s.Dv);
+  p.per_share = FastDivisor(p.share);
+  p.per_longer = FastDivisor(p.share + 1);
+  p.per_slot = FastDivisor(p.slot_rows);
+  p.per_m = FastDivisor(static_cast<int>(plan.m_blocks));
+  p.per_group = FastDivisor(static_cast<int>(plan.m_blocks * plan.head_blocks));
+  p.per_batch = FastDivisor(static_cast<int>(s.Hkv));
+
+  const int64_t parts = ceil_div(plan.blocks_per_unit, p.share) + 1;
+  const int warps = static_cast<int>(std::clamp<int64_t>(ceil_div(parts, 4), 1, kMergeWarps));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.units * plan.slot_rows));
+  config.blockDim = dim3(32, warps);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, s.Dv <= 128 ? split_merge_kernel<T, 1> : split_merge_kernel<T, 2>, p);
+  check_launch("split_merge_kernel", config.gridDim, config.blockDim, stream);
+}
+
+// Traits with SplitTiles and SplitRows. The caller has set what is not about the split.
+template <class Traits>
+void launch_split(const AttnParams& params, const SplitPlan& plan, typename Traits::Params& p,
+                  float* scratch, int num_sms, Stream stream) {
+  const AttnShape& s = params.shape;
+  const int64_t G = s.Hq / s.Hkv, grains = plan.units * plan.blocks_per_unit / plan.grain;
+  const int heads = 1 << plan.head_bits;
+  p.q[0] =
+      make_map(params.q.data, s.dtype,
+               {{s.Dk, G, s.Tq, s.Hkv, s.B},
+                {params.q.stride_h, params.q.stride_t, params.q.stride_h * G, params.q.stride_b},
+                {kChunkColumns, heads, 64 / heads, 1, 1}});
+  p.k[0] = make_rows_map(params.k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, Traits::kBlockN);
+  p.v[0] = make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, Traits::kBlockN);
+  p.per_group = FastDivisor(1);  // the tiles' heads are those of keys and values
+  p.head_bits = static_cast<int>(plan.head_bits);
+  p.first_block = static_cast<int>(plan.first_block);
+  p.blocks_per_unit = static_cast<int>(plan.blocks_per_unit);
+  p.grain = static_cast<int>(plan.grain);
+  p.share = static_cast<int>(grains / plan.ctas);
+  p.extra = static_cast<int>(grains % plan.ctas);
+  p.per_unit = FastDivisor(p.blocks_per_unit);
+  p.per_m = FastDivisor(static_cast<int>(plan.m_blocks));
+  p.per_unit_group = FastDivisor(static_cast<int>(plan.m_blocks * plan.head_blocks));
+  p.per_batch = FastDivisor(static_cast<int>(s.Hkv));
+  p.slot_rows = static_cast<int>(plan.slot_rows);
+  p.heads_of_group = static_cast<int>(G);
+  p.order.num_tiles = static_cast<int>(plan.ctas);
+  if (plan.slots > 0) {
+    p.partial = scratch;
+    p.lse = scratch + plan.slots * plan.slot_rows * s.Dv;
+  }
+  launch_fwd<Traits>(p, num_sms, stream);
+  if (plan.slots > 0) {
+    launch_split_merge<typename Traits::T>(params, plan, Traits::kBlockM, scratch, stream);
+  }
+}
+
+}  // namespace lctx::cuda

@@ -1,0 +1,87 @@
+// Math: as flash_fwd.cu, for grids too small to fill the GPU: decoding one or a few tokens, short
+//       pieces of a prompt over a long cache. Keys are split; partial results are merged exactly.
+// Tile map: the query heads of a group share the rows of a tile (SplitTiles). Up to 64 rows, memory
+//       is the limit: one consumer warpgroup and as many bytes on the way as shared memory holds.
+//         D <= 64   64 x 128, 6 stages      D <= 128  64 x 64, 6      D <= 256  64 x 64, 3
+//       More rows take the tiles of flash_fwd.cu.
+// Pipeline: a static share of the blocks of keys for each multiprocessor; a second, overlapping
+//       launch merges (attn_split_launch.cuh). The same sums in the same order on every run.
+// Memory: keys and values once, and not kept in L2, for up to 64 rows; scratch of one partial tile
+//       for each multiprocessor and for each tile of rows.
+// Limits: those of flash_fwd.cu; no cu_seqlens.
+#include "attn_split_launch.cuh"
+
+namespace lctx::cuda {
+namespace {
+
+// Calls run(TypeTag<tile>, TypeTag<its SplitTiles>).
+template <class T, class Run>
+void choose_decode_tile(const AttnShape& s, Run&& run) {
+  const int64_t D = std::max(s.Dk, s.Dv);
+  const TypeTag<SplitTiles<64, true>> tiles;
+  if (D <= 64) {
+    run(TypeTag<FwdTile<T, 64, 128, 1, true, 6>>(), tiles);
+  } else if (D <= 128) {
+    run(TypeTag<FwdTile<T, 128, 64, 1, true, 6>>(), tiles);
+  } else {
+    run(TypeTag<FwdTile<T, 256, 64, 1, true, 3>>(), tiles);
+  }
+}
+
+template <class Run>
+void choose_split_tile(const FlashParams& params, Run&& run) {
+  const AttnShape& s = params.shape;
+  if (s.Tq * next_power_of_two(std::min<int64_t>(s.Hq / s.Hkv, 64)) > 64) {
+    choose_type_and_tile(params, s.Tk, [&](auto tag) {
+      run(tag, TypeTag<SplitTiles<decltype(tag)::type::kBlockM>>());
+    });
+  } else if (s.dtype == DType::kBFloat16) {
+    choose_decode_tile<__nv_bfloat16>(s, run);
+  } else {
+    choose_decode_tile<__half>(s, run);
+  }
+}
+
+// Whether the split is faster than tiles of whole rows, which leave multiprocessors idle but need
+// no merge: keys that the busiest multiprocessor walks.
+bool pays(const FlashParams& params, const SplitPlan& plan, int block_m, int block_n, int num_sms) {
+  constexpr int64_t kMergeKeys = 512;  // what starting the merge costs
+  const AttnShape& s = params.shape;
+  const int64_t keys = plan.blocks_per_unit * block_n;
+  const int64_t waves = ceil_div(ceil_div(s.Tq, block_m) * s.Hq * s.B, num_sms);
+  const int64_t hidden = params.causal ? std::min(s.Tq, keys) / 2 : 0;  // on average
+  const int64_t split = ceil_div(plan.units * keys, num_sms) + kMergeKeys;
+  return split < waves * (keys - hidden);
+}
+
+}  // namespace
+
+SplitPlan plan_flash_split(const FlashParams& params, int num_sms) {
+  const AttnShape& s = params.shape;
+  if (params.cu_seqlens != nullptr || s.B * s.Tq * s.Hq * s.Tk == 0) return {};
+  const int64_t first =
+      params.window > 0 ? std::max<int64_t>(s.Tk - s.Tq - params.window + 1, 0) : 0;
+  SplitPlan plan;
+  choose_split_tile(params, [&](auto tag, auto) {
+    using Tile = typename decltype(tag)::type;
+    plan = plan_split(s, first, s.Tk - 1, Tile::kBlockM, Tile::kBlockN, num_sms);
+    if (Tile::kConsumers > 1 && !pays(params, plan, Tile::kBlockM, Tile::kBlockN, num_sms)) {
+      plan.units = 0;
+    }
+  });
+  return plan;
+}
+
+void launch_flash_split(const FlashParams& params, const SplitPlan& plan, float* scratch,
+                        int num_sms, Stream stream) {
+  choose_split_tile(params, [&](auto tag, auto tiles) {
+    using Tile = typename decltype(tag)::type;
+    using Traits =
+        FwdTraits<Tile, typename decltype(tiles)::type, DenseScores<Tile::kBlockN>, SplitRows>;
+    typename Traits::Params p{};
+    set_flash(params, nullptr, p);
+    launch_split<Traits>(params, plan, p, scratch, num_sms, stream);
+  });
+}
+
+}  // namespace lctx::cuda

@@ -1,0 +1,54 @@
+// How few rows over many keys are dealt to thread blocks; decided from shapes alone.
+#pragma once
+
+#include <algorithm>
+
+#include "../common/math.cuh"
+#include "cuda_backend.h"
+
+namespace lctx::cuda {
+
+// A unit is a tile of rows with all its keys; a slot holds the partial result of a unit in a thread
+// block.
+struct SplitPlan {
+  int64_t units = 0;  // 0: keys are not split
+  int64_t head_bits = 0, slot_rows = 0, m_blocks = 0, head_blocks = 0;
+  int64_t first_block = 0, blocks_per_unit = 0;
+  int64_t ctas = 0, grain = 1, slots = 0;  // slots 0: no unit is split
+
+  // In floats: partial rows, then their lse.
+  int64_t scratch(int64_t D) const { return slots * slot_rows * (D + 1); }
+};
+
+// A unit of so few blocks is not worth a second kernel.
+constexpr int64_t kWholeBlocks = 4;
+
+// `first_key`, `last_key`: what the rows see at most; none if last_key < first_key.
+inline SplitPlan plan_split(const AttnShape& s, int64_t first_key, int64_t last_key, int block_m,
+                            int block_n, int num_sms) {
+  SplitPlan plan;
+  const int64_t G = s.Hq / s.Hkv;
+  while (int64_t{1} << plan.head_bits < std::min<int64_t>(G, 64)) ++plan.head_bits;
+  const int64_t rows = s.Tq << plan.head_bits;
+  plan.slot_rows = std::min<int64_t>(rows, block_m);
+  plan.m_blocks = ceil_div(rows, block_m);
+  plan.head_blocks = ceil_div(G, 64);
+  plan.units = s.B * s.Hkv * plan.head_blocks * plan.m_blocks;
+  plan.first_block = first_key / block_n;
+  plan.blocks_per_unit = last_key < first_key ? 0 : last_key / block_n + 1 - plan.first_block;
+  const bool whole = plan.blocks_per_unit <= kWholeBlocks;
+  plan.grain = whole ? plan.blocks_per_unit : 1;
+  const int64_t grains = whole ? plan.units : plan.units * plan.blocks_per_unit;
+  plan.ctas = std::min<int64_t>(grains, num_sms);
+  plan.slots = whole ? 0 : plan.ctas + plan.units - 1;
+  const int64_t most = plan.units * std::max<int64_t>(plan.blocks_per_unit, plan.slot_rows);
+  if (most > INT32_MAX / 2) return {};
+  return plan;
+}
+
+// flash_split_fwd.cu; `scratch` as many floats as the plan says.
+SplitPlan plan_flash_split(const FlashParams& params, int num_sms);
+void launch_flash_split(const FlashParams& params, const SplitPlan& plan, float* scratch,
+                        int num_sms, Stream stream);
+
+}  // namespace lctx::cuda
