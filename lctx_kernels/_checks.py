@@ -165,7 +165,7 @@ def _hopper_limits(call: Call) -> None:
             )
 
 
-HOPPER_OPS = ("flash_attention", "dilated_attention")
+HOPPER_OPS = ("flash_attention", "dilated_attention", "landmark_attention")
 RING_MISSING = (
     "the ring communicator (lctx_kernels._ring) and context-parallel plans (lctx_kernels.cp) are "
     "not built yet; nearest is flash_attention on one device; the definition is "

@@ -1,6 +1,7 @@
 // lctx::landmark_fwd, lctx::landmark_bwd: tensors -> LandmarkParams -> kernels.
 #include "../cpu/cpu_backend.h"
 #include "checks.h"
+#include "cuda_call.h"
 #include "thread_pool.h"
 
 namespace lctx::api {
@@ -30,6 +31,16 @@ std::tuple<Tensor, Tensor> landmark_fwd(const Tensor& q, const Tensor& k, const 
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(is_landmark)});
   LandmarkParams params = make_params(call, q, k, v, is_landmark, block_size, scale);
   auto outputs = set_outputs(call, params);
+#ifdef LCTX_WITH_CUDA
+  if (call.is_cuda()) {
+    check_tma(call, params);
+    const CudaCall gpu(call);
+    Tensor scratch = call.new_plain(ScalarType::Int, {cuda::landmark_scratch_ints(params)});
+    cuda::launch_landmark_fwd(params, static_cast<int*>(scratch.mutable_data_ptr()), gpu.num_sms(),
+                              gpu.stream());
+    return outputs;
+  }
+#endif
   cpu::landmark_fwd(params, thread_pool());
   return outputs;
 }
@@ -57,3 +68,9 @@ STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) {
   m.impl("landmark_fwd", TORCH_BOX(&lctx::api::landmark_fwd));
   m.impl("landmark_bwd", TORCH_BOX(&lctx::api::landmark_bwd));
 }
+
+#ifdef LCTX_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(lctx, CUDA, m) {
+  m.impl("landmark_fwd", TORCH_BOX(&lctx::api::landmark_fwd));
+}
+#endif

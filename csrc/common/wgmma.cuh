@@ -110,6 +110,13 @@ __device__ __forceinline__ int fragment_row(int thread) {
 }
 __device__ __forceinline__ int fragment_column(int thread) { return thread % 4 * 2; }
 
+// Scales the two rows of an accumulator of N columns.
+template <int N>
+__device__ __forceinline__ void scale_rows(float (&d)[N / 2], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) d[i] *= factor[i / 2 % 2];
+}
+
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 template <>
@@ -122,6 +129,22 @@ template <>
 __device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
   uint32_t r;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+// Products of both elements of two packs.
+template <class T>
+__device__ __forceinline__ uint32_t multiply2(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t multiply2<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply2<__half>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
 

@@ -41,7 +41,7 @@ struct StoreRows {
                                                    const Work& work, int row0) {
     using T = typename Kernel::T;
     const auto& p = kernel.p;
-    constexpr int kUnits = Kernel::kHeadDim / 8;
+    constexpr int kUnits = Kernel::kValueDim / 8;
     T* out = static_cast<T*>(p.out_view.data) + work.batch * p.out_view.stride_b +
              kernel.position(work, row0) * p.out_view.stride_t + work.head * p.out_view.stride_h;
     const int64_t pitch = kernel.row_step() * p.out_view.stride_t;
@@ -57,7 +57,7 @@ struct StoreRows {
   template <class Kernel>
   static __device__ __forceinline__ void write_rows(const Kernel& kernel, int warpgroup,
                                                     const Work& work,
-                                                    float (&o)[Kernel::kHeadDim / 2],
+                                                    float (&o)[Kernel::kValueDim / 2],
                                                     const float (&inverse)[2]) {
     using T = typename Kernel::T;
     const auto& p = kernel.p;
@@ -68,7 +68,7 @@ struct StoreRows {
       T* out = static_cast<T*>(p.out_view.data) + work.batch * p.out_view.stride_b +
                kernel.position(work, row) * p.out_view.stride_t + work.head * p.out_view.stride_h;
 #pragma unroll
-      for (int a = 0; a < Kernel::kHeadDim / 32; ++a) {
+      for (int a = 0; a < Kernel::kValueDim / 32; ++a) {
         uint32_t x[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -76,7 +76,7 @@ struct StoreRows {
           x[j] = pack2<T>(o[at] * inverse[i], o[at + 1] * inverse[i]);
         }
         quad_transpose(x);
-        const int column = 32 * a + 8 * place;
+        const int column = work.column + 32 * a + 8 * place;
         if (row < work.row_end && column < p.D) {
           *reinterpret_cast<uint4*>(out + column) = make_uint4(x[0], x[1], x[2], x[3]);
         }
@@ -86,22 +86,22 @@ struct StoreRows {
 
   template <class Kernel>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
-                                                const Work& work, float (&o)[Kernel::kHeadDim / 2],
+                                                const Work& work, float (&o)[Kernel::kValueDim / 2],
                                                 const float (&inverse)[2]) {
     using Traits = typename Kernel::Traits;
     if constexpr (!Traits::kStagesO) {
       write_rows(kernel, warpgroup, work, o, inverse);
       return;
     }
-    constexpr int kHeadDim = Kernel::kHeadDim;
+    constexpr int kValueDim = Kernel::kValueDim;
     const int thread = warpgroup_thread(), lane = thread % 32;
     const int row0 = work.row0 + warpgroup * 64;
-    const uint32_t tile = kernel.smem + Traits::kO + warpgroup * tile_bytes(64, kHeadDim);
+    const uint32_t tile = kernel.smem + Traits::kO + warpgroup * tile_bytes(64, kValueDim);
     // The last store must have left the tile before it is overwritten.
     if (thread == 0) ptx::tma_store_wait_read<0>();
     ptx::named_barrier_sync(1 + warpgroup, 128);
 #pragma unroll
-    for (int t = 0; t < kHeadDim / 16; ++t) {
+    for (int t = 0; t < kValueDim / 16; ++t) {
       uint32_t r[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -119,9 +119,9 @@ struct StoreRows {
       ptx::named_barrier_sync(1 + warpgroup, 128);
     } else if (thread == 0) {
 #pragma unroll
-      for (int c = 0; c < kHeadDim / kChunkColumns; ++c) {
-        ptx::tma_store_5d(&kernel.p.out[work.map], tile + c * chunk_bytes(64), c * kChunkColumns,
-                          row0, work.phase, work.head, work.batch);
+      for (int c = 0; c < kValueDim / kChunkColumns; ++c) {
+        ptx::tma_store_5d(&kernel.p.out[work.map], tile + c * chunk_bytes(64),
+                          work.column + c * kChunkColumns, row0, work.phase, work.head, work.batch);
       }
       ptx::tma_store_commit();
     }
@@ -152,7 +152,7 @@ struct CarryRows : StoreRows {
   // Puts the carried rows into the accumulators and the row state.
   template <class Kernel>
   static __device__ __forceinline__ void begin(const Kernel& kernel, int warpgroup,
-                                               const Work& work, float (&o)[Kernel::kHeadDim / 2],
+                                               const Work& work, float (&o)[Kernel::kValueDim / 2],
                                                RowState& state) {
     const auto& p = kernel.p;
     const int thread = warpgroup_thread();
@@ -200,7 +200,7 @@ struct CarryRows : StoreRows {
 
   template <class Kernel>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
-                                                const Work& work, float (&o)[Kernel::kHeadDim / 2],
+                                                const Work& work, float (&o)[Kernel::kValueDim / 2],
                                                 const float (&inverse)[2]) {
     const auto& p = kernel.p;
     if (p.partial_out == nullptr) {
@@ -213,7 +213,7 @@ struct CarryRows : StoreRows {
       if (row >= work.row_end) continue;
       float* to = p.partial_out + element(kernel, work, row) + fragment_column(warpgroup_thread());
 #pragma unroll
-      for (int j = 0; j < Kernel::kHeadDim / 8; ++j) {
+      for (int j = 0; j < Kernel::kValueDim / 8; ++j) {
         if (8 * j < p.D) {
           *reinterpret_cast<float2*>(to + 8 * j) =
               make_float2(o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);

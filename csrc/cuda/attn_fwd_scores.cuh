@@ -28,14 +28,36 @@ struct KeyBlock {
   int row, phase;
 };
 
+// What a Scores policy does unless it says otherwise.
+template <int kBlockN>
+struct PlainScores {
+  // Whether accumulators of several blocks of keys are folded into outer ones
+  // (landmark_blocks.cuh).
+  static constexpr bool kFolds = false;
+
+  template <class State>
+  static __device__ __forceinline__ bool needs_mask(const KeyRange& keys, int n, const State&) {
+    return keys.needs_mask(n);
+  }
+
+  // What weigh() left in s and state, as A operand of P V.
+  template <class T, class State>
+  static __device__ __forceinline__ void to_a(const float (&s)[kBlockN / 2], const State&,
+                                              uint32_t (&a)[kBlockN / 16][4]) {
+    accumulator_to_a<T, kBlockN>(s, a);
+  }
+};
+
 template <int kBlockN, bool kWindowed = true>
-struct DenseScores {
+struct DenseScores : PlainScores<kBlockN> {
   struct Params {};
   using State = RowState;
 
   // What positions first .. last see.
   template <class P>
-  static __device__ __forceinline__ KeyRange range(const P& p, int first, int last, int num_keys) {
+  static __device__ __forceinline__ KeyRange range(const P& p, const Work& work, int first,
+                                                   int last) {
+    const int num_keys = work.num_keys;
     int high = p.causal ? min(last, num_keys - 1) : num_keys - 1, low = 0;
     if (kWindowed && p.window > 0) {
       high = min(high, last + p.window - 1);

@@ -23,11 +23,14 @@
 
 namespace lctx::cuda {
 
+// kValueDim: value columns of a tile, where they are not all of kHeadDim. kOuter: shared memory for
+// a second set of accumulators.
 template <class T_, int kHeadDim_, int kBlockN_, int kConsumers_, bool kStagesO_, int kStages_ = 2,
-          int kQStages_ = kStagesO_ ? 2 : 1>
+          int kQStages_ = kStagesO_ ? 2 : 1, int kValueDim_ = kHeadDim_, bool kOuter_ = false>
 struct FwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kValueDim = kValueDim_;
   static constexpr int kBlockN = kBlockN_;
   static constexpr int kConsumers = kConsumers_;
   // O has shared memory of its own and leaves by TMA; else it leaves from registers.
@@ -41,15 +44,18 @@ struct FwdTile {
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   static constexpr int kQBytes = tile_bytes(kBlockM, kHeadDim);
-  static constexpr int kKVBytes = tile_bytes(kBlockN, kHeadDim);
+  static constexpr int kKBytes = tile_bytes(kBlockN, kHeadDim);
+  static constexpr int kVBytes = tile_bytes(kBlockN, kValueDim);
   static constexpr int kK = kQStages * kQBytes;
-  static constexpr int kV = kK + kStages * kKVBytes;
-  static constexpr int kO = kV + kStages * kKVBytes;
-  static constexpr int kBarriers = kO + (kStagesO ? kQBytes : 0);
-  static constexpr int kSharedBytes = kBarriers + 256 + 1024;  // barriers, alignment
+  static constexpr int kV = kK + kStages * kKBytes;
+  static constexpr int kOuter = kV + kStages * kVBytes;
+  static constexpr int kO = kOuter + (kOuter_ ? kBlockM * kValueDim * 4 : 0);
+  static constexpr int kBarriers = kO + (kStagesO ? tile_bytes(kBlockM, kValueDim) : 0);
+  static constexpr int kBarrierBytes = 512;
+  static constexpr int kSharedBytes = kBarriers + kBarrierBytes + 1024;  // and alignment
   static_assert(2 * Pipeline<kStages>::kBytes + Pipeline<kQStages>::kBytes +
                         TileQueue::Ring::kBytes + TileQueue::kSlots * 4 <=
-                    256,
+                    kBarrierBytes,
                 "no room for the barriers of so many stages");
 };
 
@@ -72,7 +78,8 @@ struct FwdKernel {
   using Scores = typename Traits::Scores;
   using Rows = typename Traits::Rows;
   using State = typename Scores::State;
-  static constexpr int kHeadDim = Traits::kHeadDim, kBlockN = Traits::kBlockN;
+  static constexpr int kHeadDim = Traits::kHeadDim, kValueDim = Traits::kValueDim;
+  static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr int kConsumerWarps = 4 * Traits::kConsumers;
   using KVPipeline = Pipeline<Traits::kStages>;
@@ -126,21 +133,23 @@ struct FwdKernel {
 
   // ---- producer ----
 
-  // Loads a block of keys or values into the next stage at `offset`. `work.head` is theirs.
+  // Loads kColumns columns of a block of keys or values into the next stage at `offset`.
+  // `work.head` is theirs.
+  template <int kColumns>
   __device__ __forceinline__ void load_block(const KVPipeline& pipe, KVState& state, int offset,
                                              const CUtensorMap* map, const Work& work,
-                                             const KeyBlock& block) const {
-    const uint32_t full = pipe.acquire(state, Traits::kKVBytes);
-    const uint32_t dst = smem + offset + state.stage() * Traits::kKVBytes;
+                                             const KeyBlock& block, int column) const {
+    constexpr int kBytes = tile_bytes(kBlockN, kColumns);
+    const uint32_t full = pipe.acquire(state, kBytes);
+    const uint32_t dst = smem + offset + state.stage() * kBytes;
 #pragma unroll 1
-    for (int c = 0; c < kChunks; ++c) {
+    for (int c = 0; c < kColumns / kChunkColumns; ++c) {
       const uint32_t chunk = dst + c * chunk_bytes(kBlockN);
+      const int at = column + c * kChunkColumns;
       if constexpr (Tiles::kReadsKeysOnce) {
-        ptx::tma_load_5d_once(chunk, map, full, c * kChunkColumns, block.row, block.phase,
-                              work.head, work.batch);
+        ptx::tma_load_5d_once(chunk, map, full, at, block.row, block.phase, work.head, work.batch);
       } else {
-        ptx::tma_load_5d(chunk, map, full, c * kChunkColumns, block.row, block.phase, work.head,
-                         work.batch);
+        ptx::tma_load_5d(chunk, map, full, at, block.row, block.phase, work.head, work.batch);
       }
     }
     state.advance();
@@ -160,8 +169,7 @@ struct FwdKernel {
 
   // The blocks of the tile that `rows` rows from position0 on see.
   __device__ __forceinline__ KeyRange keys_of(const Work& work, int position0, int rows) const {
-    KeyRange keys = Scores::range(p, position0, position0 + Tiles::position_of(p, rows - 1),
-                                  work.num_keys);
+    KeyRange keys = Scores::range(p, work, position0, position0 + Tiles::position_of(p, rows - 1));
     if constexpr (Tiles::kSplitsKeys) {
       keys.begin = max(keys.begin, work.block_begin);
       keys.end = min(keys.end, work.block_end);
@@ -190,13 +198,13 @@ struct FwdKernel {
       for (int n = keys.end - 1; n >= keys.begin - 1; --n) {
         if (n >= keys.begin) {
           const KeyBlock block = Scores::block(p, work, n);
-          load_block(k_pipe, k_state, Traits::kK, block.k, work, block);
+          load_block<kHeadDim>(k_pipe, k_state, Traits::kK, block.k, work, block, 0);
         }
         if (n == keys.end - 1) {
           load_queries(q_state, find_work_again(index));
         } else {
           const KeyBlock block = Scores::block(p, work, n + 1);
-          load_block(v_pipe, v_state, Traits::kV, block.v, work, block);
+          load_block<kValueDim>(v_pipe, v_state, Traits::kV, block.v, work, block, work.column);
         }
       }
     }
@@ -223,17 +231,11 @@ struct FwdKernel {
 
   // What the rows start from; without a carried result they start with the first product.
   __device__ __forceinline__ void begin_rows(int warpgroup, const Work& work,
-                                             float (&o)[kHeadDim / 2], State& state) const {
+                                             float (&o)[kValueDim / 2], State& state) const {
     if constexpr (Rows::kCarries) {
       ptx::grid_dependency_wait();
       Rows::begin(*this, warpgroup, work, o, state);
     }
-  }
-
-  static __device__ __forceinline__ void scale_rows(float (&o)[kHeadDim / 2],
-                                                    const float (&alpha)[2]) {
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= alpha[i / 2 % 2];
   }
 
   // Lets `blocks` blocks of keys and values pass unread.
@@ -287,17 +289,17 @@ struct FwdKernel {
     wgmma_fence();
     gemm_nt<T, kBlockN, kHeadDim>(
         s, smem + q_state.stage() * Traits::kQBytes + warpgroup * tile_bytes(64, kHeadDim), 64,
-        smem + Traits::kK + k_state.stage() * Traits::kKVBytes, kBlockN);
+        smem + Traits::kK + k_state.stage() * Traits::kKBytes, kBlockN);
     wgmma_commit();
   }
 
   __device__ __forceinline__ void issue_values(const KVState& v_state,
                                                const uint32_t (&weights)[kBlockN / 16][4],
-                                               float (&o)[kHeadDim / 2], bool started) const {
+                                               float (&o)[kValueDim / 2], bool started) const {
     v_pipe.wait(v_state);
     wgmma_fence();
-    gemm_rn<T, kHeadDim, kBlockN>(
-        o, weights, smem + Traits::kV + v_state.stage() * Traits::kKVBytes, kBlockN, started);
+    gemm_rn<T, kValueDim, kBlockN>(
+        o, weights, smem + Traits::kV + v_state.stage() * Traits::kVBytes, kBlockN, started);
     wgmma_commit();
   }
 
@@ -313,7 +315,7 @@ struct FwdKernel {
     const Work work = find_work_again(turn.index);
     if (Traits::kShifts && work.row0 + warpgroup * 64 < work.row_begin) return;
     State state;
-    float o[kHeadDim / 2] = {}, inverse[2], lse[2];
+    float o[kValueDim / 2] = {}, inverse[2], lse[2];
     begin_rows(warpgroup, work, o, state);
     state.finish(p.scale_log2, inverse, lse);
     if constexpr (Rows::kCarries) {
@@ -339,7 +341,7 @@ struct FwdKernel {
       }
       const int index = turn.index;
       const KeyRange keys = turn.keys;
-      float o[kHeadDim / 2];
+      float o[kValueDim / 2];
       float alpha[2], inverse[2], lse[2];
       State state;
       uint32_t weights[kBlockN / 16][4];
@@ -353,19 +355,32 @@ struct FwdKernel {
       if constexpr (Rows::kCarries) {
         begin_rows(warpgroup, find_work_again(index), o, state);
       }
+      if constexpr (Scores::kFolds) {
+        Scores::begin(*this, warpgroup, find_work_again(index), n, state);
+      }
       wgmma_wait<0>();
       k_pipe.release(k_state);
       k_state.advance();
-      if (keys.needs_mask(n)) mask_block(index, warpgroup, n, s, state);
+      if (Scores::needs_mask(keys, n, state)) mask_block(index, warpgroup, n, s, state);
       Scores::template weigh<true>(p, s, state, alpha);
-      accumulator_to_a<T, kBlockN>(s, weights);
+      Scores::template to_a<T>(s, state, weights);
       if constexpr (Rows::kCarries) Rows::scale(o, alpha);
 
       bool started = Rows::kCarries;
+      // Brings o into the terms of the weights that it is to be multiplied with next.
+      const auto rescale = [&] {
+        if constexpr (Scores::kFolds) {
+          if (Scores::fold(*this, warpgroup, o, alpha, state)) started = false;
+        } else {
+          scale_rows<kValueDim>(o, alpha);
+        }
+      };
       const auto step = [&](auto masked) {
         issue_scores(warpgroup, q_state, k_state, s);
+        if constexpr (Scores::kFolds) rescale();
         issue_values(v_state, weights, o, started);
         started = true;
+        if constexpr (Scores::kFolds) Scores::turn(p, n, state);
         wgmma_wait<1>();
         k_pipe.release(k_state);
         k_state.advance();
@@ -378,12 +393,13 @@ struct FwdKernel {
         wgmma_wait<0>();
         v_pipe.release(v_state);
         v_state.advance();
-        scale_rows(o, alpha);
-        accumulator_to_a<T, kBlockN>(s, weights);
+        if constexpr (!Scores::kFolds) rescale();
+        Scores::template to_a<T>(s, state, weights);
       };
       if (n > keys.begin) k_pipe.wait(k_state);
       for (--n; n >= keys.begin; --n) {
-        if (keys.needs_mask(n)) {
+        if constexpr (Scores::kFolds) Scores::enter(n, state);
+        if (Scores::needs_mask(keys, n, state)) {
           step(std::true_type{});
         } else {
           step(std::false_type{});
@@ -392,6 +408,7 @@ struct FwdKernel {
       q_pipe.release(q_state);
       q_state.advance();
 
+      if constexpr (Scores::kFolds) rescale();
       issue_values(v_state, weights, o, started);
       const KVState last = v_state;
       v_state.advance();
@@ -415,6 +432,7 @@ struct FwdKernel {
       }
       v_pipe.release(last);
       skip(left, k_state, v_state);
+      if constexpr (Scores::kFolds) Scores::complete(*this, warpgroup, o, state);
       Rows::finish(*this, warpgroup, find_work_again(index), o, inverse);
       if constexpr (kPrefetch) {
         wgmma_wait<0>();

@@ -1,0 +1,42 @@
+// Math: landmark attention, forward (Mohtashami & Jaggi 2023, arXiv 2305.16300, section 3.1): one
+//       softmax over the ordinary keys of the row's own block and the landmarks of earlier blocks,
+//       whose weights are shared out by softmaxes over the ordinary keys of their blocks.
+// Tile map: short uniform blocks: landmark_scores.cuh, several to a key tile, compiled in
+//       landmark_d64_fwd.cu, landmark_d128_fwd.cu, landmark_d256_fwd.cu by head dimension. Longer
+//       blocks and landmarks at any places: landmark_blocks.cuh, in landmark_blocks_fwd.cu.
+// Pipeline: a memset of the tile counter, tables where they are needed, one persistent launch.
+// Memory: as flash_fwd.cu.
+// Limits: as flash_fwd.cu.
+#include "landmark_launch.cuh"
+
+namespace lctx::cuda {
+namespace {
+
+bool in_groups(const LandmarkParams& params) {
+  const int64_t D = std::max(params.shape.Dk, params.shape.Dv);
+  return params.block_size > 0 && params.block_size <= widest_group(D);
+}
+
+}  // namespace
+
+int64_t landmark_scratch_ints(const LandmarkParams& params) {
+  return in_groups(params) ? 1 : landmark_blocks_ints(params.shape);
+}
+
+void launch_landmark_fwd(const LandmarkParams& params, int* scratch, int num_sms, Stream stream) {
+  const AttnShape& s = params.shape;
+  if (s.B * s.Tq * s.Hq == 0) return;
+  cudaMemsetAsync(scratch, 0, sizeof(int), stream);
+  const int64_t D = std::max(s.Dk, s.Dv);
+  if (!in_groups(params)) {
+    launch_landmark_blocks(params, scratch, num_sms, stream);
+  } else if (D <= 64) {
+    launch_landmark_groups<64>(params, scratch, num_sms, stream);
+  } else if (D <= 128) {
+    launch_landmark_groups<128>(params, scratch, num_sms, stream);
+  } else {
+    launch_landmark_groups<256>(params, scratch, num_sms, stream);
+  }
+}
+
+}  // namespace lctx::cuda
