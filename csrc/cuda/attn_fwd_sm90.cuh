@@ -451,12 +451,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
   FwdKernel<Traits> kernel(p, base);
   if constexpr (Traits::Rows::kCarries || Traits::Tiles::kSplitsKeys) ptx::grid_dependents_launch();
-  if (threadIdx.x == 0) {
-    kernel.init();
-    ptx::prefetch_tensor_map(&p.q[0]);
+  if (threadIdx.x == 0) kernel.init();
+  if (threadIdx.x == 32) {  // meanwhile
     ptx::prefetch_tensor_map(&p.k[0]);
+    ptx::prefetch_tensor_map(&p.q[0]);
     ptx::prefetch_tensor_map(&p.v[0]);
-    if constexpr (!Traits::Tiles::kSplitsKeys) ptx::prefetch_tensor_map(&p.out[0]);
+    if constexpr (Traits::kStagesO && !Traits::Tiles::kSplitsKeys) {
+      ptx::prefetch_tensor_map(&p.out[0]);
+    }
   }
   __syncthreads();
   if (threadIdx.x < 128) {
