@@ -51,10 +51,11 @@ struct FwdTile {
   static constexpr int kOuter = kV + kStages * kVBytes;
   static constexpr int kO = kOuter + (kOuter_ ? kBlockM * kValueDim * 4 : 0);
   static constexpr int kBarriers = kO + (kStagesO ? tile_bytes(kBlockM, kValueDim) : 0);
-  static constexpr int kSharedBytes = kBarriers + 256 + 1024;  // barriers, alignment
+  static constexpr int kBarrierBytes = 512;
+  static constexpr int kSharedBytes = kBarriers + kBarrierBytes + 1024;  // and alignment
   static_assert(2 * Pipeline<kStages>::kBytes + Pipeline<kQStages>::kBytes +
                         TileQueue::Ring::kBytes + TileQueue::kSlots * 4 <=
-                    256,
+                    kBarrierBytes,
                 "no room for the barriers of so many stages");
 };
 
@@ -145,12 +146,11 @@ struct FwdKernel {
 #pragma unroll 1
     for (int c = 0; c < kColumns / kChunkColumns; ++c) {
       const uint32_t chunk = dst + c * chunk_bytes(kBlockN);
-      const int first = column + c * kChunkColumns;
+      const int at = column + c * kChunkColumns;
       if constexpr (Tiles::kReadsKeysOnce) {
-        ptx::tma_load_5d_once(chunk, map, full, first, block.row, block.phase, work.head,
-                              work.batch);
+        ptx::tma_load_5d_once(chunk, map, full, at, block.row, block.phase, work.head, work.batch);
       } else {
-        ptx::tma_load_5d(chunk, map, full, first, block.row, block.phase, work.head, work.batch);
+        ptx::tma_load_5d(chunk, map, full, at, block.row, block.phase, work.head, work.batch);
       }
     }
     state.advance();
@@ -452,12 +452,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
   FwdKernel<Traits> kernel(p, base);
   if constexpr (Traits::Rows::kCarries || Traits::Tiles::kSplitsKeys) ptx::grid_dependents_launch();
-  if (threadIdx.x == 0) {
-    kernel.init();
-    ptx::prefetch_tensor_map(&p.q[0]);
+  if (threadIdx.x == 0) kernel.init();
+  if (threadIdx.x == 32) {  // meanwhile
     ptx::prefetch_tensor_map(&p.k[0]);
+    ptx::prefetch_tensor_map(&p.q[0]);
     ptx::prefetch_tensor_map(&p.v[0]);
-    if constexpr (!Traits::Tiles::kSplitsKeys) ptx::prefetch_tensor_map(&p.out[0]);
+    if constexpr (Traits::kStagesO && !Traits::Tiles::kSplitsKeys) {
+      ptx::prefetch_tensor_map(&p.out[0]);
+    }
   }
   __syncthreads();
   if (threadIdx.x < 128) {

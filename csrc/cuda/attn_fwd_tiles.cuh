@@ -48,10 +48,10 @@ struct Work {
   int row0, row_begin, row_end, position0, key0, num_keys;
   int head, batch;
   int phase = 0, map = 0;
-  int column = 0;  // first value column of the tile
   // SplitTiles: the first query head of the rows, the tile's share of the blocks of keys, and where
   // the partial result goes.
   int query_head = 0, block_begin = 0, block_end = 0, slot = 0;
+  int column = 0;  // first value column of the tile
 };
 
 // Tiles of the rows of one query head. Thread blocks take them from a counter.

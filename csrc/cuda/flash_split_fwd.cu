@@ -20,11 +20,11 @@ void choose_decode_tile(const AttnShape& s, Run&& run) {
   const int64_t D = std::max(s.Dk, s.Dv);
   const TypeTag<SplitTiles<64, true>> tiles;
   if (D <= 64) {
-    run(TypeTag<FwdTile<T, 64, 128, 1, true, 6>>(), tiles);
+    run(TypeTag<FwdTile<T, 64, 128, 1, false, 5, 2>>(), tiles);
   } else if (D <= 128) {
-    run(TypeTag<FwdTile<T, 128, 64, 1, true, 6>>(), tiles);
+    run(TypeTag<FwdTile<T, 128, 64, 1, false, 5, 2>>(), tiles);
   } else {
-    run(TypeTag<FwdTile<T, 256, 64, 1, true, 3>>(), tiles);
+    run(TypeTag<FwdTile<T, 256, 64, 1, false, 2, 2>>(), tiles);
   }
 }
 
