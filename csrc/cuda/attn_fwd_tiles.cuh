@@ -36,6 +36,7 @@ struct Work {
   int row0, row_end, position0, key0, num_keys;
   int head, batch;
   int phase = 0, map = 0;
+  int segment = 0;  // LocalTiles of infini_rows.cuh
 };
 
 template <int kBlockM>
