@@ -180,8 +180,6 @@ CASES = {
         *(c for u in ("linear", "delta") for c in with_options(LONG, segment_len=1024, update=u)),
     ],
 }
-CASES = {name: list(filter(runs_on_gpu, cases)) for name, cases in CASES.items()}
-
 # One case for each way a kernel can be called; lengths that are no multiple of any tile.
 STANDARD = {
     "flash": Case(T=1111, Hq=6, Hkv=2, Dk=128),
@@ -197,3 +195,9 @@ def standard(name, **changes):
     """STANDARD[name] with other fields, or with other options."""
     case = STANDARD[name]
     return replace(case, options=case.options | changes.pop("options", {}), **changes)
+
+
+CASES = {
+    name: [*filter(runs_on_gpu, cases), *(standard(name, B=3, Dk=D) for D in (64, 128, 256))]
+    for name, cases in CASES.items()
+}
