@@ -137,6 +137,7 @@ void launch_blocks(const LandmarkParams& params, int* scratch, int num_sms, Stre
   p.rows = rows;
   p.tiles = tiles;
   p.max_tiles = static_cast<int>(max_tiles(s.Tk));
+  p.row_shift = row_shift<Tile>(s.Tq);
   p.order = make_order("lctx::landmark_fwd", ceil_div(s.Tq, Tile::kBlockM), s.Hq * kParts, s.B,
                        heads_per_section(s, s.Tk, 16) * kParts);
   if (s.Tk > 0) {

@@ -51,6 +51,7 @@ void launch_groups(const LandmarkParams& params, int* counter, int num_sms, Stre
   p.whole_blocks = static_cast<int>(s.Tk / params.block_size);
   p.whole_tiles = static_cast<int>(ceil_div(p.whole_blocks, Scores::kGroups));
   p.per_block = FastDivisor(p.block_size);
+  p.row_shift = row_shift<Tile>(s.Tq);
   p.order = make_order("lctx::landmark_fwd", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
                        heads_per_section(s, s.Tk, 16));
   launch_fwd<Traits>(p, num_sms, stream);
