@@ -35,6 +35,7 @@ void launch_rows(const InfiniParams& params, const InfiniPlan& plan, const Infin
   set_maps<Tile>(params, p);
   p.segment_len = states.segment_len;
   p.per_segment = FastDivisor(static_cast<int>(s.Hq));
+  p.row_shift = row_shift<Tile>(states.segment_len);
   const int64_t num_states = int64_t{states.chains()} * states.S;
   const int rows = MemoryRows::kBlockRows<FwdKernel<Traits>>;
   p.memory = make_map(states.half, s.dtype,
