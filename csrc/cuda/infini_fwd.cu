@@ -93,7 +93,8 @@ InfiniPlan plan_infini(const InfiniParams& params, int num_sms) {
       static_cast<double>(s.B * s.Hq) * (2 * rows * rows * s.Dk) / (0.65 * 4096 * num_sms);
   const bool worthwhile =
       wanted != nullptr ? std::strcmp(wanted, "chains") == 0 : attention > 1.2 * chain;
-  if (s.Dk <= 128 && s.Hkv <= blocks && worthwhile) {
+  const bool possible = params.update == InfiniUpdate::kLinear && (s.Dk == 64 || s.Dk == 128);
+  if (possible && s.Hkv <= blocks && worthwhile) {
     plan.chain_blocks = static_cast<int>(blocks);
   } else {
     plan.splits = infini_splits(params, num_sms);
