@@ -324,7 +324,7 @@ struct FwdKernel {
     begin_rows(warpgroup, work, o, state);
     state.finish(p.scale_log2, inverse, lse);
     if constexpr (Rows::kCarries) {
-      Rows::scale(o, inverse);
+      Rows::scale(o, inverse, state);
       inverse[0] = inverse[1] = 1.f;
     }
     Rows::finish(*this, warpgroup, work, o, inverse);
@@ -369,7 +369,7 @@ struct FwdKernel {
       if (Scores::needs_mask(keys, n, state)) mask_block(index, warpgroup, n, s, state);
       Scores::template weigh<true>(p, s, state, alpha);
       Scores::template to_a<T>(s, state, weights);
-      if constexpr (Rows::kCarries) Rows::scale(o, alpha);
+      if constexpr (Rows::kCarries) Rows::scale(o, alpha, state);
 
       bool started = Rows::kCarries;
       // Brings o into the terms of the weights that it is to be multiplied with next.
