@@ -65,7 +65,7 @@ SplitPlan plan_flash_split(const FlashParams& params, int num_sms) {
     using Tile = typename decltype(tag)::type;
     plan = plan_split(s, first, s.Tk - 1, Tile::kBlockM, Tile::kBlockN, num_sms);
     if (Tile::kConsumers > 1 && !pays(params, plan, Tile::kBlockM, Tile::kBlockN, num_sms)) {
-      plan.units = 0;
+      plan = {};
     }
   });
   return plan;
