@@ -361,7 +361,10 @@ struct FwdKernel {
       wgmma_wait<0>();
       k_pipe.release(k_state);
       k_state.advance();
-      if (Scores::needs_mask(keys, n, state)) mask_block(index, warpgroup, n, s, state);
+      // A share of the keys may end with a block that needs no mask; weigh<true> wants one.
+      if (Tiles::kSplitsKeys || Scores::needs_mask(keys, n, state)) {
+        mask_block(index, warpgroup, n, s, state);
+      }
       Scores::template weigh<true>(p, s, state, alpha);
       Scores::template to_a<T>(s, state, weights);
       if constexpr (Rows::kCarries) Rows::scale(o, alpha);

@@ -179,6 +179,25 @@ void launch_split_merge(const AttnParams& params, const SplitPlan& plan, int blo
   check_launch("split_merge_kernel", config.gridDim, config.blockDim, stream);
 }
 
+// One consumer warpgroup and as many stages as shared memory holds: memory is the limit.
+constexpr int decode_stages(int head_dim, int block_n) {
+  constexpr int kShared = 227 * 1024 - 1536;
+  return std::min((kShared - 2 * tile_bytes(64, head_dim)) / (2 * tile_bytes(block_n, head_dim)),
+                  5);
+}
+template <class T, int kHeadDim, int kBlockN>
+using DecodeTile =
+    FwdTile<T, kHeadDim, kBlockN, 1, false, decode_stages(kHeadDim, kBlockN), /*kQStages=*/2>;
+
+constexpr int kL2Bytes = 128;  // a stream of 256 is 8 % slower
+
+template <class Tile>
+void set_key_maps(const AttnParams& params, FwdParams& p) {
+  const AttnShape& s = params.shape;
+  p.k[0] = make_rows_map(params.k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, Tile::kBlockN, 1, kL2Bytes);
+  p.v[0] = make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, Tile::kBlockN, 1, kL2Bytes);
+}
+
 // Traits with SplitTiles and SplitRows. The caller has set what is not about the split.
 template <class Traits>
 void launch_split(const AttnParams& params, const SplitPlan& plan, typename Traits::Params& p,
@@ -191,8 +210,6 @@ void launch_split(const AttnParams& params, const SplitPlan& plan, typename Trai
                {{s.Dk, G, s.Tq, s.Hkv, s.B},
                 {params.q.stride_h, params.q.stride_t, params.q.stride_h * G, params.q.stride_b},
                 {kChunkColumns, heads, 64 / heads, 1, 1}});
-  p.k[0] = make_rows_map(params.k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, Traits::kBlockN);
-  p.v[0] = make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, Traits::kBlockN);
   p.per_group = FastDivisor(1);  // the tiles' heads are those of keys and values
   p.head_bits = static_cast<int>(plan.head_bits);
   p.first_block = static_cast<int>(plan.first_block);

@@ -20,18 +20,18 @@ void choose_decode_tile(const AttnShape& s, Run&& run) {
   const int64_t D = std::max(s.Dk, s.Dv);
   const TypeTag<SplitTiles<64, true>> tiles;
   if (D <= 64) {
-    run(TypeTag<FwdTile<T, 64, 128, 1, false, 5, 2>>(), tiles);
+    run(TypeTag<DecodeTile<T, 64, 128>>(), tiles);
   } else if (D <= 128) {
-    run(TypeTag<FwdTile<T, 128, 64, 1, false, 5, 2>>(), tiles);
+    run(TypeTag<DecodeTile<T, 128, 64>>(), tiles);
   } else {
-    run(TypeTag<FwdTile<T, 256, 64, 1, false, 2, 2>>(), tiles);
+    run(TypeTag<DecodeTile<T, 256, 64>>(), tiles);
   }
 }
 
 template <class Run>
 void choose_split_tile(const FlashParams& params, Run&& run) {
   const AttnShape& s = params.shape;
-  if (s.Tq * next_power_of_two(std::min<int64_t>(s.Hq / s.Hkv, 64)) > 64) {
+  if (packed_rows(s) > 64) {
     choose_type_and_tile(params, s.Tk, [&](auto tag) {
       run(tag, TypeTag<SplitTiles<decltype(tag)::type::kBlockM>>());
     });
@@ -64,7 +64,8 @@ SplitPlan plan_flash_split(const FlashParams& params, int num_sms) {
   SplitPlan plan;
   choose_split_tile(params, [&](auto tag, auto) {
     using Tile = typename decltype(tag)::type;
-    plan = plan_split(s, first, s.Tk - 1, Tile::kBlockM, Tile::kBlockN, num_sms);
+    const int64_t block = first / Tile::kBlockN;
+    plan = plan_split(s, block, ceil_div(s.Tk, Tile::kBlockN) - block, Tile::kBlockM, num_sms);
     if (Tile::kConsumers > 1 && !pays(params, plan, Tile::kBlockM, Tile::kBlockN, num_sms)) {
       plan.units = 0;
     }
@@ -80,6 +81,7 @@ void launch_flash_split(const FlashParams& params, const SplitPlan& plan, float*
         FwdTraits<Tile, typename decltype(tiles)::type, DenseScores<Tile::kBlockN>, SplitRows>;
     typename Traits::Params p{};
     set_flash(params, nullptr, p);
+    set_key_maps<Tile>(params, p);
     launch_split<Traits>(params, plan, p, scratch, num_sms, stream);
   });
 }

@@ -9,7 +9,7 @@
 
 namespace lctx::cuda {
 
-template void launch_landmark_groups<256>(const LandmarkParams& params, int* counter, int num_sms,
+template void launch_landmark_groups<256>(const LandmarkParams& params, int* scratch, int num_sms,
                                           Stream stream);
 
 }  // namespace lctx::cuda
