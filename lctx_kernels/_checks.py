@@ -150,8 +150,8 @@ def _hopper_limits(call: Call) -> None:
         call.refuse(
             NotImplementedError, f"scale is {scale} on a GPU; expected a positive number; {nearest}"
         )
-    for name in ("q", "k", "v"):
-        x = call.arguments[name]
+    for name in ("q", "k", "v", "q_mem", "k_mem"):
+        x = call.arguments.get(name)
         if not isinstance(x, Tensor) or x.dim() != 4:
             continue
         used = [
@@ -165,7 +165,7 @@ def _hopper_limits(call: Call) -> None:
             )
 
 
-HOPPER_OPS = ("flash_attention", "dilated_attention", "landmark_attention")
+HOPPER_OPS = ("flash_attention", "infini_attention", "landmark_attention", "dilated_attention")
 RING_MISSING = (
     "the ring communicator (lctx_kernels._ring) and context-parallel plans (lctx_kernels.cp) are "
     "not built yet; nearest is flash_attention on one device; the definition is "

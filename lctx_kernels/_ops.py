@@ -42,7 +42,7 @@ def _infini_fwd(a: SimpleNamespace) -> tuple[Tensor, ...]:
     stat = stat_dtype(a.q.dtype)
     return (
         a.q.new_empty(B, T, H, Dv),
-        a.q.new_empty(B, T, H, Dv),
+        a.q.new_empty((B, T, H, Dv) if a.save_local else 0),
         a.q.new_empty(B, H, T, dtype=stat),
         a.q.new_empty(B, Hkv, S, Dk, Dv, dtype=stat),
         a.q.new_empty(B, Hkv, S, Dk, dtype=stat),
@@ -91,6 +91,11 @@ def _usable(name: str, value: Any) -> Any:
     if not isinstance(value, Tensor) or (name in STRIDED and value.stride(-1) == 1):
         return value
     return value.contiguous()
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors is followed by a backward."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def call(op: str, values: dict[str, Any]) -> Any:

@@ -1,25 +1,14 @@
-// lctx::infini_fwd, lctx::infini_bwd: tensors -> InfiniParams -> kernels.
+// lctx::infini_fwd: tensors -> InfiniParams -> kernels; and the checks it shares with
+// lctx::infini_bwd (infini_bwd.cpp).
+#include "infini.h"
+
 #include "../cpu/cpu_backend.h"
-#include "checks.h"
+#include "cuda_call.h"
 #include "thread_pool.h"
 
 namespace lctx::api {
-namespace {
 
-struct Inputs {
-  const Tensor &q, &k, &v;
-  const OptTensor &q_mem, &k_mem, &M, &z, &gate;
-};
-
-struct Options {
-  int64_t segment_len;
-  const std::string& update;
-  const std::string& first;
-  int64_t detach_every;
-  double scale;
-};
-
-InfiniParams make_params(const Call& call, const Inputs& in, const Options& options) {
+InfiniParams make_params(const Call& call, const InfiniInputs& in, const InfiniOptions& options) {
   InfiniParams params;
   set_attention(call, in.q, in.k, in.v, /*causal=*/true, options.scale, params);
   const AttnShape& s = params.shape;
@@ -50,16 +39,55 @@ int64_t num_segments(const InfiniParams& params) {
   return params.shape.Tq / params.segment_len + (params.shape.Tq % params.segment_len != 0);
 }
 
-// target = source, or zeros where there is none.
 void set_state(const OptTensor& source, Tensor target) {
   source ? torch::stable::copy_(target, *source) : torch::stable::zero_(target);
 }
+
+namespace {
+
+#ifdef LCTX_WITH_CUDA
+void check_limits(const Call& call, const InfiniParams& params) {
+  const AttnShape& s = params.shape;
+  check_tma(call, params);
+  if (params.q_mem.data != nullptr) {
+    call.check_aligned({{"q_mem", params.q_mem, s.B, s.Tq, s.Hq}});
+  }
+  if (params.k_mem.data != nullptr) {
+    call.check_aligned({{"k_mem", params.k_mem, s.B, s.Tk, s.Hkv}});
+  }
+}
+
+void launch(const Call& call, const InfiniParams& params, const OptTensor& M, const OptTensor& z) {
+  const CudaCall gpu(call);
+  const AttnShape& s = params.shape;
+  const cuda::InfiniPlan plan = cuda::plan_infini(params, gpu.num_sms());
+  const int64_t S = num_segments(params), parts = plan.splits;
+  const int64_t decay_parts = params.update == InfiniUpdate::kDelta ? parts : 0;
+  Tensor gain_parts = call.new_stat({parts > 1 ? parts - 1 : 0, s.B, s.Hkv, S, s.Dk, s.Dv});
+  Tensor z_parts = call.new_stat({parts, s.B, s.Hkv, S, s.Dk});
+  Tensor decay = call.new_stat({decay_parts, s.B, s.Hkv, S, s.Dk, s.Dk});
+  Tensor norms = call.new_stat({s.B, s.Hkv, S, 4 + s.Dk});
+  Tensor half = call.new_rows({s.B, s.Hkv, S, s.Dk, s.Dv});
+  Tensor counters = call.new_plain(ScalarType::Int, {1 + s.B * s.Hkv});
+  const auto stat = [](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
+  cuda::InfiniScratch scratch;
+  if (M) scratch.M_in = static_cast<const float*>(M->const_data_ptr());
+  if (z) scratch.z_in = static_cast<const float*>(z->const_data_ptr());
+  scratch.gain_parts = stat(gain_parts);
+  scratch.z_parts = stat(z_parts);
+  scratch.decay = stat(decay);
+  scratch.norms = stat(norms);
+  scratch.half = half.mutable_data_ptr();
+  scratch.counters = static_cast<int*>(counters.mutable_data_ptr());
+  cuda::launch_infini_fwd(params, plan, scratch, gpu.num_sms(), gpu.stream());
+}
+#endif
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infini_fwd(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& q_mem,
     const OptTensor& k_mem, const OptTensor& M, const OptTensor& z, const OptTensor& gate,
     int64_t segment_len, const std::string& update, const std::string& first, int64_t detach_every,
-    double scale, bool /*deterministic: always*/) {
+    double scale, bool save_local, bool /*deterministic: always*/) {
   const Call call("lctx::infini_fwd", {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(q_mem),
                                        LCTX_ARG(k_mem), LCTX_ARG(M), LCTX_ARG(z), LCTX_ARG(gate)});
   InfiniParams params = make_params(call, {q, k, v, q_mem, k_mem, M, z, gate},
@@ -67,72 +95,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infini_fwd(
   auto [out, lse] = set_outputs(call, params);
   const AttnShape& s = params.shape;
   const int64_t S = num_segments(params);
-  Tensor out_local = call.new_rows({s.B, s.Tq, s.Hq, s.Dv});
+  const bool needs_local = save_local || !call.is_cuda();  // a step of its own on the CPU
+  Tensor out_local = call.new_rows(needs_local ? Shape{s.B, s.Tq, s.Hq, s.Dv} : Shape{0});
   Tensor M_states = call.new_stat({s.B, s.Hkv, S, s.Dk, s.Dv});
   Tensor z_states = call.new_stat({s.B, s.Hkv, S, s.Dk});
   Tensor M_out = call.new_stat({s.B, s.Hkv, s.Dk, s.Dv});
   Tensor z_out = call.new_stat({s.B, s.Hkv, s.Dk});
-  params.out_local = view(out_local);
+  if (needs_local) params.out_local = view(out_local);
   params.M_states = M_states.mutable_data_ptr();
   params.z_states = z_states.mutable_data_ptr();
   params.M_out = M_out.mutable_data_ptr();
   params.z_out = z_out.mutable_data_ptr();
+#ifdef LCTX_WITH_CUDA
+  if (call.is_cuda()) check_limits(call, params);
+  if (call.is_cuda() && S > 0) {
+    launch(call, params, M, z);
+    return {out, out_local, lse, M_states, z_states, M_out, z_out};
+  }
+#endif
   // Without a segment the memory goes out as it came in.
   set_state(M, S == 0 ? M_out : torch::stable::select(M_states, 2, 0));
   set_state(z, S == 0 ? z_out : torch::stable::select(z_states, 2, 0));
   if (S > 0) cpu::infini_fwd(params, thread_pool());
+  if (!save_local) out_local = call.new_rows({0});
   return {out, out_local, lse, M_states, z_states, M_out, z_out};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infini_bwd(
-    const Tensor& dout, const OptTensor& dM_out, const OptTensor& dz_out, const Tensor& q,
-    const Tensor& k, const Tensor& v, const OptTensor& q_mem, const OptTensor& k_mem,
-    const OptTensor& M, const OptTensor& z, const OptTensor& gate, const Tensor& out_local,
-    const Tensor& lse, const Tensor& M_states, const Tensor& z_states, int64_t segment_len,
-    const std::string& update, const std::string& first, int64_t detach_every, double scale,
-    bool /*deterministic: always*/) {
-  const Call call(
-      "lctx::infini_bwd",
-      {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(q_mem), LCTX_ARG(k_mem), LCTX_ARG(M),
-       LCTX_ARG(z), LCTX_ARG(gate), LCTX_ARG(out_local), LCTX_ARG(lse), LCTX_ARG(M_states),
-       LCTX_ARG(z_states), LCTX_ARG(dout), LCTX_ARG(dM_out), LCTX_ARG(dz_out)});
-  InfiniParams params = make_params(call, {q, k, v, q_mem, k_mem, M, z, gate},
-                                    {segment_len, update, first, detach_every, scale});
-  const AttnShape& s = params.shape;
-  const int64_t S = num_segments(params);
-  set_saved(call, {"out", OptTensor()}, lse, params);
-  params.out_local = call.rows(LCTX_ARG(out_local), {s.B, s.Tq, s.Hq, s.Dv});
-  params.M_states = call.stat(LCTX_ARG(M_states), {s.B, s.Hkv, S, s.Dk, s.Dv});
-  params.z_states = call.stat(LCTX_ARG(z_states), {s.B, s.Hkv, S, s.Dk});
-
-  InfiniGrads grads;
-  auto [dq, dk, dv] = set_grads(call, dout, std::nullopt, params, grads);
-  grads.dM_out = call.stat(LCTX_ARG(dM_out), {s.B, s.Hkv, s.Dk, s.Dv});
-  grads.dz_out = call.stat(LCTX_ARG(dz_out), {s.B, s.Hkv, s.Dk});
-  Tensor dq_mem = call.new_rows(q_mem ? Shape{s.B, s.Tq, s.Hq, s.Dk} : Shape{0});
-  Tensor dk_mem = call.new_rows(k_mem ? Shape{s.B, s.Tk, s.Hkv, s.Dk} : Shape{0});
-  Tensor dM = call.new_stat(M ? Shape{s.B, s.Hkv, s.Dk, s.Dv} : Shape{0});
-  Tensor dz = call.new_stat(z ? Shape{s.B, s.Hkv, s.Dk} : Shape{0});
-  Tensor dgate = call.new_stat(gate ? Shape{s.Hq} : Shape{0});
-  if (q_mem) grads.dq_mem = view(dq_mem);
-  if (k_mem) grads.dk_mem = view(dk_mem);
-  if (M) grads.dM_in = dM.mutable_data_ptr();
-  if (z) grads.dz_in = dz.mutable_data_ptr();
-  if (gate) grads.dgate = dgate.mutable_data_ptr();
-  if (S > 0) {
-    cpu::infini_bwd(params, grads, thread_pool());
-  } else {
-    if (M) set_state(dM_out, dM);
-    if (z) set_state(dz_out, dz);
-    torch::stable::zero_(dgate);
-  }
-  return {dq, dk, dv, dq_mem, dk_mem, dM, dz, dgate};
 }
 
 }  // namespace
 }  // namespace lctx::api
 
-STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) { m.impl("infini_fwd", TORCH_BOX(&lctx::api::infini_fwd)); }
+
+#ifdef LCTX_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(lctx, CUDA, m) {
   m.impl("infini_fwd", TORCH_BOX(&lctx::api::infini_fwd));
-  m.impl("infini_bwd", TORCH_BOX(&lctx::api::infini_bwd));
 }
+#endif

@@ -42,13 +42,14 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "scale, str head_offset, str mix_grad, bool deterministic) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 
-  // M_states, z_states: the memory that each of the S segments reads, kept for the backward.
+  // M_states, z_states: the memory that each of the S segments reads, kept for the backward, as is
+  // out_local, the softmax part of out, which is empty without save_local.
   // The backward returns empty dq_mem/dk_mem when q_mem/k_mem are not given (their gradient is in
   // dq, dk), an empty dgate without gate, and empty dM/dz without memory.
   m.def(
       "infini_fwd(Tensor q, Tensor k, Tensor v, Tensor? q_mem, Tensor? k_mem, Tensor? M, "
       "Tensor? z, Tensor? gate, int segment_len, str update, str first, int detach_every, float "
-      "scale, bool deterministic) "
+      "scale, bool save_local, bool deterministic) "
       "-> (Tensor out, Tensor out_local, Tensor lse, Tensor M_states, Tensor z_states, Tensor "
       "M_out, Tensor z_out)");
   m.def(

@@ -222,5 +222,11 @@ __device__ __forceinline__ float exp2_approx(float x) {
   asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// The same where the compiler may place it.
+__device__ __forceinline__ float exp2_anywhere(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 }  // namespace lctx::ptx

@@ -35,8 +35,14 @@ struct MapLayout {
   int box[5];
 };
 
-// 16-bit elements, 128-byte swizzle (box[0] is 64 columns), elements outside read as zero and are
-// not written. Used strides must be multiples of 16 bytes and the data 16-byte aligned.
+inline CUtensorMapDataType tensor_map_type(DType dtype) {
+  return dtype == DType::kBFloat16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+         : dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+}
+
+// 128-byte swizzle (box[0] is 128 bytes of columns), elements outside read as zero and are not
+// written. Used strides must be multiples of 16 bytes and the data 16-byte aligned.
 // `l2_bytes`, 128 or 256: what L2 fetches at least; 256 where the neighbours are read as well.
 inline CUtensorMap make_map(const void* data, DType dtype, const MapLayout& layout,
                             int l2_bytes = 256) {
@@ -48,15 +54,13 @@ inline CUtensorMap make_map(const void* data, DType dtype, const MapLayout& layo
     box[i] = static_cast<cuuint32_t>(layout.box[i]);
     if (i == 0) continue;
     // The stride of a dimension of size 1 is never used, but must be a multiple of 16.
-    strides[i - 1] = layout.size[i] > 1 ? static_cast<cuuint64_t>(layout.stride[i - 1] * 2) : 16;
+    const int64_t stride = layout.stride[i - 1] * dtype_size(dtype);
+    strides[i - 1] = layout.size[i] > 1 ? static_cast<cuuint64_t>(stride) : 16;
   }
   CUtensorMap map;
   const CUresult result = encode_tiled()(
-      &map,
-      dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      5, const_cast<void*>(data), dims, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B,
+      &map, tensor_map_type(dtype), 5, const_cast<void*>(data), dims, strides, box, step,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       l2_bytes == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   LCTX_CHECK(result == CUDA_SUCCESS, "a tensor of sizes (", dims[4], ", ", dims[3], ", ", dims[2],

@@ -117,6 +117,23 @@ __device__ __forceinline__ void scale_rows(float (&d)[N / 2], const float (&fact
   for (int i = 0; i < N / 2; ++i) d[i] *= factor[i / 2 % 2];
 }
 
+// Addresses for stmatrix and ldmatrix: the 64 rows from `first_row` on of a tile of kRows rows, 16
+// columns at a time.
+template <int kRows>
+struct FragmentAddress {
+  uint32_t row, unit;
+
+  __device__ __forceinline__ FragmentAddress(uint32_t tile, int first_row, int thread) {
+    const uint32_t t = static_cast<uint32_t>(thread), r = t / 32 * 16 + t % 16;
+    row = tile + (static_cast<uint32_t>(first_row) + r) * kChunkRowBytes;
+    unit = (t / 16 % 2 ^ r % 8) << 4;  // first_row is a multiple of 8
+  }
+  // This lane's row of columns 16 t .. 16 t + 15.
+  __device__ __forceinline__ uint32_t operator()(int t) const {
+    return row + t / 4 * chunk_bytes(kRows) + (unit ^ t % 4 * 32);
+  }
+};
+
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 template <>

@@ -2,7 +2,8 @@
 //
 // `a` and `b` are shared-memory descriptors or, for `rs`, A's four registers. kMajorA and kMajorB
 // are 0 for K-major and 1 for MN-major tiles; A in registers is always K-major. scale_d = 0
-// overwrites D. Over the usual length: nothing here is read, only generated.
+// overwrites D. For float the product is one of TF32 numbers: A (64 x 8) B (8 x N), both K-major.
+// Over the usual length: nothing here is read, only generated.
 // clang-format off
 #pragma once
 
@@ -1169,6 +1170,27 @@ struct Wgmma<__half, 256> {
           "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]),
           "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d), "n"(kMajorB));
+  }
+};
+
+template <>
+struct Wgmma<float, 32> {
+  static __device__ __forceinline__ void ss(
+      float (&d)[16], uint64_t a, uint64_t b, int scale_d) {
+    asm volatile(
+        "{\n"
+        ".reg .pred keep;\n"
+        "setp.ne.b32 keep, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k8.f32.tf32.tf32 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, "
+        "%8, %9, %10, %11, %12, %13, %14, %15}, "
+        "%16, %17, keep, 1, 1;\n"
+        "}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
+          "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+          "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+        : "l"(a), "l"(b), "r"(scale_d));
   }
 };
 

@@ -3,8 +3,8 @@
 //       CarryRows   continues from an earlier partial result over other keys (out, lse in fp32) and
 //                   writes the union, in fp32 or in the input dtype
 //       SplitRows   rows of SplitTiles: the result over a share of the keys, in fp32 for a merge,
-//       or
-//                   over all of them
+//       or over all of them
+//       A fourth, infini_rows.cuh, adds what a memory returns for the queries (kRetrieves).
 // Tile map: 64 rows of a warpgroup.
 // Pipeline: out leaves through shared memory by TMA and is waited for before the next tile's rows;
 //       tiles without room for it write 16 bytes a thread from registers, so that Q's memory is
@@ -22,7 +22,7 @@ namespace lctx::cuda {
 
 struct StoreRows {
   struct Params {};
-  static constexpr bool kCarries = false;
+  static constexpr bool kCarries = false, kRetrieves = false;
 
   // Whether the tile's row `row` is one to keep, and where its lse goes.
   template <class P>
@@ -37,14 +37,15 @@ struct StoreRows {
 
   // Rows of a partial tile in the middle of the tensor, which TMA would not clip.
   template <class Kernel>
-  static __device__ __forceinline__ void copy_rows(const Kernel& kernel, uint32_t tile, int rows,
-                                                   const Work& work, int row0) {
+  static __device__ __forceinline__ void copy_rows(const Kernel& kernel, const TensorView& view,
+                                                   uint32_t tile, int rows, const Work& work,
+                                                   int row0) {
     using T = typename Kernel::T;
     const auto& p = kernel.p;
     constexpr int kUnits = Kernel::kValueDim / 8;
-    T* out = static_cast<T*>(p.out_view.data) + work.batch * p.out_view.stride_b +
-             kernel.position(work, row0) * p.out_view.stride_t + work.head * p.out_view.stride_h;
-    const int64_t pitch = kernel.row_step() * p.out_view.stride_t;
+    T* out = static_cast<T*>(view.data) + work.batch * view.stride_b +
+             kernel.position(work, row0) * view.stride_t + work.head * view.stride_h;
+    const int64_t pitch = kernel.row_step() * view.stride_t;
     for (int i = warpgroup_thread(); i < rows * kUnits; i += 128) {
       const int row = i / kUnits, unit = i % kUnits;
       if (unit * 8 >= p.D) continue;
@@ -58,22 +59,23 @@ struct StoreRows {
   static __device__ __forceinline__ void write_rows(const Kernel& kernel, int warpgroup,
                                                     const Work& work,
                                                     float (&o)[Kernel::kValueDim / 2],
-                                                    const float (&inverse)[2]) {
+                                                    const float (&factor)[2],
+                                                    const TensorView& view) {
     using T = typename Kernel::T;
     const auto& p = kernel.p;
     const int thread = warpgroup_thread(), place = thread % 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
-      T* out = static_cast<T*>(p.out_view.data) + work.batch * p.out_view.stride_b +
-               kernel.position(work, row) * p.out_view.stride_t + work.head * p.out_view.stride_h;
+      T* out = static_cast<T*>(view.data) + work.batch * view.stride_b +
+               kernel.position(work, row) * view.stride_t + work.head * view.stride_h;
 #pragma unroll
       for (int a = 0; a < Kernel::kValueDim / 32; ++a) {
         uint32_t x[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int at = 4 * (4 * a + j) + 2 * i;
-          x[j] = pack2<T>(o[at] * inverse[i], o[at + 1] * inverse[i]);
+          x[j] = pack2<T>(o[at] * factor[i], o[at + 1] * factor[i]);
         }
         quad_transpose(x);
         const int column = work.column + 32 * a + 8 * place;
@@ -88,15 +90,26 @@ struct StoreRows {
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
                                                 const Work& work, float (&o)[Kernel::kValueDim / 2],
                                                 const float (&inverse)[2]) {
+    store(kernel, warpgroup, work, o, inverse, kernel.p.out, kernel.p.out_view);
+  }
+
+  // factor * o to the tensor of `maps` and `view`.
+  template <class Kernel>
+  static __device__ __forceinline__ void store(const Kernel& kernel, int warpgroup,
+                                               const Work& work, float (&o)[Kernel::kValueDim / 2],
+                                               const float (&factor)[2], const CUtensorMap* maps,
+                                               const TensorView& view) {
     using Traits = typename Kernel::Traits;
     if constexpr (!Traits::kStagesO) {
-      write_rows(kernel, warpgroup, work, o, inverse);
+      write_rows(kernel, warpgroup, work, o, factor, view);
       return;
     }
     constexpr int kValueDim = Kernel::kValueDim;
-    const int thread = warpgroup_thread(), lane = thread % 32;
+    const int thread = warpgroup_thread();
     const int row0 = work.row0 + warpgroup * 64;
+    if (row0 >= work.row_end) return;
     const uint32_t tile = kernel.smem + Traits::kO + warpgroup * tile_bytes(64, kValueDim);
+    const FragmentAddress<64> address(tile, 0, thread);
     // The last store must have left the tile before it is overwritten.
     if (thread == 0) ptx::tma_store_wait_read<0>();
     ptx::named_barrier_sync(1 + warpgroup, 128);
@@ -105,22 +118,21 @@ struct StoreRows {
       uint32_t r[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        r[i] = pack2<typename Kernel::T>(o[8 * t + 2 * i] * inverse[i % 2],
-                                         o[8 * t + 2 * i + 1] * inverse[i % 2]);
+        r[i] = pack2<typename Kernel::T>(o[8 * t + 2 * i] * factor[i % 2],
+                                         o[8 * t + 2 * i + 1] * factor[i % 2]);
       }
-      const uint32_t at = swizzled_unit(64, thread / 32 * 16 + lane % 16, 2 * t + lane / 16);
-      ptx::stmatrix_x4(tile + at, r[0], r[1], r[2], r[3]);
+      ptx::stmatrix_x4(address(t), r[0], r[1], r[2], r[3]);
     }
     ptx::fence_async_proxy();
     ptx::named_barrier_sync(1 + warpgroup, 128);
     const int rows = work.row_end - row0;
     if (Traits::Tiles::kClipsRows && rows < 64) {
-      copy_rows(kernel, tile, rows, work, row0);
+      copy_rows(kernel, view, tile, rows, work, row0);
       ptx::named_barrier_sync(1 + warpgroup, 128);
     } else if (thread == 0) {
 #pragma unroll
       for (int c = 0; c < kValueDim / kChunkColumns; ++c) {
-        ptx::tma_store_5d(&kernel.p.out[work.map], tile + c * chunk_bytes(64),
+        ptx::tma_store_5d(&maps[work.map], tile + c * chunk_bytes(64),
                           work.column + c * kChunkColumns, row0, work.phase, work.head, work.batch);
       }
       ptx::tma_store_commit();
@@ -138,7 +150,7 @@ struct CarryRows : StoreRows {
     float inverse_scale;  // 1 / scale
     bool sparse;          // most rows carry nothing: look before reading them
   };
-  static constexpr bool kCarries = true;
+  static constexpr bool kCarries = true, kRetrieves = false;
 
   // First element of row `row` of the tile in tensors (B, T, H, D).
   template <class Kernel>
@@ -230,7 +242,7 @@ struct SplitRows {
     int slot_rows;   // rows of a tile that may exist
     int heads_of_group;  // query heads per key/value head
   };
-  static constexpr bool kCarries = false;
+  static constexpr bool kCarries = false, kRetrieves = false;
 
   template <class P>
   static __device__ __forceinline__ int head_in_group(const P& p, const Work& work, int row) {

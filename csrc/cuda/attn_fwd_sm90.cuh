@@ -155,14 +155,15 @@ struct FwdKernel {
     state.advance();
   }
 
-  __device__ __forceinline__ void load_queries(QState& state, const Work& work) const {
+  __device__ __forceinline__ void load_queries(QState& state, const CUtensorMap* map,
+                                               const Work& work) const {
     const uint32_t full = q_pipe.acquire(state, Traits::kQBytes);
     const uint32_t dst = smem + state.stage() * Traits::kQBytes;
 #pragma unroll 1
     for (int i = 0; i < Traits::kConsumers * kChunks; ++i) {
       const int2 at = Tiles::query_at(p, work, i / kChunks * 64);
-      ptx::tma_load_5d(dst + i * chunk_bytes(64), &p.q[work.map], full, i % kChunks * kChunkColumns,
-                       at.x, at.y, work.head, work.batch);
+      ptx::tma_load_5d(dst + i * chunk_bytes(64), map, full, i % kChunks * kChunkColumns, at.x,
+                       at.y, work.head, work.batch);
     }
     state.advance();
   }
@@ -201,12 +202,14 @@ struct FwdKernel {
           load_block<kHeadDim>(k_pipe, k_state, Traits::kK, block.k, work, block, 0);
         }
         if (n == keys.end - 1) {
-          load_queries(q_state, find_work_again(index));
+          const Work own = find_work_again(index);
+          load_queries(q_state, &p.q[own.map], own);
         } else {
           const KeyBlock block = Scores::block(p, work, n + 1);
           load_block<kValueDim>(v_pipe, v_state, Traits::kV, block.v, work, block, work.column);
         }
       }
+      if constexpr (Rows::kRetrieves) Rows::load(*this, index, q_state, v_state);
     }
   }
 
@@ -311,6 +314,7 @@ struct FwdKernel {
       q_pipe.release(q_state);
       q_state.advance();
       skip(turn.right, k_state, v_state);
+      if constexpr (Rows::kRetrieves) Rows::skip(*this, turn.index, q_state, v_state);
     }
     const Work work = find_work_again(turn.index);
     if (Traits::kShifts && work.row0 + warpgroup * 64 < work.row_begin) return;
@@ -408,8 +412,10 @@ struct FwdKernel {
           step(std::false_type{});
         }
       }
-      q_pipe.release(q_state);
-      q_state.advance();
+      if constexpr (!Rows::kRetrieves) {
+        q_pipe.release(q_state);
+        q_state.advance();
+      }
 
       if constexpr (Scores::kFolds) rescale();
       issue_values(v_state, weights, o, started);
@@ -419,11 +425,14 @@ struct FwdKernel {
       const Work work = find_work_again(index);
       const int left = keys.begin - tile_keys(work).begin;  // blocks to the left of those it sees
       store_lse(warpgroup, work, lse);
+      bool retrieves = false;  // and its memory holds the values' other stage
+      if constexpr (Rows::kRetrieves) retrieves = Rows::plan(*this, work, q_state, v_state);
       if constexpr (kPrefetch) {
         turn = next_turn(warpgroup);
-        // One block may pass unread while this tile still holds a stage, not two. Otherwise the
-        // product is on stale data and ignored: a branch around it would serialise.
-        prefetched = left == 0 && !turn.empty && turn.right <= 1;
+        // One block may pass unread while this tile still holds a stage, none while its memory
+        // holds the other. Otherwise the product is on stale data and ignored: a branch around it
+        // would serialise.
+        prefetched = left == 0 && !turn.empty && turn.right <= (retrieves ? 0 : 1);
         if (prefetched) {
           skip(turn.right, k_state, v_state);
           wait_first(q_state, k_state);
@@ -436,6 +445,9 @@ struct FwdKernel {
       v_pipe.release(last);
       skip(left, k_state, v_state);
       if constexpr (Scores::kFolds) Scores::complete(*this, warpgroup, o, state);
+      if constexpr (Rows::kRetrieves) {
+        Rows::retrieve(*this, warpgroup, index, q_state, v_state, o, inverse);
+      }
       Rows::finish(*this, warpgroup, find_work_again(index), o, inverse);
       if constexpr (kPrefetch) {
         wgmma_wait<0>();
@@ -444,6 +456,8 @@ struct FwdKernel {
       }
     }
     if (threadIdx.x % 128 == 0) ptx::tma_store_wait<0>();
+    // What this kernel overlapped with has ended when it ends.
+    if constexpr (Rows::kRetrieves) ptx::grid_dependency_wait();
   }
 };
 
@@ -454,6 +468,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
   FwdKernel<Traits> kernel(p, base);
   if constexpr (Traits::Rows::kCarries || Traits::Tiles::kSplitsKeys) ptx::grid_dependents_launch();
+  if constexpr (Traits::Rows::kRetrieves) Traits::Rows::init(kernel);
   if (threadIdx.x == 0) kernel.init();
   if (threadIdx.x == 32) {  // meanwhile
     ptx::prefetch_tensor_map(&p.k[0]);

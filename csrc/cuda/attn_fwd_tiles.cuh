@@ -51,7 +51,8 @@ struct Work {
   // SplitTiles: the first query head of the rows, the tile's share of the blocks of keys, and where
   // the partial result goes.
   int query_head = 0, block_begin = 0, block_end = 0, slot = 0;
-  int column = 0;  // first value column of the tile
+  int column = 0;   // first value column of the tile
+  int segment = 0;  // LocalTiles of infini_rows.cuh
 };
 
 // Tiles of the rows of one query head. Thread blocks take them from a counter.

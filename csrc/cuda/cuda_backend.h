@@ -30,6 +30,29 @@ void launch_dilated_fwd(const DilatedParams& params, float* partial, int* counte
 void launch_landmark_fwd(const LandmarkParams& params, int* scratch, int num_sms, Stream stream);
 int64_t landmark_scratch_ints(const LandmarkParams& params, int num_sms);
 
+// How the forward makes its memory states.
+struct InfiniPlan {
+  int chain_blocks = 0;  // > 0: segment after segment, on so many multiprocessors beside attention
+  int splits = 0;        // else all segments at once, each in so many parts
+};
+InfiniPlan plan_infini(const InfiniParams& params, int num_sms);
+
+// Scratch memory of the forward, on the device. Sizes are counted in elements.
+struct InfiniScratch {
+  const float* M_in = nullptr;  // memory in, nullptr: zeros
+  const float* z_in = nullptr;
+  float* gain_parts = nullptr;  // (splits - 1, B, Hkv, S, D, D)
+  float* z_parts = nullptr;     // (splits, B, Hkv, S, D)
+  float* decay = nullptr;       // (splits, B, Hkv, S, D, D), delta rule only
+  float* norms = nullptr;       // (B, Hkv, S, 4 + D)
+  void* half = nullptr;         // (B, Hkv, S, D, D) of the inputs' type
+  int* counters = nullptr;      // 1 + B Hkv
+};
+
+// bf16 and fp16; writes everything that the parameters name, state 0 of the memory too.
+void launch_infini_fwd(const InfiniParams& params, const InfiniPlan& plan,
+                       const InfiniScratch& scratch, int num_sms, Stream stream);
+
 void launch_merge_fwd(const MergeParams& params, Stream stream);
 void launch_merge_bwd(const MergeParams& params, const MergeGrads& grads, Stream stream);
 

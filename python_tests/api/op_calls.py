@@ -107,7 +107,7 @@ def forward_args(call, requires_grad=False):
     """Fresh arguments of a forward call; `deterministic` is filled in where the schema has it."""
     family, args = FORWARD_CALLS[call]
     op = f"{family}_fwd"
-    values = dict(zip(names(op), args, strict=False)) | {"deterministic": False}
+    values = dict(zip(names(op), args, strict=False)) | {"save_local": True, "deterministic": False}
     return [_fresh(values[name], requires_grad) for name in names(op)]
 
 

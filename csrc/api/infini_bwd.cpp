@@ -1,0 +1,58 @@
+// lctx::infini_bwd, the backward of lctx::infini_fwd: tensors -> InfiniParams, InfiniGrads ->
+// kernels.
+#include "../cpu/cpu_backend.h"
+#include "infini.h"
+#include "thread_pool.h"
+
+namespace lctx::api {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infini_bwd(
+    const Tensor& dout, const OptTensor& dM_out, const OptTensor& dz_out, const Tensor& q,
+    const Tensor& k, const Tensor& v, const OptTensor& q_mem, const OptTensor& k_mem,
+    const OptTensor& M, const OptTensor& z, const OptTensor& gate, const Tensor& out_local,
+    const Tensor& lse, const Tensor& M_states, const Tensor& z_states, int64_t segment_len,
+    const std::string& update, const std::string& first, int64_t detach_every, double scale,
+    bool /*deterministic: always*/) {
+  const Call call(
+      "lctx::infini_bwd",
+      {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(q_mem), LCTX_ARG(k_mem), LCTX_ARG(M),
+       LCTX_ARG(z), LCTX_ARG(gate), LCTX_ARG(out_local), LCTX_ARG(lse), LCTX_ARG(M_states),
+       LCTX_ARG(z_states), LCTX_ARG(dout), LCTX_ARG(dM_out), LCTX_ARG(dz_out)});
+  InfiniParams params = make_params(call, {q, k, v, q_mem, k_mem, M, z, gate},
+                                    {segment_len, update, first, detach_every, scale});
+  const AttnShape& s = params.shape;
+  const int64_t S = num_segments(params);
+  set_saved(call, {"out", OptTensor()}, lse, params);
+  params.out_local = call.rows(LCTX_ARG(out_local), {s.B, s.Tq, s.Hq, s.Dv});
+  params.M_states = call.stat(LCTX_ARG(M_states), {s.B, s.Hkv, S, s.Dk, s.Dv});
+  params.z_states = call.stat(LCTX_ARG(z_states), {s.B, s.Hkv, S, s.Dk});
+
+  InfiniGrads grads;
+  auto [dq, dk, dv] = set_grads(call, dout, std::nullopt, params, grads);
+  grads.dM_out = call.stat(LCTX_ARG(dM_out), {s.B, s.Hkv, s.Dk, s.Dv});
+  grads.dz_out = call.stat(LCTX_ARG(dz_out), {s.B, s.Hkv, s.Dk});
+  Tensor dq_mem = call.new_rows(q_mem ? Shape{s.B, s.Tq, s.Hq, s.Dk} : Shape{0});
+  Tensor dk_mem = call.new_rows(k_mem ? Shape{s.B, s.Tk, s.Hkv, s.Dk} : Shape{0});
+  Tensor dM = call.new_stat(M ? Shape{s.B, s.Hkv, s.Dk, s.Dv} : Shape{0});
+  Tensor dz = call.new_stat(z ? Shape{s.B, s.Hkv, s.Dk} : Shape{0});
+  Tensor dgate = call.new_stat(gate ? Shape{s.Hq} : Shape{0});
+  if (q_mem) grads.dq_mem = view(dq_mem);
+  if (k_mem) grads.dk_mem = view(dk_mem);
+  if (M) grads.dM_in = dM.mutable_data_ptr();
+  if (z) grads.dz_in = dz.mutable_data_ptr();
+  if (gate) grads.dgate = dgate.mutable_data_ptr();
+  if (S > 0) {
+    cpu::infini_bwd(params, grads, thread_pool());
+  } else {
+    if (M) set_state(dM_out, dM);
+    if (z) set_state(dz_out, dz);
+    torch::stable::zero_(dgate);
+  }
+  return {dq, dk, dv, dq_mem, dk_mem, dM, dz, dgate};
+}
+
+}  // namespace
+}  // namespace lctx::api
+
+STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) { m.impl("infini_bwd", TORCH_BOX(&lctx::api::infini_bwd)); }

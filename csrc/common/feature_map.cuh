@@ -1,0 +1,35 @@
+// The feature map of the compressive memory, elu(x) + 1, on pairs of 16-bit elements.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "ptx_words.cuh"
+
+namespace lctx {
+
+template <class T>
+__device__ __forceinline__ float2 unpack2(uint32_t x);
+template <>
+__device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t x) {
+  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+}
+template <>
+__device__ __forceinline__ float2 unpack2<__half>(uint32_t x) {
+  __half2 h;
+  memcpy(&h, &x, sizeof h);
+  return __half22float2(h);
+}
+
+// A NaN stays one.
+__device__ __forceinline__ float elu_plus_one(float x) {
+  return x > 0.f ? x + 1.f : ptx::exp2_anywhere(x * 1.4426950408889634f);
+}
+
+template <class T>
+__device__ __forceinline__ float2 elu_plus_one2(uint32_t x) {
+  const float2 pair = unpack2<T>(x);
+  return {elu_plus_one(pair.x), elu_plus_one(pair.y)};
+}
+
+}  // namespace lctx

@@ -1,0 +1,50 @@
+// Single words, for the kernels that write shared memory themselves or talk to each other: more of
+// ptx.cuh.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace lctx::ptx {
+
+__device__ __forceinline__ void store_shared_16(uint32_t address, const uint4& x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
+__device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void store_shared_4(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+// ---- words in global memory that other blocks wait for ----
+
+__device__ __forceinline__ int load_acquire(const int* flag) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_release(int* flag, int x) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(flag), "r"(x) : "memory");
+}
+
+// Orders what this thread has acquired before the copy engine's accesses to global memory.
+__device__ __forceinline__ void fence_async_proxy_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// ---- arithmetic ----
+
+// The nearest TF32 number (10 bits of mantissa), as its fp32 bits. wgmma itself would cut them off.
+__device__ __forceinline__ uint32_t round_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace lctx::ptx

@@ -1,0 +1,361 @@
+// Math: the memory of a chain (batch, key/value head), one segment after the other, as in the
+//       definition (arXiv 2404.07143, eq. 4 and 5):
+//         linear  M += sigma(K)^T V
+//         delta   M += sigma(K)^T (V - sigma(K) M_s / max(sigma(K) z_s, eps)), M_s as the segment
+//                 found it
+//       z += sum_n sigma(k_n). Operands are rounded to the inputs' type, M and z stay fp32.
+// Tile map: a block of two (D 64) or four (D 128) warpgroups has a chain at a time; M is spread
+//       over their accumulators, 64 x 64 each, and stays there. Needs only a few multiprocessors,
+//       while attention runs on the others: it may start when this kernel has (programmatic
+//       dependent launch) and waits for the states it reads through a flag a chain.
+// Pipeline: stages of 128 rows of K and V; thread 0 issues the loads. sigma is applied in place in
+//       shared memory, to the next stage while the product of this one runs.
+// Memory: K and V once; per segment M and z once, M also in 16 bits. No scratch.
+// Limits: D a multiple of 8 up to 128; one chain's segments take their time (10-25 us for 2048
+//       rows): infini_fwd.cu chooses this form where attention takes longer, else the one that is
+//       parallel over segments (infini_sums_fwd.cu). infini_bwd does not use it.
+#include "../common/launch.h"
+#include "../common/pipeline.cuh"
+#include "../common/tensor_map.h"
+#include "infini_keys.cuh"
+#include "infini_states.h"
+
+namespace lctx::cuda {
+namespace {
+
+template <class T_, int kHeadDim_, bool kDelta_>
+struct ChainTraits {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kDelta = kDelta_;
+  static constexpr int kRows = 128;
+  static constexpr int kThreads = 4 * kHeadDim;
+  using Keys = KeyTile<T, kRows, kHeadDim, kThreads>;
+  static constexpr int kTileBytes = tile_bytes(kRows, kHeadDim);
+  static constexpr int kStageBytes = 2 * kTileBytes;  // K, V
+  static constexpr int kStages = kDelta ? 2 : 3;
+  static constexpr int kMemory = kStages * kStageBytes;  // scale M_s, an operand of the delta rule
+  static constexpr int kSums = kMemory + (kDelta ? tile_bytes(kHeadDim, kHeadDim) : 0);
+  static constexpr int kZ = kSums + Keys::kRowsAtOnce * kHeadDim * 4;
+  static constexpr int kNorms = kZ + kHeadDim * 4;  // 1 / norm of the rows of two stages
+  static constexpr int kBarriers = kNorms + 2 * kRows * 4;
+  static constexpr int kSharedBytes = kBarriers + kStages * 8 + 1024;
+};
+
+struct ChainParams {
+  CUtensorMap k, v;
+  InfiniStates states;
+  bool has_mem;
+};
+
+// A block of rows: where the loads are.
+struct Cursor {
+  int chain, segment = 0, block = 0;
+
+  __device__ __forceinline__ void advance(const InfiniStates& x, int rows_per_block) {
+    ++block;
+    if (block * rows_per_block < x.segment_rows(segment)) return;
+    block = 0;
+    if (++segment < x.S) return;
+    segment = 0;
+    chain += gridDim.x;
+  }
+};
+
+template <class Traits>
+struct ChainKernel {
+  using T = typename Traits::T;
+  using Keys = typename Traits::Keys;
+  static constexpr int kHeadDim = Traits::kHeadDim, kRows = Traits::kRows;
+  static constexpr int kTiles = kHeadDim / 64;  // of M, per side
+
+  const ChainParams& p;
+  const InfiniStates& x;
+  const uint32_t smem;
+  float *sums, *z, *norms;
+  PipelineState<Traits::kStages> state;
+  Cursor next_load;  // thread 0
+  uint32_t loads = 0;
+
+  __device__ __forceinline__ ChainKernel(const ChainParams& params, char* base)
+      : p(params),
+        x(params.states),
+        smem(ptx::smem_address(base)),
+        sums(reinterpret_cast<float*>(base + Traits::kSums)),
+        z(reinterpret_cast<float*>(base + Traits::kZ)),
+        norms(reinterpret_cast<float*>(base + Traits::kNorms)),
+        next_load{static_cast<int>(blockIdx.x)} {}
+
+  __device__ __forceinline__ uint32_t barrier(uint32_t stage) const {
+    return smem + Traits::kBarriers + stage * 8;
+  }
+  __device__ __forceinline__ uint32_t keys(uint32_t stage) const {
+    return smem + stage * Traits::kStageBytes;
+  }
+  __device__ __forceinline__ uint32_t values(uint32_t stage) const {
+    return keys(stage) + Traits::kTileBytes;
+  }
+
+  // This warpgroup's 64 x 64 tile of M. At D 64 both have the same one.
+  static __device__ __forceinline__ int warpgroup() {
+    return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
+  }
+  static __device__ __forceinline__ int tile_row() { return warpgroup() % kTiles; }
+  static __device__ __forceinline__ int tile_column() { return warpgroup() / kTiles % kTiles; }
+
+  // Thread 0: loads the next block into the stage that became free.
+  __device__ __forceinline__ void load_next() {
+    if (threadIdx.x != 0 || next_load.chain >= x.chains()) return;
+    const uint32_t stage = loads++ % Traits::kStages;
+    const int batch = next_load.chain / x.Hkv, head = next_load.chain % x.Hkv;
+    const int row = next_load.segment * x.segment_len + next_load.block * kRows;
+    ptx::mbarrier_arrive_expect(barrier(stage), Traits::kStageBytes);
+#pragma unroll 1
+    for (int c = 0; c < kTiles; ++c) {
+      ptx::tma_load_5d(keys(stage) + c * chunk_bytes(kRows), &p.k, barrier(stage),
+                       c * kChunkColumns, row, 0, head, batch);
+      ptx::tma_load_5d(values(stage) + c * chunk_bytes(kRows), &p.v, barrier(stage),
+                       c * kChunkColumns, row, 0, head, batch);
+    }
+    next_load.advance(x, kRows);
+  }
+
+  // Calls use(register, element of a D x D matrix) for this thread's pairs of columns of M.
+  template <class Use>
+  __device__ __forceinline__ void for_pairs(Use&& use) const {
+    if (warpgroup() >= kTiles * kTiles) return;
+    const int thread = warpgroup_thread();
+    const int row0 = tile_row() * 64 + fragment_row(thread);
+    const int column0 = tile_column() * 64 + fragment_column(thread);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = row0 + 8 * i, column = column0 + 8 * j;
+        if (row < x.D && column < x.D) use(4 * j + 2 * i, row * x.D + column);
+      }
+    }
+  }
+
+  // z of the state after a segment, in shared memory: all threads have it after the next barrier.
+  __device__ __forceinline__ void add_sums(float (&columns)[8]) const {
+    const float sum = Keys::add_rows(sums, columns, [] { __syncthreads(); });
+    if (threadIdx.x < kHeadDim) z[threadIdx.x] += sum;
+#pragma unroll
+    for (float& column : columns) column = 0.f;
+  }
+
+  // The scale of z, the same in every thread.
+  __device__ __forceinline__ float scale() const {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 32; ++i) {
+      const int column = threadIdx.x % 32 + 32 * i;
+      sum += column < x.D ? fabsf(z[column]) : 0.f;
+    }
+    return memory_scale(sum_over_lanes(sum, 32) / static_cast<float>(x.D));
+  }
+
+  // State `segment`, whose z is in shared memory, and what the retrieval reads of it.
+  __device__ __forceinline__ void store_state(int chain, int segment, const float (&M)[32],
+                                              float scale) const {
+    float* full = x.M(chain, segment);
+    uint32_t* half = static_cast<uint32_t*>(x.half) + x.state(chain, segment) * x.matrix() / 2;
+    const bool read = segment < x.S;
+    for_pairs([&](int i, int at) {
+      *reinterpret_cast<float2*>(full + at) = {M[i], M[i + 1]};
+      if (read) half[at / 2] = pack2<T>(M[i] * scale, M[i + 1] * scale);
+    });
+    const int column = threadIdx.x;
+    if (column < x.D) {
+      x.z(chain, segment)[column] = z[column];
+      if (read) x.norm(chain, segment)[kNormOffset + column] = z[column] * scale;
+    }
+    if (read && column == 0) x.norm(chain, segment)[0] = scale;
+  }
+
+  // scale M as the operand of sigma(K) M.
+  __device__ __forceinline__ void store_operand(const float (&M)[32], float scale) const {
+    if (warpgroup() < kTiles * kTiles) {
+      const FragmentAddress<kHeadDim> address(
+          smem + Traits::kMemory + tile_column() * chunk_bytes(kHeadDim), tile_row() * 64,
+          warpgroup_thread());
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        uint32_t r[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          r[i] = pack2<T>(M[8 * t + 2 * i] * scale, M[8 * t + 2 * i + 1] * scale);
+        }
+        ptx::stmatrix_x4(address(t), r[0], r[1], r[2], r[3]);
+      }
+    }
+    ptx::fence_async_proxy();
+  }
+
+  // Waits for the stage and applies sigma. `scaled_z`: of this thread's columns.
+  __device__ __forceinline__ void transform(int rows, int parity, const float (&scaled_z)[8],
+                                            float scale, float (&columns)[8]) const {
+    ptx::mbarrier_wait(barrier(state.stage()), state.phase());
+    Keys::transform(keys(state.stage()), rows, [&](int row, const KeyUnit& key) {
+      key.add_to(columns);
+      if constexpr (Traits::kDelta) {
+        const float dot = sum_over_lanes(key.dot(scaled_z), Keys::kUnits);
+        if (Keys::unit() == 0) norms[parity * kRows + row] = 1.f / fmaxf(dot, kMemoryEps * scale);
+      }
+    });
+    if (rows < kRows) Keys::clear_rows(values(state.stage()), rows);
+    ptx::fence_async_proxy();
+  }
+
+  // V -= sigma(K) M / norm for 64 rows and columns of a stage.
+  __device__ __forceinline__ void subtract_known(uint32_t stage, int parity) const {
+    const int row0 = warpgroup() % 2 * 64, chunk = warpgroup() / 2;
+    float known[32];
+    wgmma_fence();
+    gemm_ss<T, 64, kHeadDim, kMajorK, kMajorMN>(
+        known, keys(stage) + row0 * kChunkRowBytes, kRows,
+        smem + Traits::kMemory + chunk * chunk_bytes(kHeadDim), kHeadDim, false);
+    wgmma_commit();
+    const int thread = warpgroup_thread();
+    const FragmentAddress<kRows> address(values(stage) + chunk * chunk_bytes(kRows), row0, thread);
+    float inverse[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      inverse[i] = norms[parity * kRows + row0 + fragment_row(thread) + 8 * i];
+    wgmma_wait<0>();
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      uint32_t r[4];
+      ptx::ldmatrix_x4(address(t), r);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 value = unpack2<T>(r[i]);
+        r[i] = pack2<T>(value.x - known[8 * t + 2 * i] * inverse[i % 2],
+                        value.y - known[8 * t + 2 * i + 1] * inverse[i % 2]);
+      }
+      ptx::stmatrix_x4(address(t), r[0], r[1], r[2], r[3]);
+    }
+    ptx::fence_async_proxy();
+  }
+
+  // M += sigma(K)^T V over a stage.
+  __device__ __forceinline__ void multiply(uint32_t stage, float (&M)[32]) const {
+    wgmma_fence();
+    gemm_tn<T, 64, kRows>(M, keys(stage) + tile_row() * chunk_bytes(kRows), kRows,
+                          values(stage) + tile_column() * chunk_bytes(kRows), kRows, true);
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void run_segment(int chain, int segment, float (&M)[32],
+                                              float (&columns)[8]) {
+    const float scale = this->scale();
+    store_state(chain, segment, M, scale);
+    float scaled_z[8];
+    if constexpr (Traits::kDelta) {
+      store_operand(M, scale);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int column = Keys::unit() * 8 + i;
+        scaled_z[i] = column < x.D ? z[column] * scale : 0.f;
+      }
+    }
+    const bool corrects = Traits::kDelta && (segment > 0 || p.has_mem);
+    const int rows = x.segment_rows(segment);
+    transform(rows, 0, scaled_z, scale, columns);
+    for (int block = 0; block * kRows < rows; ++block) {
+      // The stage is transformed, that of the block before is free, and the state is written.
+      __syncthreads();
+      if (block == 0 && threadIdx.x == 0) ptx::store_release(x.ready + chain, segment + 1);
+      if (state.step > 0) load_next();
+      const uint32_t stage = state.stage();
+      if (corrects) {
+        subtract_known(stage, block % 2);
+        __syncthreads();
+      }
+      multiply(stage, M);
+      state.advance();
+      if (const int rest = rows - (block + 1) * kRows; rest > 0) {
+        transform(rest, (block + 1) % 2, scaled_z, scale, columns);
+      }
+      wgmma_wait<0>();
+    }
+    add_sums(columns);
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void run() {
+    for (int i = 0; i < Traits::kStages; ++i) load_next();
+    for (int chain = blockIdx.x; chain < x.chains(); chain += gridDim.x) {
+      float M[32] = {}, columns[8] = {};
+      if (p.has_mem) {
+        for_pairs([&](int i, int at) {
+          M[i] = x.M_in[chain * x.matrix() + at];
+          M[i + 1] = x.M_in[chain * x.matrix() + at + 1];
+        });
+      }
+      if (threadIdx.x < kHeadDim) {
+        const bool given = p.has_mem && threadIdx.x < x.D;
+        z[threadIdx.x] = given ? x.z_in[int64_t{chain} * x.D + threadIdx.x] : 0.f;
+      }
+      __syncthreads();
+      for (int segment = 0; segment < x.S; ++segment) run_segment(chain, segment, M, columns);
+      store_state(chain, x.S, M, 0.f);
+      __syncthreads();
+    }
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    infini_chain_kernel(const __grid_constant__ ChainParams p) {
+  ptx::grid_dependents_launch();
+  extern __shared__ char shared[];
+  char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
+  ChainKernel<Traits> kernel(p, base);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Traits::kStages; ++i) ptx::mbarrier_init(kernel.barrier(i), 1);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  kernel.run();
+}
+
+template <class Traits>
+void launch(const InfiniParams& params, const InfiniStates& states, int blocks, Stream stream) {
+  const AttnShape& s = params.shape;
+  const TensorView& k = params.k_mem.data != nullptr ? params.k_mem : params.k;
+  const ChainParams p{make_rows_map(k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, Traits::kRows),
+                      make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, Traits::kRows),
+                      states, params.has_mem};
+  const auto kernel = infini_chain_kernel<Traits>;
+  const dim3 grid(blocks), block(Traits::kThreads);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
+  kernel<<<grid, block, Traits::kSharedBytes, stream>>>(p);
+  check_launch("infini_chain_kernel", grid, block, stream);
+}
+
+template <class T>
+void choose(const InfiniParams& params, const InfiniStates& states, int blocks, Stream stream) {
+  const bool delta = params.update == InfiniUpdate::kDelta;
+  if (states.D <= 64) {
+    delta ? launch<ChainTraits<T, 64, true>>(params, states, blocks, stream)
+          : launch<ChainTraits<T, 64, false>>(params, states, blocks, stream);
+  } else {
+    delta ? launch<ChainTraits<T, 128, true>>(params, states, blocks, stream)
+          : launch<ChainTraits<T, 128, false>>(params, states, blocks, stream);
+  }
+}
+
+}  // namespace
+
+void launch_infini_chains(const InfiniParams& params, const InfiniStates& states, int blocks,
+                          Stream stream) {
+  if (params.shape.dtype == DType::kBFloat16) {
+    choose<__nv_bfloat16>(params, states, blocks, stream);
+  } else {
+    choose<__half>(params, states, blocks, stream);
+  }
+}
+
+}  // namespace lctx::cuda
