@@ -268,7 +268,7 @@ struct SplitRows {
 
   template <class Kernel>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
-                                                const Work& work, float (&o)[Kernel::kHeadDim / 2],
+                                                const Work& work, float (&o)[Kernel::kValueDim / 2],
                                                 const float (&inverse)[2]) {
     const auto& p = kernel.p;
     const int thread = warpgroup_thread(), column = fragment_column(thread);
@@ -282,7 +282,7 @@ struct SplitRows {
                   work.batch * p.out_view.stride_b + (row >> p.head_bits) * p.out_view.stride_t +
                   head * p.out_view.stride_h + column;
 #pragma unroll
-      for (int j = 0; j < Kernel::kHeadDim / 8; ++j) {
+      for (int j = 0; j < Kernel::kValueDim / 8; ++j) {
         if (8 * j >= p.D) break;
         const float x = o[4 * j + 2 * i] * inverse[i], y = o[4 * j + 2 * i + 1] * inverse[i];
         if (p.partial != nullptr) {

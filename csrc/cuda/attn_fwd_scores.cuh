@@ -34,6 +34,8 @@ struct PlainScores {
   // Whether accumulators of several blocks of keys are folded into outer ones
   // (landmark_blocks.cuh).
   static constexpr bool kFolds = false;
+  // Whether O is rescaled while the next scores are computed, not before; measured.
+  static constexpr bool kRescalesLate = false;
 
   template <class State>
   static __device__ __forceinline__ bool needs_mask(const KeyRange& keys, int n, const State&) {

@@ -81,6 +81,7 @@ struct FwdKernel {
   static constexpr int kHeadDim = Traits::kHeadDim, kValueDim = Traits::kValueDim;
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kChunks = kHeadDim / kChunkColumns;
+  static constexpr bool kRescalesLate = Scores::kFolds || (Scores::kRescalesLate && kHeadDim > 64);
   static constexpr int kConsumerWarps = 4 * Traits::kConsumers;
   using KVPipeline = Pipeline<Traits::kStages>;
   using KVState = PipelineState<Traits::kStages>;
@@ -384,7 +385,7 @@ struct FwdKernel {
       };
       const auto step = [&](auto masked) {
         issue_scores(warpgroup, q_state, k_state, s);
-        if constexpr (Scores::kFolds) rescale();
+        if constexpr (kRescalesLate) rescale();
         issue_values(v_state, weights, o, started);
         started = true;
         if constexpr (Scores::kFolds) Scores::turn(p, n, state);
@@ -400,7 +401,7 @@ struct FwdKernel {
         wgmma_wait<0>();
         v_pipe.release(v_state);
         v_state.advance();
-        if constexpr (!Scores::kFolds) rescale();
+        if constexpr (!kRescalesLate) rescale();
         Scores::template to_a<T>(s, state, weights);
       };
       if (n > keys.begin) k_pipe.wait(k_state);
@@ -417,7 +418,7 @@ struct FwdKernel {
         q_state.advance();
       }
 
-      if constexpr (Scores::kFolds) rescale();
+      if constexpr (kRescalesLate) rescale();
       issue_values(v_state, weights, o, started);
       const KVState last = v_state;
       v_state.advance();

@@ -7,8 +7,9 @@
 // Memory: as flash_fwd.cu; tables of 8 bytes a position and 8 bytes a tile, see
 //       landmark_blocks_ints.
 // Limits: as flash_fwd.cu.
+#include "attn_fwd_launch.cuh"
 #include "landmark_blocks.cuh"
-#include "landmark_launch.cuh"
+#include "landmark_kernels.h"
 
 namespace lctx::cuda {
 namespace {
@@ -137,6 +138,7 @@ void launch_blocks(const LandmarkParams& params, int* scratch, int num_sms, Stre
   p.rows = rows;
   p.tiles = tiles;
   p.max_tiles = static_cast<int>(max_tiles(s.Tk));
+  p.row_shift = row_shift<Tile>(s.Tq);
   p.order = make_order("lctx::landmark_fwd", ceil_div(s.Tq, Tile::kBlockM), s.Hq * kParts, s.B,
                        heads_per_section(s, s.Tk, 16) * kParts);
   if (s.Tk > 0) {

@@ -8,7 +8,11 @@
 //       rows over many short blocks: keys split as in flash_split_fwd.cu.
 // Memory: as flash_fwd.cu.
 // Limits: as flash_fwd.cu.
-#include "landmark_launch.cuh"
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+
+#include "landmark_kernels.h"
 
 namespace lctx::cuda {
 namespace {

@@ -9,21 +9,10 @@
 #include <type_traits>
 
 #include "attn_split_launch.cuh"
+#include "landmark_kernels.h"
 #include "landmark_scores.cuh"
 
 namespace lctx::cuda {
-
-// landmark_d64_fwd.cu, landmark_d128_fwd.cu, landmark_d256_fwd.cu: uniform blocks of at most
-// widest_group(kHeadDim) keys.
-template <int kHeadDim>
-void launch_landmark_groups(const LandmarkParams& params, int* scratch, int num_sms, Stream stream);
-
-constexpr int widest_group(int64_t head_dim) { return head_dim <= 128 ? 128 : 64; }
-
-// landmark_blocks_fwd.cu: any blocks. `scratch`: landmark_blocks_ints on the device, the first
-// zero.
-void launch_landmark_blocks(const LandmarkParams& params, int* scratch, int num_sms, Stream stream);
-int64_t landmark_blocks_ints(const AttnShape& s);
 
 // Keys as (column, key of the block, block, head, batch), in boxes of whole tiles.
 inline CUtensorMap make_blocks_map(const TensorView& x, const AttnShape& s, int64_t D,
@@ -87,6 +76,7 @@ void launch_groups(const LandmarkParams& params, int* scratch, int num_sms, Stre
   set_attention(params, scratch, p);
   set_maps<Tile>(params, p);
   set_groups<Scores, kWidth>(params, p);
+  p.row_shift = row_shift<Tile>(s.Tq);
   p.order = make_order("lctx::landmark_fwd", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
                        heads_per_section(s, s.Tk, 16));
   launch_fwd<Traits>(p, num_sms, stream);

@@ -22,6 +22,9 @@ template <class T, int kBlockN, int kWidth>
 struct LandmarkScores : PlainScores<kBlockN> {
   static constexpr int kGroups = kBlockN / kWidth;
   static constexpr int kGroupRegisters = kWidth / 2;
+  // Chunks of 8 columns that may hold padding: a width serves all lengths down to the next one.
+  static constexpr int kPaddedChunks = kWidth == 16 ? 2 : kWidth == 56 ? 1 : kWidth / 16;
+  static constexpr bool kRescalesLate = true;
   static_assert(kBlockN % kWidth == 0 && kWidth % 8 == 0);
 
   struct Params {
@@ -44,16 +47,8 @@ struct LandmarkScores : PlainScores<kBlockN> {
     uint32_t factor[kGroups][2];       // c_g twice, packed
     uint32_t packed[kBlockN / 16][4];  // exponentials
 
-    // 0, known only when all weights are packed: see RowState::settled. They are not negative.
-    __device__ __forceinline__ uint32_t settled() const {
-      uint32_t any = 0;
-#pragma unroll
-      for (int t = 0; t < kBlockN / 16; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) any |= packed[t][i];
-      }
-      return any >> 31;
-    }
+    // The shuffles of the sums keep the exponentials where they are (see RowState::settled).
+    __device__ __forceinline__ uint32_t settled() const { return 0; }
 
     __device__ __forceinline__ void finish(float, float (&inverse)[2], float (&lse)[2]) const {
       const float sum = kGroups > 1 ? Z + __shfl_xor_sync(~0u, Z, 2) : Z;
@@ -125,12 +120,12 @@ struct LandmarkScores : PlainScores<kBlockN> {
     }
   }
 
-  // The same for the padding alone: at most half of a group, but for the narrowest.
+  // The same for the padding alone.
   template <class P>
   static __device__ __forceinline__ void mask_padding(const P& p, float (&s)[kBlockN / 2]) {
     const int low = p.padding - fragment_column(warpgroup_thread());
 #pragma unroll
-    for (int j = 0; j < (kWidth > 16 ? (kWidth + 15) / 16 : kWidth / 8); ++j) {
+    for (int j = 0; j < kPaddedChunks; ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const bool pad = 8 * j + i < low;
