@@ -16,22 +16,25 @@ namespace lctx::cuda {
 
 // Keys as (column, key of the block, block, head, batch), in boxes of whole tiles.
 inline CUtensorMap make_blocks_map(const TensorView& x, const AttnShape& s, int64_t D,
-                                   int64_t block_size, int width, int groups) {
+                                   int64_t block_size, int width, int groups, int l2_bytes) {
   return make_map(x.data, s.dtype,
                   {{D, block_size, std::max<int64_t>(s.Tk / block_size, 1), s.Hkv, s.B},
                    {x.stride_t, x.stride_t * block_size, x.stride_h, x.stride_b},
-                   {kChunkColumns, width, groups, 1, 1}});
+                   {kChunkColumns, width, groups, 1, 1}},
+                  l2_bytes);
 }
 
 // Keys and values as LandmarkScores wants them.
 template <class Scores, int kWidth, class Params>
-void set_groups(const LandmarkParams& params, Params& p) {
+void set_groups(const LandmarkParams& params, Params& p, int l2_bytes = 256) {
   const AttnShape& s = params.shape;
   p.k[1] = p.k[0];  // the incomplete block
   p.v[1] = p.v[0];
   if (s.Tk > 0) {
-    p.k[0] = make_blocks_map(params.k, s, s.Dk, params.block_size, kWidth, Scores::kGroups);
-    p.v[0] = make_blocks_map(params.v, s, s.Dv, params.block_size, kWidth, Scores::kGroups);
+    p.k[0] =
+        make_blocks_map(params.k, s, s.Dk, params.block_size, kWidth, Scores::kGroups, l2_bytes);
+    p.v[0] =
+        make_blocks_map(params.v, s, s.Dv, params.block_size, kWidth, Scores::kGroups, l2_bytes);
   }
   p.block_size = static_cast<int>(params.block_size);
   p.padding = kWidth - p.block_size;
@@ -47,11 +50,11 @@ void launch_split_groups(const LandmarkParams& params, const SplitPlan& plan, fl
                          int num_sms, Stream stream) {
   using Tile = DecodeTile<T, kHeadDim, kBlockN>;
   using Scores = LandmarkScores<T, kBlockN, kWidth>;
-  using Traits = FwdTraits<Tile, SplitTiles<64, true>, Scores, SplitRows>;
+  using Traits = FwdTraits<Tile, SplitTiles<64>, Scores, SplitRows>;
   typename Traits::Params p{};
   set_attention(params, nullptr, p);
   set_key_maps<Tile>(params, p);
-  set_groups<Scores, kWidth>(params, p);
+  set_groups<Scores, kWidth>(params, p, kStreamL2Bytes);
   launch_split<Traits>(params, plan, p, scratch, num_sms, stream);
 }
 
