@@ -155,7 +155,7 @@ def bench(
     ] = "all",
     only: Annotated[
         list[str],
-        typer.Option(help="Groups that time this candidate or whose goal begins so; repeatable."),
+        typer.Option(help="Groups with this candidate, or this in a goal's name; repeatable."),
     ] = [],  # noqa: B006
     op: Annotated[str, typer.Option(help="Time this operation instead of a suite.")] = "",
     shapes: Annotated[
@@ -239,11 +239,11 @@ def _plan(
 
 
 def _selected(plan: dict[str, list[Group]], only: Sequence[str]) -> dict[str, list[Group]]:
-    """The groups with a candidate of one of these names, or a goal whose label begins so."""
+    """The groups with a candidate of one of these names, or a goal with one in its label."""
 
     def wanted(group: Group) -> bool:
         labels = [goal.label for goal in group.goals]
-        return any(o in group.candidates or any(x.startswith(o) for x in labels) for o in only)
+        return any(o in group.candidates or any(o in x for x in labels) for o in only)
 
     chosen = {name: list(filter(wanted, groups)) for name, groups in plan.items()}
     chosen = {name: groups for name, groups in chosen.items() if groups}

@@ -187,13 +187,20 @@ struct CarryRows : StoreRows {
     }
   }
 
-  // Brings what begin() read to the maximum of the row. Nothing is carried where `factor` is 0, and
-  // what was read may then be NaN. After the first weights, so that nothing waits for the reads.
+  // Brings what begin() read to the terms of the row. Where nothing is carried, what was read may
+  // be NaN, and `factor` is 0 or the row has seen nothing. Called after the first weights, so that
+  // nothing waits for the reads.
   template <int N>
-  static __device__ __forceinline__ void scale(float (&o)[N], const float (&factor)[2]) {
+  static __device__ __forceinline__ void scale(float (&o)[N], const float (&factor)[2],
+                                               const RowState& state) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      o[i] = factor[i / 2 % 2] == 0.f ? 0.f : o[i] * factor[i / 2 % 2];
+    for (int row = 0; row < 2; ++row) {
+      const bool carried = factor[row] != 0.f && state.m[row] != kEmptyRowMax;
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i) {
+        o[4 * i + 2 * row] = carried ? o[4 * i + 2 * row] * factor[row] : 0.f;
+        o[4 * i + 2 * row + 1] = carried ? o[4 * i + 2 * row + 1] * factor[row] : 0.f;
+      }
     }
   }
 

@@ -36,6 +36,8 @@ struct PlainScores {
   static constexpr bool kFolds = false;
   // Whether O is rescaled while the next scores are computed, not before; measured.
   static constexpr bool kRescalesLate = false;
+  // Whether maxima change so rarely that looking first is cheaper than rescaling.
+  static constexpr bool kRescalesRarely = false;
 
   template <class State>
   static __device__ __forceinline__ bool needs_mask(const KeyRange& keys, int n, const State&) {

@@ -319,7 +319,7 @@ struct FwdKernel {
     begin_rows(warpgroup, work, o, state);
     state.finish(p.scale_log2, inverse, lse);
     if constexpr (Rows::kCarries) {
-      Rows::scale(o, inverse);
+      Rows::scale(o, inverse, state);
       inverse[0] = inverse[1] = 1.f;
     }
     Rows::finish(*this, warpgroup, work, o, inverse);
@@ -367,14 +367,15 @@ struct FwdKernel {
       }
       Scores::template weigh<true>(p, s, state, alpha);
       Scores::template to_a<T>(s, state, weights);
-      if constexpr (Rows::kCarries) Rows::scale(o, alpha);
+      if constexpr (Rows::kCarries) Rows::scale(o, alpha, state);
 
       bool started = Rows::kCarries;
       // Brings o into the terms of the weights that it is to be multiplied with next.
       const auto rescale = [&] {
         if constexpr (Scores::kFolds) {
           if (Scores::fold(*this, warpgroup, o, alpha, state)) started = false;
-        } else {
+        } else if (!Scores::kRescalesRarely ||
+                   __any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) {
           scale_rows<kValueDim>(o, alpha);
         }
       };

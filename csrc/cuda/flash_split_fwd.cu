@@ -42,16 +42,15 @@ void choose_split_tile(const FlashParams& params, Run&& run) {
   }
 }
 
-// Whether the split is faster than tiles of whole rows, which leave multiprocessors idle but need
-// no merge: keys that the busiest multiprocessor walks.
+// Whether the split is faster than tiles of whole rows, which need no merge: only where those leave
+// multiprocessors idle, by the keys that the busiest one walks.
 bool pays(const FlashParams& params, const SplitPlan& plan, int block_m, int block_n, int num_sms) {
   constexpr int64_t kMergeKeys = 512;  // what starting the merge costs
   const AttnShape& s = params.shape;
+  if (ceil_div(s.Tq, block_m) * s.Hq * s.B >= num_sms) return false;
   const int64_t keys = plan.blocks_per_unit * block_n;
-  const int64_t waves = ceil_div(ceil_div(s.Tq, block_m) * s.Hq * s.B, num_sms);
   const int64_t hidden = params.causal ? std::min(s.Tq, keys) / 2 : 0;  // on average
-  const int64_t split = ceil_div(plan.units * keys, num_sms) + kMergeKeys;
-  return split < waves * (keys - hidden);
+  return ceil_div(plan.units * keys, num_sms) + kMergeKeys < keys - hidden;
 }
 
 }  // namespace

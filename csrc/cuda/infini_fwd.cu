@@ -35,6 +35,7 @@ void launch_rows(const InfiniParams& params, const InfiniPlan& plan, const Infin
   set_maps<Tile>(params, p);
   p.segment_len = states.segment_len;
   p.per_segment = FastDivisor(static_cast<int>(s.Hq));
+  p.row_shift = row_shift<Tile>(states.segment_len);
   const int64_t num_states = int64_t{states.chains()} * states.S;
   const int rows = MemoryRows::kBlockRows<FwdKernel<Traits>>;
   p.memory = make_map(states.half, s.dtype,
@@ -92,7 +93,8 @@ InfiniPlan plan_infini(const InfiniParams& params, int num_sms) {
       static_cast<double>(s.B * s.Hq) * (2 * rows * rows * s.Dk) / (0.65 * 4096 * num_sms);
   const bool worthwhile =
       wanted != nullptr ? std::strcmp(wanted, "chains") == 0 : attention > 1.2 * chain;
-  if (s.Dk <= 128 && s.Hkv <= blocks && worthwhile) {
+  const bool possible = params.update == InfiniUpdate::kLinear && (s.Dk == 64 || s.Dk == 128);
+  if (possible && s.Hkv <= blocks && worthwhile) {
     plan.chain_blocks = static_cast<int>(blocks);
   } else {
     plan.splits = infini_splits(params, num_sms);

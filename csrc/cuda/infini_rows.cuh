@@ -32,7 +32,7 @@ struct LocalTiles : OneHeadTiles {
     work.batch = tile.batch;
     work.key0 = work.segment * p.segment_len;
     work.num_keys = min(p.segment_len, p.Tq - work.key0);
-    work.position0 = tile.m_block * kBlockM;
+    work.position0 = tile.m_block * kBlockM - p.row_shift;
     work.row0 = work.key0 + work.position0;
     work.row_begin = work.key0;
     work.row_end = work.key0 + work.num_keys;

@@ -25,6 +25,7 @@ struct LandmarkScores : PlainScores<kBlockN> {
   // Chunks of 8 columns that may hold padding: a width serves all lengths down to the next one.
   static constexpr int kPaddedChunks = kWidth == 16 ? 2 : kWidth == 56 ? 1 : kWidth / 16;
   static constexpr bool kRescalesLate = true;
+  static constexpr bool kRescalesRarely = true;  // a tile adds one number a group to the maximum
   static_assert(kBlockN % kWidth == 0 && kWidth % 8 == 0);
 
   struct Params {

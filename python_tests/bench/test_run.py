@@ -58,7 +58,13 @@ def test_passes_and_competitors_of_an_operation():
 
 def test_only_some_groups_of_a_suite():
     plan = {"hopper": hopper()}
-    for only, count in (("landmark", 20), ("flash, D 64", 10), ("copy", 6), ("infini, delta", 10)):
+    for only, count in (
+        ("landmark", 20),
+        ("flash, D 64", 10),
+        ("copy", 6),
+        ("infini, delta", 10),
+        ("carry", 1),
+    ):
         assert len(run._selected(plan, [only])["hopper"]) == count
 
 

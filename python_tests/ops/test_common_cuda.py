@@ -51,8 +51,9 @@ def test_two_runs_are_bitwise_equal(name, D, dtype):
     call = prepare(name, standard(name, B=3, Dk=D), dtype)
     first = call.ours()
     for _ in range(5):
-        for result, expected in zip(call.ours().values(), first.values(), strict=True):
-            assert torch.equal(result, expected)
+        for key, result in call.ours().items():
+            different = (result != first[key]).sum().item()  # NaN, too, differs from itself
+            assert not different, f"{key}: {different} of {result.numel()} elements"
 
 
 def fill_free_memory_with_nan():

