@@ -35,8 +35,10 @@ std::tuple<Tensor, Tensor> landmark_fwd(const Tensor& q, const Tensor& k, const 
   if (call.is_cuda()) {
     check_tma(call, params);
     const CudaCall gpu(call);
-    Tensor scratch = call.new_plain(ScalarType::Int, {cuda::landmark_scratch_ints(params)});
-    cuda::launch_landmark_fwd(params, static_cast<int*>(scratch.mutable_data_ptr()), gpu.num_sms(),
+    const int num_sms = gpu.num_sms();
+    Tensor scratch =
+        call.new_plain(ScalarType::Int, {cuda::landmark_scratch_ints(params, num_sms)});
+    cuda::launch_landmark_fwd(params, static_cast<int*>(scratch.mutable_data_ptr()), num_sms,
                               gpu.stream());
     return outputs;
   }

@@ -63,19 +63,6 @@ __device__ __forceinline__ void tma_load_5d(uint32_t dst, const CUtensorMap* map
       : "memory");
 }
 
-// The same for data that nothing reads again: its lines in L2 are the first to be replaced.
-__device__ __forceinline__ void tma_load_5d_once(uint32_t dst, const CUtensorMap* map,
-                                                 uint32_t barrier, int c0, int c1, int c2, int c3,
-                                                 int c4) {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(dst),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy)
-      : "memory");
-}
-
 // Loads `bytes` in a row, a multiple of 16 from and to multiples of 16, and counts them on the
 // barrier.
 __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, uint32_t barrier,

@@ -74,12 +74,13 @@ inline CUtensorMap make_map(const void* data, DType dtype, const MapLayout& layo
 // are `box_rows` rows of one phase and 64 columns. `rows` per phase: positions beyond the tensor
 // must not be counted.
 inline CUtensorMap make_rows_map(const TensorView& x, DType dtype, int64_t B, int64_t rows,
-                                 int64_t H, int64_t D, int box_rows, int64_t step = 1) {
+                                 int64_t H, int64_t D, int box_rows, int64_t step = 1,
+                                 int l2_bytes = 256) {
   return make_map(x.data, dtype,
                   {{D, rows, step, H, B},
                    {x.stride_t * step, x.stride_t, x.stride_h, x.stride_b},
                    {kChunkColumns, box_rows, 1, 1, 1}},
-                  step > 1 && D <= kChunkColumns ? 128 : 256);
+                  step > 1 && D <= kChunkColumns ? 128 : l2_bytes);
 }
 
 }  // namespace lctx

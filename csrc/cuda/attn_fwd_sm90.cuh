@@ -145,13 +145,8 @@ struct FwdKernel {
     const uint32_t dst = smem + offset + state.stage() * kBytes;
 #pragma unroll 1
     for (int c = 0; c < kColumns / kChunkColumns; ++c) {
-      const uint32_t chunk = dst + c * chunk_bytes(kBlockN);
-      const int at = column + c * kChunkColumns;
-      if constexpr (Tiles::kReadsKeysOnce) {
-        ptx::tma_load_5d_once(chunk, map, full, at, block.row, block.phase, work.head, work.batch);
-      } else {
-        ptx::tma_load_5d(chunk, map, full, at, block.row, block.phase, work.head, work.batch);
-      }
+      ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), map, full, c * kChunkColumns, block.row,
+                       block.phase, work.head, work.batch);
     }
     state.advance();
   }
@@ -366,7 +361,10 @@ struct FwdKernel {
       wgmma_wait<0>();
       k_pipe.release(k_state);
       k_state.advance();
-      if (Scores::needs_mask(keys, n, state)) mask_block(index, warpgroup, n, s, state);
+      // A share of the keys may end with a block that needs no mask; weigh<true> wants one.
+      if (Tiles::kSplitsKeys || Scores::needs_mask(keys, n, state)) {
+        mask_block(index, warpgroup, n, s, state);
+      }
       Scores::template weigh<true>(p, s, state, alpha);
       Scores::template to_a<T>(s, state, weights);
       if constexpr (Rows::kCarries) Rows::scale(o, alpha, state);

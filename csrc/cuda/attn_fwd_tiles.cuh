@@ -58,7 +58,6 @@ struct Work {
 // Tiles of the rows of one query head. Thread blocks take them from a counter.
 struct OneHeadTiles {
   static constexpr bool kSplitsKeys = false;
-  static constexpr bool kReadsKeysOnce = false;
 
   template <class P>
   static __device__ __forceinline__ int first(const P&) {
@@ -192,7 +191,7 @@ struct SegmentTiles : OneHeadTiles {
 // contiguous ranges: thread block c gets `share` grains, one more if c < extra. Its tiles are the
 // units that its range touches; tile c + unit is a number of its own, as either grows by one from
 // tile to tile.
-template <int kBlockM, bool kReadsKeysOnce_ = false>
+template <int kBlockM>
 struct SplitTiles {
   struct Params {
     int head_bits;                            // rows of one position: 2^head_bits heads
@@ -206,7 +205,6 @@ struct SplitTiles {
   static constexpr bool kClipsRows = false;
   static constexpr bool kStrided = false;
   static constexpr bool kSplitsKeys = true;
-  static constexpr bool kReadsKeysOnce = kReadsKeysOnce_;
 
   // The first block in the list of thread block `c`.
   template <class P>

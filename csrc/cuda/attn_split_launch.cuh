@@ -175,8 +175,30 @@ void launch_split_merge(const AttnParams& params, const SplitPlan& plan, int blo
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, s.Dv <= 128 ? split_merge_kernel<T, 1> : split_merge_kernel<T, 2>, p);
+  const auto kernel = s.Dv <= 128 ? split_merge_kernel<T, 1> : split_merge_kernel<T, 2>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                       cudaSharedmemCarveoutMaxShared);
+  cudaLaunchKernelEx(&config, kernel, p);
   check_launch("split_merge_kernel", config.gridDim, config.blockDim, stream);
+}
+
+// One consumer warpgroup, as memory is the limit; 128 KB of keys and values on the way, which more
+// did not beat.
+template <class T, int kHeadDim, int kBlockN>
+using DecodeTile =
+    FwdTile<T, kHeadDim, kBlockN, 1, /*kStagesO=*/false,
+            std::min(128 * 1024 / (2 * tile_bytes(kBlockN, kHeadDim)), 5), /*kQStages=*/2>;
+
+// What L2 fetches at least. 256 bytes, good for keys that are read again, cost a stream 5 %.
+constexpr int kStreamL2Bytes = 128;
+
+template <class Tile>
+void set_key_maps(const AttnParams& params, FwdParams& p) {
+  const AttnShape& s = params.shape;
+  p.k[0] =
+      make_rows_map(params.k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, Tile::kBlockN, 1, kStreamL2Bytes);
+  p.v[0] =
+      make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, Tile::kBlockN, 1, kStreamL2Bytes);
 }
 
 // Traits with SplitTiles and SplitRows. The caller has set what is not about the split.
@@ -191,8 +213,6 @@ void launch_split(const AttnParams& params, const SplitPlan& plan, typename Trai
                {{s.Dk, G, s.Tq, s.Hkv, s.B},
                 {params.q.stride_h, params.q.stride_t, params.q.stride_h * G, params.q.stride_b},
                 {kChunkColumns, heads, 64 / heads, 1, 1}});
-  p.k[0] = make_rows_map(params.k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, Traits::kBlockN);
-  p.v[0] = make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, Traits::kBlockN);
   p.per_group = FastDivisor(1);  // the tiles' heads are those of keys and values
   p.head_bits = static_cast<int>(plan.head_bits);
   p.first_block = static_cast<int>(plan.first_block);
@@ -211,6 +231,9 @@ void launch_split(const AttnParams& params, const SplitPlan& plan, typename Trai
     p.partial = scratch;
     p.lse = scratch + plan.slots * plan.slot_rows * s.Dv;
   }
+  // All of it, so that the merge finds room beside the attention and can wait there.
+  cudaFuncSetAttribute(attn_fwd_sm90_kernel<Traits>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                       cudaSharedmemCarveoutMaxShared);
   launch_fwd<Traits>(p, num_sms, stream);
   if (plan.slots > 0) {
     launch_split_merge<typename Traits::T>(params, plan, Traits::kBlockM, scratch, stream);

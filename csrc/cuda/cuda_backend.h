@@ -26,9 +26,9 @@ void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, St
 void launch_dilated_fwd(const DilatedParams& params, float* partial, int* counters, int num_sms,
                         Stream stream);
 
-// `scratch`: landmark_scratch_ints(params) ints on the device.
+// `scratch`: landmark_scratch_ints ints on the device.
 void launch_landmark_fwd(const LandmarkParams& params, int* scratch, int num_sms, Stream stream);
-int64_t landmark_scratch_ints(const LandmarkParams& params);
+int64_t landmark_scratch_ints(const LandmarkParams& params, int num_sms);
 
 // How the forward makes its memory states.
 struct InfiniPlan {

@@ -1,13 +1,13 @@
 // Math: as flash_fwd.cu, for grids too small to fill the GPU: decoding one or a few tokens, short
 //       pieces of a prompt over a long cache. Keys are split; partial results are merged exactly.
 // Tile map: the query heads of a group share the rows of a tile (SplitTiles). Up to 64 rows, memory
-//       is the limit: one consumer warpgroup and as many bytes on the way as shared memory holds.
-//         D <= 64   64 x 128, 6 stages      D <= 128  64 x 64, 6      D <= 256  64 x 64, 3
+//       is the limit: one consumer warpgroup, 128 KB of keys and values on the way.
+//         D <= 64   64 x 128, 4 stages      D <= 128  64 x 128, 2      D <= 256  64 x 64, 2
 //       More rows take the tiles of flash_fwd.cu.
 // Pipeline: a static share of the blocks of keys for each multiprocessor; a second, overlapping
 //       launch merges (attn_split_launch.cuh). The same sums in the same order on every run.
-// Memory: keys and values once, and not kept in L2, for up to 64 rows; scratch of one partial tile
-//       for each multiprocessor and for each tile of rows.
+// Memory: keys and values once for up to 64 rows; scratch of one partial tile for each
+//       multiprocessor and for each tile of rows.
 // Limits: those of flash_fwd.cu; no cu_seqlens.
 #include "attn_split_launch.cuh"
 
@@ -18,20 +18,20 @@ namespace {
 template <class T, class Run>
 void choose_decode_tile(const AttnShape& s, Run&& run) {
   const int64_t D = std::max(s.Dk, s.Dv);
-  const TypeTag<SplitTiles<64, true>> tiles;
+  const TypeTag<SplitTiles<64>> tiles;
   if (D <= 64) {
-    run(TypeTag<FwdTile<T, 64, 128, 1, false, 5, 2>>(), tiles);
+    run(TypeTag<DecodeTile<T, 64, 128>>(), tiles);
   } else if (D <= 128) {
-    run(TypeTag<FwdTile<T, 128, 64, 1, false, 5, 2>>(), tiles);
+    run(TypeTag<DecodeTile<T, 128, 128>>(), tiles);
   } else {
-    run(TypeTag<FwdTile<T, 256, 64, 1, false, 2, 2>>(), tiles);
+    run(TypeTag<DecodeTile<T, 256, 64>>(), tiles);
   }
 }
 
 template <class Run>
 void choose_split_tile(const FlashParams& params, Run&& run) {
   const AttnShape& s = params.shape;
-  if (s.Tq * next_power_of_two(std::min<int64_t>(s.Hq / s.Hkv, 64)) > 64) {
+  if (packed_rows(s) > 64) {
     choose_type_and_tile(params, s.Tk, [&](auto tag) {
       run(tag, TypeTag<SplitTiles<decltype(tag)::type::kBlockM>>());
     });
@@ -63,7 +63,8 @@ SplitPlan plan_flash_split(const FlashParams& params, int num_sms) {
   SplitPlan plan;
   choose_split_tile(params, [&](auto tag, auto) {
     using Tile = typename decltype(tag)::type;
-    plan = plan_split(s, first, s.Tk - 1, Tile::kBlockM, Tile::kBlockN, num_sms);
+    const int64_t block = first / Tile::kBlockN;
+    plan = plan_split(s, block, ceil_div(s.Tk, Tile::kBlockN) - block, Tile::kBlockM, num_sms);
     if (Tile::kConsumers > 1 && !pays(params, plan, Tile::kBlockM, Tile::kBlockN, num_sms)) {
       plan = {};
     }
@@ -79,6 +80,7 @@ void launch_flash_split(const FlashParams& params, const SplitPlan& plan, float*
         FwdTraits<Tile, typename decltype(tiles)::type, DenseScores<Tile::kBlockN>, SplitRows>;
     typename Traits::Params p{};
     set_flash(params, nullptr, p);
+    set_key_maps<Tile>(params, p);
     launch_split<Traits>(params, plan, p, scratch, num_sms, stream);
   });
 }

@@ -7,8 +7,9 @@
 // Memory: as flash_fwd.cu; tables of 8 bytes a position and 8 bytes a tile, see
 //       landmark_blocks_ints.
 // Limits: as flash_fwd.cu.
+#include "attn_fwd_launch.cuh"
 #include "landmark_blocks.cuh"
-#include "landmark_launch.cuh"
+#include "landmark_kernels.h"
 
 namespace lctx::cuda {
 namespace {

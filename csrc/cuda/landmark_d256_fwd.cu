@@ -9,7 +9,8 @@
 
 namespace lctx::cuda {
 
-template void launch_landmark_groups<256>(const LandmarkParams& params, int* counter, int num_sms,
+template void launch_landmark_groups<256>(const LandmarkParams& params, int* scratch, int num_sms,
                                           Stream stream);
+template int64_t landmark_groups_ints<256>(const LandmarkParams& params, int num_sms);
 
 }  // namespace lctx::cuda

@@ -99,7 +99,7 @@ struct LandmarkScores : PlainScores<kBlockN> {
     state.earlier = 0;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int position = position0 + fragment_row(thread) + 8 * row;
+      const int position = position0 + P::Tiles::position_of(p, fragment_row(thread) + 8 * row);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         // The row's place among the keys of the block: before, inside or behind.

@@ -23,9 +23,9 @@ struct SplitPlan {
 // A unit of so few blocks is not worth a second kernel.
 constexpr int64_t kWholeBlocks = 4;
 
-// `first_key`, `last_key`: what the rows see at most; none if last_key < first_key.
-inline SplitPlan plan_split(const AttnShape& s, int64_t first_key, int64_t last_key, int block_m,
-                            int block_n, int num_sms) {
+// `blocks` blocks of keys from `first_block` on are what the rows see at most.
+inline SplitPlan plan_split(const AttnShape& s, int64_t first_block, int64_t blocks, int block_m,
+                            int num_sms) {
   SplitPlan plan;
   const int64_t G = s.Hq / s.Hkv;
   while (int64_t{1} << plan.head_bits < std::min<int64_t>(G, 64)) ++plan.head_bits;
@@ -34,8 +34,8 @@ inline SplitPlan plan_split(const AttnShape& s, int64_t first_key, int64_t last_
   plan.m_blocks = ceil_div(rows, block_m);
   plan.head_blocks = ceil_div(G, 64);
   plan.units = s.B * s.Hkv * plan.head_blocks * plan.m_blocks;
-  plan.first_block = first_key / block_n;
-  plan.blocks_per_unit = last_key < first_key ? 0 : last_key / block_n + 1 - plan.first_block;
+  plan.first_block = first_block;
+  plan.blocks_per_unit = blocks;
   const bool whole = plan.blocks_per_unit <= kWholeBlocks;
   plan.grain = whole ? plan.blocks_per_unit : 1;
   const int64_t grains = whole ? plan.units : plan.units * plan.blocks_per_unit;
@@ -44,6 +44,11 @@ inline SplitPlan plan_split(const AttnShape& s, int64_t first_key, int64_t last_
   const int64_t most = plan.units * std::max<int64_t>(plan.blocks_per_unit, plan.slot_rows);
   if (most > INT32_MAX / 2) return {};
   return plan;
+}
+
+// Rows of a position side by side, of all its heads.
+constexpr int64_t packed_rows(const AttnShape& s) {
+  return s.Tq * next_power_of_two(std::min<int64_t>(s.Hq / s.Hkv, 64));
 }
 
 // flash_split_fwd.cu; `scratch` as many floats as the plan says.
