@@ -1,9 +1,9 @@
 // Math: none; the host side of attn_fwd_sm90.cuh, shared by all families.
 // Tile map: choose_tile picks rows x keys of a tile by head dimension, by measurement
 //       (docs/hopper_forward.md):
-//       D <= 64   192 x 128, three warpgroups
-//       D <= 128  128 x 128, two; from 8192 keys on (4096 with a full mask) 128 x 176, O leaving
-//       from registers D <= 256  128 x 80, two, O leaving from registers
+//       - D <= 64: 192 x 128, three warpgroups
+//       - D <= 128: 128 x 128, two; on long rows 128 x 176, O leaving from registers
+//       - D <= 256: 128 x 80, two, O leaving from registers
 // Pipeline: the tile counter must be zero at launch; one persistent block per multiprocessor. A
 //       launch may overlap with the end of the one before (programmatic dependent launch).
 // Memory: tiles go through the heads in sections whose keys and values fit the L2 cache.
