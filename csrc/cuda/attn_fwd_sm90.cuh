@@ -145,8 +145,8 @@ struct FwdKernel {
     const uint32_t dst = smem + offset + state.stage() * kBytes;
 #pragma unroll 1
     for (int c = 0; c < kColumns / kChunkColumns; ++c) {
-      ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), map, full, c * kChunkColumns, block.row,
-                       block.phase, work.head, work.batch);
+      ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), map, full, column + c * kChunkColumns,
+                       block.row, block.phase, work.head, work.batch);
     }
     state.advance();
   }
