@@ -1,9 +1,9 @@
 // Math: none; the host side of attn_fwd_sm90.cuh, shared by all families.
 // Tile map: choose_tile picks rows x keys of a tile by head dimension, by measurement
 //       (docs/hopper_forward.md):
-//       D <= 64   192 x 128, three warpgroups
-//       D <= 128  128 x 128, two; from 8192 keys on 128 x 176, O leaving from registers
-//       D <= 256  128 x 80, two, O leaving from registers
+//       - D <= 64: 192 x 128, three warpgroups
+//       - D <= 128: 128 x 128, two; on long rows 128 x 176, O leaving from registers
+//       - D <= 256: 128 x 80, two, O leaving from registers
 // Pipeline: the tile counter must be zero at launch; one persistent block per multiprocessor. A
 //       launch may overlap with the end of the one before (programmatic dependent launch).
 // Memory: tiles go through the heads in sections whose keys and values fit the L2 cache.
@@ -20,7 +20,8 @@
 
 namespace lctx::cuda {
 
-constexpr int64_t kLongSequence = 8192;
+// Keys from which on longer blocks pay; a causal mask wastes half of the last one.
+constexpr int64_t kLongCausal = 8192, kLongFull = 4096;
 constexpr int64_t kL2Budget = int64_t{24} << 20;  // for the keys and values of a section of heads
 
 // What every family sets the same way; the caller adds maps, order and its policies' parameters.
@@ -107,7 +108,7 @@ void choose_tile(const AttnParams& params, int64_t keys, Run&& run) {
   const int64_t D = std::max(params.shape.Dk, params.shape.Dv);
   if (D <= 64) {
     run(TypeTag<FwdTile<T, 64, 128, 3, true>>());
-  } else if (D <= 128 && keys < kLongSequence) {
+  } else if (D <= 128 && keys < (params.causal ? kLongCausal : kLongFull)) {
     run(TypeTag<FwdTile<T, 128, 128, 2, true>>());
   } else if (D <= 128) {
     run(TypeTag<FwdTile<T, 128, 176, 2, false>>());

@@ -374,8 +374,9 @@ struct FwdKernel {
       const auto rescale = [&] {
         if constexpr (Scores::kFolds) {
           if (Scores::fold(*this, warpgroup, o, alpha, state)) started = false;
-        } else if (!Scores::kRescalesRarely ||
-                   __any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) {
+        } else if constexpr (Scores::kRescalesRarely) {
+          if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) scale_rows<kValueDim>(o, alpha);
+        } else {
           scale_rows<kValueDim>(o, alpha);
         }
       };

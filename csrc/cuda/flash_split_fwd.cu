@@ -66,7 +66,7 @@ SplitPlan plan_flash_split(const FlashParams& params, int num_sms) {
     const int64_t block = first / Tile::kBlockN;
     plan = plan_split(s, block, ceil_div(s.Tk, Tile::kBlockN) - block, Tile::kBlockM, num_sms);
     if (Tile::kConsumers > 1 && !pays(params, plan, Tile::kBlockM, Tile::kBlockN, num_sms)) {
-      plan.units = 0;
+      plan = {};
     }
   });
   return plan;
