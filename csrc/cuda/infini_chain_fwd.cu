@@ -1,9 +1,6 @@
-// Math: the memory of a chain (batch, key/value head), one segment after the other, as in the
-//       definition (arXiv 2404.07143, eq. 4 and 5):
-//         linear  M += sigma(K)^T V
-//         delta   M += sigma(K)^T (V - sigma(K) M_s / max(sigma(K) z_s, eps)), M_s as the segment
-//                 found it
-//       z += sum_n sigma(k_n). Operands are rounded to the inputs' type, M and z stay fp32.
+// Math: the memory of a chain (batch, key/value head), one segment after the other, linear rule
+//       (arXiv 2404.07143, eq. 4): M += sigma(K)^T V, z += sum_n sigma(k_n). sigma is rounded to
+//       the inputs' type as an operand, M and z stay fp32.
 // Tile map: a block of two (D 64) or four (D 128) warpgroups has a chain at a time; M is spread
 //       over their accumulators, 64 x 64 each, and stays there. Needs only a few multiprocessors,
 //       while attention runs on the others: it may start when this kernel has (programmatic
@@ -11,9 +8,9 @@
 // Pipeline: stages of 128 rows of K and V; thread 0 issues the loads. sigma is applied in place in
 //       shared memory, to the next stage while the product of this one runs.
 // Memory: K and V once; per segment M and z once, M also in 16 bits. No scratch.
-// Limits: D a multiple of 8 up to 128; one chain's segments take their time (10-25 us for 2048
-//       rows): infini_fwd.cu chooses this form where attention takes longer, else the one that is
-//       parallel over segments (infini_sums_fwd.cu). infini_bwd does not use it.
+// Limits: D 64 or 128; 2048 rows of a chain take 32 us: infini_fwd.cu chooses this form where
+//       attention takes longer, else the one that is parallel over segments (infini_sums_fwd.cu).
+//       infini_bwd does not use it.
 #include "../common/launch.h"
 #include "../common/pipeline.cuh"
 #include "../common/tensor_map.h"
@@ -23,22 +20,19 @@
 namespace lctx::cuda {
 namespace {
 
-template <class T_, int kHeadDim_, bool kDelta_>
+template <class T_, int kHeadDim_>
 struct ChainTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kDelta = kDelta_;
   static constexpr int kRows = 128;
   static constexpr int kThreads = 4 * kHeadDim;
   using Keys = KeyTile<T, kRows, kHeadDim, kThreads>;
   static constexpr int kTileBytes = tile_bytes(kRows, kHeadDim);
   static constexpr int kStageBytes = 2 * kTileBytes;  // K, V
-  static constexpr int kStages = kDelta ? 2 : 3;
-  static constexpr int kMemory = kStages * kStageBytes;  // scale M_s, an operand of the delta rule
-  static constexpr int kSums = kMemory + (kDelta ? tile_bytes(kHeadDim, kHeadDim) : 0);
+  static constexpr int kStages = 3;
+  static constexpr int kSums = kStages * kStageBytes;
   static constexpr int kZ = kSums + Keys::kRowsAtOnce * kHeadDim * 4;
-  static constexpr int kNorms = kZ + kHeadDim * 4;  // 1 / norm of the rows of two stages
-  static constexpr int kBarriers = kNorms + 2 * kRows * 4;
+  static constexpr int kBarriers = kZ + kHeadDim * 4;
   static constexpr int kSharedBytes = kBarriers + kStages * 8 + 1024;
 };
 
@@ -72,7 +66,7 @@ struct ChainKernel {
   const ChainParams& p;
   const InfiniStates& x;
   const uint32_t smem;
-  float *sums, *z, *norms;
+  float *sums, *z;
   PipelineState<Traits::kStages> state;
   Cursor next_load;  // thread 0
   uint32_t loads = 0;
@@ -83,7 +77,6 @@ struct ChainKernel {
         smem(ptx::smem_address(base)),
         sums(reinterpret_cast<float*>(base + Traits::kSums)),
         z(reinterpret_cast<float*>(base + Traits::kZ)),
-        norms(reinterpret_cast<float*>(base + Traits::kNorms)),
         next_load{static_cast<int>(blockIdx.x)} {}
 
   __device__ __forceinline__ uint32_t barrier(uint32_t stage) const {
@@ -174,68 +167,12 @@ struct ChainKernel {
     if (read && column == 0) x.norm(chain, segment)[0] = scale;
   }
 
-  // scale M as the operand of sigma(K) M.
-  __device__ __forceinline__ void store_operand(const float (&M)[32], float scale) const {
-    if (warpgroup() < kTiles * kTiles) {
-      const FragmentAddress<kHeadDim> address(
-          smem + Traits::kMemory + tile_column() * chunk_bytes(kHeadDim), tile_row() * 64,
-          warpgroup_thread());
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        uint32_t r[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          r[i] = pack2<T>(M[8 * t + 2 * i] * scale, M[8 * t + 2 * i + 1] * scale);
-        }
-        ptx::stmatrix_x4(address(t), r[0], r[1], r[2], r[3]);
-      }
-    }
-    ptx::fence_async_proxy();
-  }
-
-  // Waits for the stage and applies sigma. `scaled_z`: of this thread's columns.
-  __device__ __forceinline__ void transform(int rows, int parity, const float (&scaled_z)[8],
-                                            float scale, float (&columns)[8]) const {
+  // Waits for the stage and applies sigma.
+  __device__ __forceinline__ void transform(int rows, float (&columns)[8]) const {
     ptx::mbarrier_wait(barrier(state.stage()), state.phase());
-    Keys::transform(keys(state.stage()), rows, [&](int row, const KeyUnit& key) {
-      key.add_to(columns);
-      if constexpr (Traits::kDelta) {
-        const float dot = sum_over_lanes(key.dot(scaled_z), Keys::kUnits);
-        if (Keys::unit() == 0) norms[parity * kRows + row] = 1.f / fmaxf(dot, kMemoryEps * scale);
-      }
-    });
+    Keys::transform(keys(state.stage()), rows,
+                    [&](int, const KeyUnit& key) { key.add_to(columns); });
     if (rows < kRows) Keys::clear_rows(values(state.stage()), rows);
-    ptx::fence_async_proxy();
-  }
-
-  // V -= sigma(K) M / norm for 64 rows and columns of a stage.
-  __device__ __forceinline__ void subtract_known(uint32_t stage, int parity) const {
-    const int row0 = warpgroup() % 2 * 64, chunk = warpgroup() / 2;
-    float known[32];
-    wgmma_fence();
-    gemm_ss<T, 64, kHeadDim, kMajorK, kMajorMN>(
-        known, keys(stage) + row0 * kChunkRowBytes, kRows,
-        smem + Traits::kMemory + chunk * chunk_bytes(kHeadDim), kHeadDim, false);
-    wgmma_commit();
-    const int thread = warpgroup_thread();
-    const FragmentAddress<kRows> address(values(stage) + chunk * chunk_bytes(kRows), row0, thread);
-    float inverse[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      inverse[i] = norms[parity * kRows + row0 + fragment_row(thread) + 8 * i];
-    wgmma_wait<0>();
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      uint32_t r[4];
-      ptx::ldmatrix_x4(address(t), r);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 value = unpack2<T>(r[i]);
-        r[i] = pack2<T>(value.x - known[8 * t + 2 * i] * inverse[i % 2],
-                        value.y - known[8 * t + 2 * i + 1] * inverse[i % 2]);
-      }
-      ptx::stmatrix_x4(address(t), r[0], r[1], r[2], r[3]);
-    }
     ptx::fence_async_proxy();
   }
 
@@ -249,35 +186,17 @@ struct ChainKernel {
 
   __device__ __forceinline__ void run_segment(int chain, int segment, float (&M)[32],
                                               float (&columns)[8]) {
-    const float scale = this->scale();
-    store_state(chain, segment, M, scale);
-    float scaled_z[8];
-    if constexpr (Traits::kDelta) {
-      store_operand(M, scale);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int column = Keys::unit() * 8 + i;
-        scaled_z[i] = column < x.D ? z[column] * scale : 0.f;
-      }
-    }
-    const bool corrects = Traits::kDelta && (segment > 0 || p.has_mem);
+    store_state(chain, segment, M, scale());
     const int rows = x.segment_rows(segment);
-    transform(rows, 0, scaled_z, scale, columns);
+    transform(rows, columns);
     for (int block = 0; block * kRows < rows; ++block) {
       // The stage is transformed, that of the block before is free, and the state is written.
       __syncthreads();
       if (block == 0 && threadIdx.x == 0) ptx::store_release(x.ready + chain, segment + 1);
       if (state.step > 0) load_next();
-      const uint32_t stage = state.stage();
-      if (corrects) {
-        subtract_known(stage, block % 2);
-        __syncthreads();
-      }
-      multiply(stage, M);
+      multiply(state.stage(), M);
       state.advance();
-      if (const int rest = rows - (block + 1) * kRows; rest > 0) {
-        transform(rest, (block + 1) % 2, scaled_z, scale, columns);
-      }
+      if (const int rest = rows - (block + 1) * kRows; rest > 0) transform(rest, columns);
       wgmma_wait<0>();
     }
     add_sums(columns);
@@ -337,13 +256,10 @@ void launch(const InfiniParams& params, const InfiniStates& states, int blocks, 
 
 template <class T>
 void choose(const InfiniParams& params, const InfiniStates& states, int blocks, Stream stream) {
-  const bool delta = params.update == InfiniUpdate::kDelta;
-  if (states.D <= 64) {
-    delta ? launch<ChainTraits<T, 64, true>>(params, states, blocks, stream)
-          : launch<ChainTraits<T, 64, false>>(params, states, blocks, stream);
+  if (states.D == 64) {
+    launch<ChainTraits<T, 64>>(params, states, blocks, stream);
   } else {
-    delta ? launch<ChainTraits<T, 128, true>>(params, states, blocks, stream)
-          : launch<ChainTraits<T, 128, false>>(params, states, blocks, stream);
+    launch<ChainTraits<T, 128>>(params, states, blocks, stream);
   }
 }
 

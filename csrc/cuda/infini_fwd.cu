@@ -5,10 +5,10 @@
 // Tile map: attn_fwd_sm90.cuh over the segments, with MemoryRows at the end of a tile; before it
 //       the memory's kernels: infini_chain_fwd.cu, or infini_sums_fwd.cu, infini_scan_fwd.cu and
 //       infini_delta_fwd.cu.
-// Pipeline: the memory is made in one of two ways (plan_infini). Chains: a few multiprocessors walk
-//       through the segments of one head each while attention runs on the others, a few segments
-//       behind. Parallel: sums of every segment, a scan over D x D states, then attention; the
-//       delta rule adds D x D decays, which need the prefix of z.
+// Pipeline: the memory is made in one of two ways (plan_infini). Chains (linear rule): a few
+//       multiprocessors walk through the segments of one head each while attention runs on the
+//       others, a few segments behind. Parallel: sums of every segment, a scan over D x D states,
+//       then attention; the delta rule adds D x D decays, which need the prefix of z.
 // Memory: q, k, v, out once for attention; k and v once more for the memory (parallel delta rule: k
 //       twice). States: D^2 fp32 and D^2 16-bit numbers per segment and key/value head, the
 //       parallel delta rule as many fp32 again.
@@ -77,24 +77,24 @@ void choose_tile(const InfiniParams& params, const InfiniPlan& plan, const Infin
 
 }  // namespace
 
-// Chains where attention takes longer than they do, so that it seldom waits for them. Costs in
-// clocks, measured at D 128: a chain 12 or 24 per row and 3000 per segment, attention at 65 % of
-// the tensor cores' 4096 operations a clock. LCTX_INFINI chooses one for tests.
+// Chains where attention takes longer than they do, so that it seldom waits for them: in clocks, a
+// chain 30 per row and 3000 per segment, attention at 65 % of the tensor cores' 4096 operations a
+// clock. LCTX_INFINI chooses for tests.
 InfiniPlan plan_infini(const InfiniParams& params, int num_sms) {
   const AttnShape& s = params.shape;
   InfiniPlan plan;
   const char* wanted = std::getenv("LCTX_INFINI");
   const int64_t blocks = std::min<int64_t>(s.B * s.Hkv, std::max(num_sms * 3 / 4, 1));
   const double rows = static_cast<double>(std::min(params.segment_len, s.Tq));
-  const double per_row = params.update == InfiniUpdate::kDelta ? 24 : 12;
   const double rounds = static_cast<double>(ceil_div(s.B * s.Hkv, std::max<int64_t>(blocks, 1)));
-  const double chain = rounds * (per_row * rows + 3000);
+  const double chain = rounds * (30 * rows + 3000);
   const double attention =
       static_cast<double>(s.B * s.Hq) * (2 * rows * rows * s.Dk) / (0.65 * 4096 * num_sms);
   const bool worthwhile =
       wanted != nullptr ? std::strcmp(wanted, "chains") == 0 : attention > 1.2 * chain;
-  const bool possible = params.update == InfiniUpdate::kLinear && (s.Dk == 64 || s.Dk == 128);
-  if (possible && s.Hkv <= blocks && worthwhile) {
+  const bool possible =
+      params.update == InfiniUpdate::kLinear && (s.Dk == 64 || s.Dk == 128) && s.Hkv <= blocks;
+  if (possible && worthwhile) {
     plan.chain_blocks = static_cast<int>(blocks);
   } else {
     plan.splits = infini_splits(params, num_sms);

@@ -85,8 +85,8 @@ struct InfiniStates {
   }
 };
 
-// The memory of all chains on `blocks` multiprocessors, while the kernel that is launched next runs
-// on the others. D <= 128.
+// The memory of all chains by the linear rule on `blocks` multiprocessors, while the kernel that is
+// launched next runs on the others. D 64 or 128.
 void launch_infini_chains(const InfiniParams& params, const InfiniStates& states, int blocks,
                           Stream stream);
 
