@@ -164,7 +164,7 @@ struct ChainKernel {
       x.z(chain, segment)[column] = z[column];
       if (read) x.norm(chain, segment)[kNormOffset + column] = z[column] * scale;
     }
-    if (read && column == 0) x.norm(chain, segment)[0] = scale;
+    if (read && column < kNormOffset) x.norm(chain, segment)[column] = scale;
   }
 
   // Waits for the stage and applies sigma.

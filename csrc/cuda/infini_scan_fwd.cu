@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(256)
     for (int i = threadIdx.x % 32; i < x.D; i += 32) sum += fabsf(z[i]);
     const float scale = memory_scale(sum_over_lanes(sum, 32) / static_cast<float>(x.D));
     for (int i = threadIdx.x % 32; i < x.D; i += 32) norm[kNormOffset + i] = z[i] * scale;
-    if (threadIdx.x % 32 == 0) norm[0] = scale;
+    if (threadIdx.x % 32 < kNormOffset) norm[threadIdx.x % 32] = scale;
   }
 }
 
