@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close_to_reference, errors, random_qkv
+from helpers import assert_close_to_reference, errors, random_qkv, random_tensor, run
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -43,3 +43,42 @@ def check_result(result, exact, q, k, v):
     assert out.dtype == q.dtype and out.is_contiguous() and lse.dtype == torch.float32
     assert_close_to_reference("out", out, exact[0], baseline(q, k, v))
     torch.testing.assert_close(lse.double(), exact[1].double(), **LSE_TOLERANCE)
+
+
+def gradient_baseline(q, k, v, dout, *, causal=False, scale=None):
+    """Errors of the gradients of PyTorch's own attention, dense: "dq", "dk", "dv" -> Errors."""
+
+    def dense(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        backends = QUICK_TO_START if q.dtype in HALF else [SDPBackend.MATH]
+        with sdpa_kernel(backends):
+            out = functional.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, scale=scale, enable_gqa=True
+            )
+        return {"out": out.transpose(1, 2)}
+
+    tensors = {"q": q, "k": k, "v": v}
+    theirs = run(dense, tensors, {"out": dout})
+    exact = run(dense, {n: x.double() for n, x in tensors.items()}, {"out": dout})
+    return {n: errors(theirs[n], exact[n]) for n in ("dq", "dk", "dv")}
+
+
+def check_gradients(function, definition, q, k, v, *, cotangents=None, measure=None):
+    """Gradients of function(q, k, v) -> (out, lse), named, against fp64 of `definition`.
+
+    cotangents: for "out" and, if it is to have one, "lse"; None: normal random numbers for both.
+    """
+    tensors = {"q": q, "k": k, "v": v}
+    if cotangents is None:
+        B, Tq, Hq, _ = q.shape
+        cotangents = {
+            "out": random_tensor(B, Tq, Hq, v.shape[-1], seed=7).to(q),
+            "lse": random_tensor(B, Hq, Tq, seed=8).cuda().float(),
+        }
+    ours = run(function, tensors, cotangents)
+    exact = run(definition, {n: x.double() for n, x in tensors.items()}, cotangents)
+    measure = measure or gradient_baseline(q, k, v, cotangents["out"])
+    for name, x in zip(("dq", "dk", "dv"), (q, k, v), strict=True):
+        assert ours[name].dtype == x.dtype
+        assert_close_to_reference(name, ours[name], exact[name], measure[name])
+    return ours

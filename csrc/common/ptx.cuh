@@ -74,6 +74,17 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, uint32_
       : "memory");
 }
 
+// Loads four bytes, or zeros where not `valid`, from this thread; cp_async_arrive counts the thread
+// on a barrier when all its loads so far are done.
+__device__ __forceinline__ void cp_async_4(uint32_t dst, const void* src, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst),
+               "l"(__cvta_generic_to_global(src)), "r"(valid ? 4 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Stores a box; what lies past the end of the tensor is clipped. Unlike those of a load, the
 // coordinates may not be negative: that is an illegal instruction.
 __device__ __forceinline__ void tma_store_5d(const CUtensorMap* map, uint32_t src, int c0, int c1,
@@ -140,6 +151,13 @@ __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// gridDim.x, read where it is used instead of being kept in a register.
+__device__ __forceinline__ int num_blocks() {
+  int x;
+  asm volatile("mov.u32 %0, %nctaid.x;" : "=r"(x));
+  return x;
+}
+
 // Waits until the kernels that this one was launched to overlap with have finished and their writes
 // are visible. Returns at once in a kernel that was launched without that.
 __device__ __forceinline__ void grid_dependency_wait() {
@@ -183,6 +201,29 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
                : "r"(address)
                : "memory");
   return x;
+}
+
+__device__ __forceinline__ int load_shared_4(uint32_t address) {
+  int x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_shared_4(uint32_t address, int x) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+// Two words, as float2 or int2.
+template <class Pair>
+__device__ __forceinline__ Pair load_shared_8(uint32_t address) {
+  uint32_t x, y;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(address));
+  if constexpr (sizeof(decltype(Pair::x)) == 4 && static_cast<decltype(Pair::x)>(0.5f) == 0) {
+    return {static_cast<int>(x), static_cast<int>(y)};
+  } else {
+    return {__uint_as_float(x), __uint_as_float(y)};
+  }
+}
+__device__ __forceinline__ void store_shared_8(uint32_t address, int2 x) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
 }
 
 // Adds four neighbouring floats in global memory, 16-byte aligned.

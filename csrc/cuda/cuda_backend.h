@@ -18,6 +18,26 @@ int num_sms();
 int64_t flash_fwd_scratch(const FlashParams& params, int num_sms);
 void launch_flash_fwd(const FlashParams& params, void* scratch, int num_sms, Stream stream);
 
+// Scratch memory of a backward, on the device.
+struct BwdScratch {
+  float* lse2 = nullptr;    // (B, Hq, Tq): lse in units of log 2, +inf where a row sees no key
+  float* delta = nullptr;   // (B, Hq, Tq): sum of dout * out over the columns, minus dlse
+  float* dq_sum = nullptr;  // dq_sum_floats (dq_sum.cuh), fused only
+  int* counter = nullptr;   // one int
+};
+
+// Floats of dq_sum.
+int64_t flash_dq_sum_floats(const AttnShape& shape);
+
+// Fills lse2 and delta, and zeroes dq_sum where there is one, and the counter.
+void launch_bwd_rows(const AttnParams& params, const AttnGrads& grads, const BwdScratch& scratch,
+                     int64_t dq_sum_floats, Stream stream);
+// dk and dv, and with `fused` the sum of dq.
+void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const BwdScratch& scratch,
+                      bool fused, int num_sms, Stream stream);
+void launch_unpack_dq(const AttnParams& params, const AttnGrads& grads, const float* dq_sum,
+                      Stream stream);
+
 // `counter` is an int on the device that the launch zeroes and uses.
 void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, Stream stream);
 

@@ -1,0 +1,514 @@
+// Math: with P_ij = exp(scale q_i . k_j - lse_i), dP_ij = dO_i . v_j, dS_ij = P_ij (dP_ij - delta_i):
+//       dV_j = sum_i P_ij dO_i,  dK_j = scale sum_i dS_ij q_i,  dQ_i = scale sum_j dS_ij k_j.
+// Tile map: persistent blocks of one producer warp and two warpgroups of 64 keys; a tile is (batch,
+//       key/value head, 128 keys), its queries are walked in blocks of kBlockM, head by head of the
+//       group. Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T are A operands as
+//       they stand in the registers. Policies: Tiles (attn_bwd_tiles.cuh: which keys and queries)
+//       and Keys (attn_bwd_keys.cuh: what becomes of finished dK and dV).
+//       kFused: dQ too, five products; it is added in fp32, in an order that changes from run to
+//       run. Else dK and dV only, four products, bitwise reproducible (attn_dq_sm90.cuh has dQ).
+// Pipeline: Q with lse2, dO with delta, in kStages stages of their own barriers. Fused: dS^T goes
+//       through shared memory, since dQ sums over the keys of both warpgroups, in three buffers;
+//       dQ of a block is computed one step late, so that neither warpgroup waits for the other.
+//       Else S^T of the next block is issued with dK of this one.
+// Memory: K and V once; Q, dO, lse2 and delta once per tile (L2); dQ added once per tile (L2).
+//       Registers: 24/240, no spills: dK, dV, S^T, dP^T are 192 of them.
+// Limits: those of attn_fwd_sm90.cuh; D <= 128.
+#pragma once
+
+#include "attn_bwd_keys.cuh"
+#include "attn_fwd_scores.cuh"
+#include "dq_sum.cuh"
+
+namespace lctx::cuda {
+
+template <class T_, int kHeadDim_, bool kFused_>
+struct BwdTile {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kFused = kFused_;
+  static constexpr int kConsumers = 2, kBlockN = 64 * kConsumers;
+  static constexpr int kBlockM = dq_block_rows(kHeadDim), kHalves = kBlockM / 64;
+  static constexpr int kStages = kFused ? 2 : 4;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kKeyBytes = tile_bytes(kBlockN, kHeadDim);
+  static constexpr int kQueryBytes = tile_bytes(kBlockM, kHeadDim);
+  static constexpr int kDsBytes = tile_bytes(kBlockN, kBlockM);
+  static constexpr int kDsBuffers = 3;
+  static constexpr int kK = 0, kV = kKeyBytes, kQ = 2 * kKeyBytes;
+  static constexpr int kDout = kQ + kStages * kQueryBytes;
+  static constexpr int kDs = kDout + kStages * kQueryBytes;
+  static constexpr int kLse2 = kDs + (kFused ? kDsBuffers * kDsBytes : 0);
+  static constexpr int kDelta = kLse2 + kStages * kBlockM * 4;
+  static constexpr int kSeen = kDelta + kStages * kBlockM * 4;
+  static constexpr int kAsideBytes = 32;  // per warp
+  static constexpr int kAside = kSeen + kBlockN * 8;
+  static constexpr int kBarriers = kAside + 4 * kConsumers * kAsideBytes;
+  static constexpr int kSharedBytes = kBarriers + 256 + 1024;  // and alignment
+};
+
+template <class Tile, class Tiles_, class Keys_, bool kWindowed_>
+struct BwdTraits : Tile {
+  using Tiles = Tiles_;
+  using Keys = Keys_;
+  static constexpr bool kWindowed = kWindowed_;
+  struct Params : BwdParams, Tiles_::Params, Keys_::Params {
+    using Tiles = Tiles_;
+  };
+};
+
+template <class Traits_>
+struct BwdKernel {
+  using Traits = Traits_;
+  using T = typename Traits::T;
+  using Tiles = typename Traits::Tiles;
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  static constexpr int kHalves = Traits::kHalves;
+  static constexpr int kChunks = kHeadDim / kChunkColumns;
+  static constexpr int kConsumerWarps = 4 * Traits::kConsumers;
+  using KeyPipeline = Pipeline<1>;
+  using KeyState = PipelineState<1>;
+  using QueryPipeline = Pipeline<Traits::kStages>;
+  using QueryState = PipelineState<Traits::kStages>;
+  static constexpr int kQueryBarriers = Traits::kBarriers + 2 * KeyPipeline::kBytes;
+  static constexpr int kDsBarrier = kQueryBarriers + 2 * QueryPipeline::kBytes;
+  static constexpr int kQueue = kDsBarrier + 8;
+  static_assert(kQueue + TileQueue::kBytes <= Traits::kBarriers + 256,
+                "no room for the barriers");
+
+  const typename Traits::Params& p;
+  const uint32_t smem;
+  KeyPipeline k_pipe, v_pipe;
+  QueryPipeline q_pipe, dout_pipe;
+  TileQueue queue;
+
+  __device__ __forceinline__ BwdKernel(const typename Traits::Params& params, char* base)
+      : p(params),
+        smem(ptx::smem_address(base)),
+        k_pipe(smem + Traits::kBarriers),
+        v_pipe(smem + Traits::kBarriers + KeyPipeline::kBytes),
+        q_pipe(smem + kQueryBarriers),
+        dout_pipe(smem + kQueryBarriers + QueryPipeline::kBytes),
+        queue(smem + kQueue) {}
+
+  __device__ __forceinline__ void init() const {
+    k_pipe.init(kConsumerWarps);
+    v_pipe.init(kConsumerWarps);
+    q_pipe.init(kConsumerWarps, 32);
+    dout_pipe.init(kConsumerWarps, 32);
+    queue.pipeline.init(kConsumerWarps + 3);
+    ptx::mbarrier_init(smem + kDsBarrier, kConsumerWarps);
+    ptx::fence_mbarrier_init();
+  }
+
+  __device__ __forceinline__ int position(const KeyWork& work, int row) const {
+    if constexpr (Tiles::kStrided) return row * p.rate + work.phase;
+    return row;
+  }
+  __device__ __forceinline__ QueryRange queries(const KeyWork& work, int first, int keys) const {
+    return query_range<Traits::kWindowed, kBlockM>(p, work, work.key0 + first,
+                                                   work.key0 + first + keys - 1);
+  }
+  __device__ __forceinline__ KeyWork find_work_again(int index) const {
+    return Tiles::find(p, ptx::opaque(index));
+  }
+  // Query heads that read the tile's keys: first and number.
+  __device__ __forceinline__ int first_head(const KeyWork& work) const {
+    return work.head * p.per_group;
+  }
+
+  // ---- producers: of each of the two pipelines a thread that gives the copy engine its orders and
+  // a warp that loads statistics. With 24 registers none can do more. ----
+
+  // kOfQ: keys and queries, else values and dO.
+  template <bool kOfQ>
+  __device__ __forceinline__ void load_keys(const KeyState& state, const KeyWork& work) const {
+    const uint32_t full = (kOfQ ? k_pipe : v_pipe).acquire(state, Traits::kKeyBytes);
+    const uint32_t dst = smem + (kOfQ ? Traits::kK : Traits::kV);
+    const int kv_head = Traits::Keys::kv_head(p, work);
+#pragma unroll 1
+    for (int c = 0; c < kChunks; ++c) {
+      ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), &(kOfQ ? p.k : p.v)[work.map], full,
+                       c * kChunkColumns, work.key0, work.phase, kv_head, work.batch);
+    }
+  }
+  template <bool kOfQ>
+  __device__ __forceinline__ void load_queries(const QueryState& state, const KeyWork& work,
+                                               int head, int row) const {
+    const uint32_t full = (kOfQ ? q_pipe : dout_pipe).acquire(state, Traits::kQueryBytes);
+    const uint32_t dst = smem + (kOfQ ? Traits::kQ : Traits::kDout) +
+                         state.stage() * Traits::kQueryBytes;
+#pragma unroll 1
+    for (int c = 0; c < kChunks; ++c) {
+      ptx::tma_load_5d(dst + c * chunk_bytes(kBlockM), &(kOfQ ? p.q : p.dout)[work.map], full,
+                       c * kChunkColumns, row, work.phase, head, work.batch);
+    }
+  }
+
+  template <bool kOfQ>
+  __device__ __forceinline__ void produce() {
+    KeyState key_state;
+    QueryState state;
+    for (int index = kOfQ ? blockIdx.x : queue.take_alone(); ;
+         index = kOfQ ? ptx::num_blocks() + atomicAdd(p.counter, 1) : queue.take_alone()) {
+      if (kOfQ) queue.publish(index);
+      if (index >= p.order.num_tiles) break;
+      const KeyWork work = Tiles::find(p, index);
+      const QueryRange range = queries(work, 0, kBlockN);
+      if (range.end <= range.begin) continue;
+      load_keys<kOfQ>(key_state, work);
+      key_state.advance();
+      const int end_head = first_head(work) + p.per_group;
+#pragma unroll 1
+      for (int head = first_head(work); head < end_head; ++head) {
+#pragma unroll 1
+        for (int m = range.begin; m < range.end; ++m) {
+          load_queries<kOfQ>(state, work, head, m * kBlockM);
+          state.advance();
+        }
+      }
+    }
+  }
+
+  // lse2 or delta, by a warp.
+  template <bool kOfQ>
+  __device__ __forceinline__ void produce_statistics() {
+    const QueryPipeline& pipe = kOfQ ? q_pipe : dout_pipe;
+    QueryState state;
+    while (true) {
+      const int index = queue.take();
+      if (index >= p.order.num_tiles) break;
+      const KeyWork work = Tiles::find(p, index);
+      const QueryRange range = queries(work, 0, kBlockN);
+      if (range.end <= range.begin) continue;
+      const int lane = static_cast<int>(threadIdx.x % 32);
+      const float* from =
+          (kOfQ ? p.lse2 : p.delta) +
+          (static_cast<int64_t>(work.batch) * p.Hq + first_head(work)) * p.Tq;
+#pragma unroll 1
+      for (int head = 0; head < p.per_group; ++head, from += p.Tq) {
+#pragma unroll 1
+        for (int m = range.begin; m < range.end; ++m) {
+          ptx::mbarrier_wait(pipe.empty + state.stage() * 8, state.phase() ^ 1);
+          const uint32_t to = smem + (kOfQ ? Traits::kLse2 : Traits::kDelta) +
+                              (state.stage() * kBlockM + lane) * 4;
+#pragma unroll
+          for (int i = 0; i < kBlockM / 32; ++i) {
+            const int at = position(work, m * kBlockM + lane + 32 * i);
+            ptx::cp_async_4(to + i * 128, from + (at < p.Tq ? at : 0), at < p.Tq);
+          }
+          ptx::cp_async_arrive(pipe.full + state.stage() * 8);
+          state.advance();
+        }
+      }
+    }
+  }
+
+  // ---- consumers: 64 keys of a warpgroup, 64 queries (a half of a block for D 64) at a time ----
+
+  __device__ __forceinline__ uint32_t query_tile(int offset, const QueryState& state,
+                                                 int half) const {
+    return smem + offset + state.stage() * Traits::kQueryBytes + half * chunk_bytes(64);
+  }
+  __device__ __forceinline__ void issue_scores(int warpgroup, const QueryState& state, int half,
+                                               float (&s)[32]) const {
+    wgmma_fence();
+    gemm_nt<T, 64, kHeadDim>(s, smem + Traits::kK + warpgroup * chunk_bytes(64), kBlockN,
+                             query_tile(Traits::kQ, state, half), kBlockM);
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void issue_dp(int warpgroup, const QueryState& state, int half,
+                                           float (&dp)[32]) const {
+    wgmma_fence();
+    gemm_nt<T, 64, kHeadDim>(dp, smem + Traits::kV + warpgroup * chunk_bytes(64), kBlockN,
+                             query_tile(Traits::kDout, state, half), kBlockM);
+    wgmma_commit();
+  }
+  // d += weights * (the rows of Q or dO at `offset`)
+  __device__ __forceinline__ void issue_sum(int offset, const QueryState& state, int half,
+                                            const uint32_t (&weights)[4][4],
+                                            float (&d)[kHeadDim / 2], bool started) const {
+    wgmma_fence();
+    gemm_rn<T, kHeadDim, 64>(d, weights, query_tile(offset, state, half), kBlockM, started);
+    wgmma_commit();
+  }
+
+  // This warpgroup's part of dQ of the block whose dS^T is in `buffer` (dq_sum.cuh).
+  __device__ __forceinline__ void issue_dq(int warpgroup, uint32_t buffer, float (&dq)[32]) const {
+    const int part = warpgroup * chunk_bytes(kBlockN);
+    const uint32_t ds = smem + Traits::kDs + buffer * Traits::kDsBytes;
+    wgmma_fence();
+    gemm_tn<T, 64, kBlockN>(dq, ds + (kHeadDim == 64 ? part : 0), kBlockN,
+                            smem + Traits::kK + (kHeadDim == 64 ? 0 : part), kBlockN, false);
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void add_dq(int warpgroup, int block, const float (&dq)[32]) const {
+    float* to = p.dq_sum + (int64_t{block} * 2 + warpgroup) * kDqPartFloats + warpgroup_thread() * 4;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      ptx::red_add_v4(to + j * 512, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+    }
+  }
+
+  // The queries that see each key, in shared memory: registers are scarce in the main loop. Every
+  // warp keeps those of its own 16 keys.
+  __device__ __forceinline__ void note_seen(int warpgroup, const KeyWork& work) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int key = warpgroup * 64 + static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane;
+    if (lane < 16) {
+      const int2 seen = queries_of<Traits::kWindowed>(p, work, work.key0 + key);
+      ptx::store_shared_8(smem + Traits::kSeen + key * 8, seen);
+    }
+    __syncwarp();
+  }
+  // `first`: the first query.
+  __device__ __forceinline__ void mask(int warpgroup, int first, float (&s)[32]) const {
+    const int thread = warpgroup_thread();
+    const uint32_t seen = smem + Traits::kSeen + (warpgroup * 64 + fragment_row(thread)) * 8;
+    first += fragment_column(thread);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int2 range = ptx::load_shared_8<int2>(seen + row * 64);
+      mask_columns<64>(s, row, range.x - first, range.y - first);
+    }
+  }
+
+  // Statistics of the two neighbouring queries of column group j.
+  __device__ __forceinline__ float2 stat(int offset, const QueryState& state, int half,
+                                         int j) const {
+    return ptx::load_shared_8<float2>(smem + offset + (state.stage() * kBlockM + half * 64) * 4 +
+                                      32 * j + fragment_column(threadIdx.x % 128) * 4);
+  }
+
+  // S^T -> P^T, in s and packed.
+  __device__ __forceinline__ void weigh(const QueryState& state, int half, float (&s)[32],
+                                        uint32_t (&weights)[4][4]) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 lse2 = stat(Traits::kLse2, state, half, j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& x = s[4 * j + i];
+        x = ptx::exp2_approx(x * p.scale_log2 - (i % 2 == 0 ? lse2.x : lse2.y));
+      }
+    }
+    accumulator_to_a<T, 64>(s, weights);
+  }
+  // P^T and dP^T -> dS^T, packed.
+  __device__ __forceinline__ void weigh_gradient(const QueryState& state, int half,
+                                                 const float (&s)[32], float (&dp)[32],
+                                                 uint32_t (&weights)[4][4]) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 delta = stat(Traits::kDelta, state, half, j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (i % 2 == 0 ? delta.x : delta.y));
+      }
+    }
+    accumulator_to_a<T, 64>(dp, weights);
+  }
+
+  // dS^T of a half to the buffer that dQ is computed from, by both warpgroups.
+  __device__ __forceinline__ void share_ds(int warpgroup, uint32_t buffer, int half,
+                                           const uint32_t (&ds)[4][4]) const {
+    const uint32_t tile =
+        smem + Traits::kDs + buffer * Traits::kDsBytes + half * chunk_bytes(kBlockN);
+    const FragmentAddress<kBlockN> address(tile, warpgroup * 64, warpgroup_thread());
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      ptx::stmatrix_x4(address(t), ds[t][0], ds[t][1], ds[t][2], ds[t][3]);
+    }
+  }
+
+  // What a warpgroup does with a tile: blocks [begin, end) of queries for each head of the group.
+  struct Turn {
+    int begin, end, steps;
+    int block;  // of dq_sum: that of query 0 of the first head
+  };
+
+  __device__ __forceinline__ uint32_t aside(int warpgroup) const {
+    return smem + Traits::kAside +
+           static_cast<uint32_t>(warpgroup * 128 + warpgroup_thread()) / 32 * Traits::kAsideBytes;
+  }
+
+  __device__ __forceinline__ void consume(int warpgroup) {
+    KeyState key_state;  // of K and V
+    QueryState state;    // of Q, dO and dS^T
+    while (true) {
+      int index = queue.take();
+      if (index >= p.order.num_tiles) break;
+      float dk[kHeadDim / 2], dv[kHeadDim / 2];
+      const KeyWork work = Tiles::find(p, index);
+      const QueryRange all = queries(work, 0, kBlockN);
+      if (all.end <= all.begin) {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
+        Traits::Keys::finish(*this, warpgroup, work, dk, dv);
+        continue;
+      }
+      note_seen(warpgroup, work);
+      const QueryRange own = queries(work, warpgroup * 64, 64);
+      const Turn turn{all.begin, all.end, (all.end - all.begin) * p.per_group,
+                      (work.batch * p.Hq + first_head(work)) * dq_blocks(p.Tq, kHeadDim)};
+      k_pipe.wait(key_state);
+      // What only the end of the tile needs waits in shared memory.
+      ptx::store_shared_8(aside(warpgroup), make_int2(index, key_state.step));
+      ptx::store_shared_8(aside(warpgroup) + 8, make_int2(queue.state.step, 0));
+      ptx::store_shared_8(aside(warpgroup) + 16, make_int2(own.full_begin, own.full_end));
+      ptx::store_shared_8(aside(warpgroup) + 24, make_int2(all.begin, all.end));
+      __syncwarp();
+      if constexpr (Traits::kFused) {
+        fused_steps(warpgroup, turn, state, key_state, dk, dv);
+      } else {
+        split_steps(warpgroup, turn, state, key_state, dk, dv);
+      }
+      const int2 kept = ptx::load_shared_8<int2>(aside(warpgroup));
+      index = kept.x;
+      key_state.step = kept.y;
+      queue.state.step = ptx::load_shared_8<int2>(aside(warpgroup) + 8).x;
+      __syncwarp();
+      k_pipe.release(key_state);
+      v_pipe.release(key_state);
+      key_state.advance();
+      Traits::Keys::finish(*this, warpgroup, find_work_again(index), dk, dv);
+    }
+  }
+
+  // dV and dK of a block; scores of its halves are there or on their way, with `pending` groups of
+  // products issued after those of the first. `between` runs before the last product is issued.
+  template <int kPending, class Between>
+  __device__ __forceinline__ void add_block(int warpgroup, int m,
+                                            const QueryState& state, float (&s)[kHalves][32],
+                                            float (&dk)[kHeadDim / 2], float (&dv)[kHeadDim / 2],
+                                            bool started, Between&& between) const {
+    float dp[32];
+    uint32_t weights[4][4], ds[4][4];
+    dout_pipe.wait(state);
+    issue_dp(warpgroup, state, 0, dp);
+    if constexpr (kPending >= 0) wgmma_wait<kPending>();
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const int2 full = ptx::load_shared_8<int2>(aside(warpgroup) + 16);
+      if (m < full.x || m >= full.y) {
+        mask(warpgroup, m * kBlockM + half * 64, s[half]);
+      }
+      weigh(state, half, s[half], weights);
+      issue_sum(Traits::kDout, state, half, weights, dv, started || half > 0);
+      wgmma_wait<1>();
+      weigh_gradient(state, half, s[half], dp, ds);
+      between(half, ds);
+      issue_sum(Traits::kQ, state, half, ds, dk, started || half > 0);
+      if (half + 1 < kHalves) issue_dp(warpgroup, state, half + 1, dp);
+    }
+  }
+
+  __device__ __forceinline__ void fused_steps(int warpgroup, const Turn& turn, QueryState& state,
+                                              const KeyState& key_state, float (&dk)[kHeadDim / 2],
+                                              float (&dv)[kHeadDim / 2]) const {
+    const uint32_t ds_barrier = smem + kDsBarrier;
+    const int per_head = dq_blocks(p.Tq, kHeadDim);
+    int m = turn.begin, block = turn.block;
+    const auto last_block = [&] {
+      return m > turn.begin ? block + m - 1 : block - per_head + turn.end - 1;
+    };
+    const auto buffer_of = [](uint32_t step) { return step % Traits::kDsBuffers; };
+    v_pipe.wait(key_state);
+    bool started = false;
+    float dq[32];
+    for (int left = turn.steps; left > 0; --left) {
+      float s[kHalves][32];
+      q_pipe.wait(state);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+      add_block<kHalves>(warpgroup, m, state, s, dk, dv, started,
+                         [&](int half, const uint32_t(&ds)[4][4]) {
+        // Both warpgroups are through with the step before: its dS^T is whole, and the buffer that
+        // was read two steps ago is free.
+        if (half == 0) ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
+        share_ds(warpgroup, buffer_of(state.step), half, ds);
+        if (half + 1 < kHalves) return;
+        ptx::fence_async_proxy();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
+      });
+      issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
+      wgmma_wait<1>();
+      q_pipe.release(state);
+      dout_pipe.release(state);
+      state.advance();
+      wgmma_wait<0>();
+      // In the first step what was computed is of the tile before, or of nothing.
+      if (started) add_dq(warpgroup, last_block(), dq);
+      started = true;
+      if (++m == turn.end) {
+        m = turn.begin;
+        block += per_head;
+      }
+    }
+    ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
+    issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
+    wgmma_wait<0>();
+    add_dq(warpgroup, last_block(), dq);
+  }
+
+  __device__ __forceinline__ void split_steps(int warpgroup, const Turn& turn, QueryState& state,
+                                              const KeyState& key_state, float (&dk)[kHeadDim / 2],
+                                              float (&dv)[kHeadDim / 2]) const {
+    float s[kHalves][32];
+    bool started = false;
+    q_pipe.wait(state);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+    v_pipe.wait(key_state);
+    wgmma_wait<0>();
+    int m = turn.begin;
+    for (int left = turn.steps; left > 0; --left) {
+      add_block<-1>(warpgroup, m, state, s, dk, dv, started,
+                    [](int, const uint32_t(&)[4][4]) {});
+      started = true;
+      const QueryState last = state;
+      state.advance();
+      // After the last block the scores are those of stale data, and ignored.
+      if (left > 1) q_pipe.wait(state);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+      wgmma_wait<kHalves>();
+      q_pipe.release(last);
+      dout_pipe.release(last);
+      const int2 bounds = ptx::load_shared_8<int2>(aside(warpgroup) + 24);
+      if (++m == bounds.y) m = bounds.x;
+      wgmma_wait<0>();
+    }
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attn_bwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
+  extern __shared__ char shared[];
+  char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
+  BwdKernel<Traits> kernel(p, base);
+  if (threadIdx.x == 0) kernel.init();
+  if (threadIdx.x == 32) {  // meanwhile
+    ptx::prefetch_tensor_map(&p.q[0]);
+    ptx::prefetch_tensor_map(&p.k[0]);
+    ptx::prefetch_tensor_map(&p.dout[0]);
+    ptx::prefetch_tensor_map(&p.v[0]);
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    ptx::setmaxnreg_dec<24>();
+    if (threadIdx.x == 0) kernel.template produce<true>();
+    if (threadIdx.x == 32) kernel.template produce<false>();
+    if (threadIdx.x / 32 == 2) kernel.template produce_statistics<true>();
+    if (threadIdx.x / 32 == 3) kernel.template produce_statistics<false>();
+  } else {
+    ptx::setmaxnreg_inc<240>();
+    // Through a shuffle, so that the compiler knows it is the same for the whole warp.
+    kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
+  }
+}
+
+}  // namespace lctx::cuda
