@@ -118,13 +118,17 @@ struct BwdKernel {
     return work.head * p.per_group;
   }
 
+  // A tile that no query sees passes through the pipelines of the keys without a load, so that
+  // there is one turn for each tile.
+  __device__ __forceinline__ KeyState key_state() const { return {queue.state.step - 1}; }
+
   // ---- producers: of each of the two pipelines a thread that gives the copy engine its orders and
   // a warp that loads statistics. With 24 registers none can do more. ----
 
   // kOfQ: keys and queries, else values and dO.
   template <bool kOfQ>
-  __device__ __forceinline__ void load_keys(const KeyState& state, const KeyWork& work) const {
-    const uint32_t full = (kOfQ ? k_pipe : v_pipe).acquire(state, Traits::kKeyBytes);
+  __device__ __forceinline__ void load_keys(const KeyWork& work) const {
+    const uint32_t full = (kOfQ ? k_pipe : v_pipe).acquire(key_state(), Traits::kKeyBytes);
     const uint32_t dst = smem + (kOfQ ? Traits::kK : Traits::kV);
     const int kv_head = Traits::Keys::kv_head(p, work);
 #pragma unroll 1
@@ -139,7 +143,7 @@ struct BwdKernel {
     const uint32_t full = (kOfQ ? q_pipe : dout_pipe).acquire(state, Traits::kQueryBytes);
     const uint32_t dst = smem + (kOfQ ? Traits::kQ : Traits::kDout) +
                          state.stage() * Traits::kQueryBytes;
-#pragma unroll 1
+#pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       ptx::tma_load_5d(dst + c * chunk_bytes(kBlockM), &(kOfQ ? p.q : p.dout)[work.map], full,
                        c * kChunkColumns, row, work.phase, head, work.batch);
@@ -148,7 +152,6 @@ struct BwdKernel {
 
   template <bool kOfQ>
   __device__ __forceinline__ void produce() {
-    KeyState key_state;
     QueryState state;
     for (int index = kOfQ ? blockIdx.x : queue.take_alone(); ;
          index = kOfQ ? ptx::num_blocks() + atomicAdd(p.counter, 1) : queue.take_alone()) {
@@ -156,9 +159,11 @@ struct BwdKernel {
       if (index >= p.order.num_tiles) break;
       const KeyWork work = Tiles::find(p, index);
       const QueryRange range = queries(work, 0, kBlockN);
-      if (range.end <= range.begin) continue;
-      load_keys<kOfQ>(key_state, work);
-      key_state.advance();
+      if (range.end <= range.begin) {
+        (kOfQ ? k_pipe : v_pipe).acquire(key_state(), 0);
+        continue;
+      }
+      load_keys<kOfQ>(work);
       const int end_head = first_head(work) + p.per_group;
 #pragma unroll 1
       for (int head = first_head(work); head < end_head; ++head) {
@@ -322,11 +327,15 @@ struct BwdKernel {
     }
   }
 
-  // What a warpgroup does with a tile: blocks [begin, end) of queries for each head of the group.
+  // What a warpgroup does with a tile: `steps` blocks of queries, of which `first` is the first.
   struct Turn {
-    int begin, end, steps;
-    int block;  // of dq_sum: that of query 0 of the first head
+    int first, steps;
   };
+
+  // Blocks of dq_sum that a head has and [bounds.x, bounds.y) has not.
+  __device__ __forceinline__ int blocks_between(int2 bounds) const {
+    return dq_blocks(p.Tq, kHeadDim) - (bounds.y - bounds.x);
+  }
 
   __device__ __forceinline__ uint32_t aside(int warpgroup) const {
     return smem + Traits::kAside +
@@ -334,15 +343,18 @@ struct BwdKernel {
   }
 
   __device__ __forceinline__ void consume(int warpgroup) {
-    KeyState key_state;  // of K and V
-    QueryState state;    // of Q, dO and dS^T
+    QueryState state;  // of Q, dO and dS^T
     while (true) {
       int index = queue.take();
       if (index >= p.order.num_tiles) break;
       float dk[kHeadDim / 2], dv[kHeadDim / 2];
       const KeyWork work = Tiles::find(p, index);
       const QueryRange all = queries(work, 0, kBlockN);
+      k_pipe.wait(key_state());
+      v_pipe.wait(key_state());
       if (all.end <= all.begin) {
+        k_pipe.release(key_state());
+        v_pipe.release(key_state());
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
         Traits::Keys::finish(*this, warpgroup, work, dk, dv);
@@ -350,28 +362,26 @@ struct BwdKernel {
       }
       note_seen(warpgroup, work);
       const QueryRange own = queries(work, warpgroup * 64, 64);
-      const Turn turn{all.begin, all.end, (all.end - all.begin) * p.per_group,
-                      (work.batch * p.Hq + first_head(work)) * dq_blocks(p.Tq, kHeadDim)};
-      k_pipe.wait(key_state);
+      const Turn turn{all.begin, (all.end - all.begin) * p.per_group};
+      const int block =
+          (work.batch * p.Hq + first_head(work)) * dq_blocks(p.Tq, kHeadDim) + all.begin;
       // What only the end of the tile needs waits in shared memory.
-      ptx::store_shared_8(aside(warpgroup), make_int2(index, key_state.step));
-      ptx::store_shared_8(aside(warpgroup) + 8, make_int2(queue.state.step, 0));
+      ptx::store_shared_8(aside(warpgroup), make_int2(index, queue.state.step));
+      ptx::store_shared_4(aside(warpgroup) + 12, block);
       ptx::store_shared_8(aside(warpgroup) + 16, make_int2(own.full_begin, own.full_end));
       ptx::store_shared_8(aside(warpgroup) + 24, make_int2(all.begin, all.end));
       __syncwarp();
       if constexpr (Traits::kFused) {
-        fused_steps(warpgroup, turn, state, key_state, dk, dv);
+        fused_steps(warpgroup, turn, state, dk, dv);
       } else {
-        split_steps(warpgroup, turn, state, key_state, dk, dv);
+        split_steps(warpgroup, turn, state, dk, dv);
       }
       const int2 kept = ptx::load_shared_8<int2>(aside(warpgroup));
       index = kept.x;
-      key_state.step = kept.y;
-      queue.state.step = ptx::load_shared_8<int2>(aside(warpgroup) + 8).x;
+      queue.state.step = kept.y;
       __syncwarp();
-      k_pipe.release(key_state);
-      v_pipe.release(key_state);
-      key_state.advance();
+      k_pipe.release(key_state());
+      v_pipe.release(key_state());
       Traits::Keys::finish(*this, warpgroup, find_work_again(index), dk, dv);
     }
   }
@@ -405,25 +415,37 @@ struct BwdKernel {
   }
 
   __device__ __forceinline__ void fused_steps(int warpgroup, const Turn& turn, QueryState& state,
-                                              const KeyState& key_state, float (&dk)[kHeadDim / 2],
+                                              float (&dk)[kHeadDim / 2],
                                               float (&dv)[kHeadDim / 2]) const {
     const uint32_t ds_barrier = smem + kDsBarrier;
-    const int per_head = dq_blocks(p.Tq, kHeadDim);
-    int m = turn.begin, block = turn.block;
+    int m = turn.first;
+    // Blocks of dq_sum that this step belongs to, in shared memory, and the step before.
     const auto last_block = [&] {
-      return m > turn.begin ? block + m - 1 : block - per_head + turn.end - 1;
+      const int2 bounds = ptx::load_shared_8<int2>(aside(warpgroup) + 24);
+      const int block = ptx::load_shared_4(aside(warpgroup) + 12);
+      return m > bounds.x ? block - 1 : block - 1 - blocks_between(bounds);
+    };
+    const auto advance = [&] {
+      const int2 bounds = ptx::load_shared_8<int2>(aside(warpgroup) + 24);
+      int block = ptx::load_shared_4(aside(warpgroup) + 12) + 1;
+      if (++m == bounds.y) {
+        m = bounds.x;
+        block += blocks_between(bounds);
+      }
+      __syncwarp();
+      ptx::store_shared_4(aside(warpgroup) + 12, block);
+      __syncwarp();
     };
     const auto buffer_of = [](uint32_t step) { return step % Traits::kDsBuffers; };
-    v_pipe.wait(key_state);
     bool started = false;
-    float dq[32];
-    for (int left = turn.steps; left > 0; --left) {
-      float s[kHalves][32];
-      q_pipe.wait(state);
+    float s[kHalves][32], dq[32];
+    q_pipe.wait(state);
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
-      add_block<kHalves>(warpgroup, m, state, s, dk, dv, started,
-                         [&](int half, const uint32_t(&ds)[4][4]) {
+    for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+    wgmma_wait<0>();
+    for (int left = turn.steps; left > 0; --left) {
+      add_block<-1>(warpgroup, m, state, s, dk, dv, started,
+                    [&](int half, const uint32_t(&ds)[4][4]) {
         // Both warpgroups are through with the step before: its dS^T is whole, and the buffer that
         // was read two steps ago is free.
         if (half == 0) ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
@@ -434,18 +456,21 @@ struct BwdKernel {
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
       });
       issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
-      wgmma_wait<1>();
-      q_pipe.release(state);
-      dout_pipe.release(state);
+      const QueryState last = state;
       state.advance();
-      wgmma_wait<0>();
+      // After the last block the scores are those of stale data, and ignored.
+      if (left > 1) q_pipe.wait(state);
+      wgmma_wait<1>();
+      q_pipe.release(last);
+      dout_pipe.release(last);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+      wgmma_wait<kHalves>();
       // In the first step what was computed is of the tile before, or of nothing.
       if (started) add_dq(warpgroup, last_block(), dq);
       started = true;
-      if (++m == turn.end) {
-        m = turn.begin;
-        block += per_head;
-      }
+      advance();
+      wgmma_wait<0>();
     }
     ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
     issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
@@ -454,16 +479,15 @@ struct BwdKernel {
   }
 
   __device__ __forceinline__ void split_steps(int warpgroup, const Turn& turn, QueryState& state,
-                                              const KeyState& key_state, float (&dk)[kHeadDim / 2],
+                                              float (&dk)[kHeadDim / 2],
                                               float (&dv)[kHeadDim / 2]) const {
     float s[kHalves][32];
     bool started = false;
     q_pipe.wait(state);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
-    v_pipe.wait(key_state);
     wgmma_wait<0>();
-    int m = turn.begin;
+    int m = turn.first;
     for (int left = turn.steps; left > 0; --left) {
       add_block<-1>(warpgroup, m, state, s, dk, dv, started,
                     [](int, const uint32_t(&)[4][4]) {});
@@ -472,6 +496,7 @@ struct BwdKernel {
       state.advance();
       // After the last block the scores are those of stale data, and ignored.
       if (left > 1) q_pipe.wait(state);
+      wgmma_wait<1>();
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
       wgmma_wait<kHalves>();
