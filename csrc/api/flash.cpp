@@ -72,7 +72,12 @@ void flash_bwd_cuda(const Call& call, const FlashParams& params, const AttnGrads
   scratch.counter = static_cast<int*>(counter.mutable_data_ptr());
   cuda::launch_bwd_rows(params, grads, scratch, sum, gpu.stream());
   cuda::launch_flash_bwd(params, grads, scratch, fused, gpu.num_sms(), gpu.stream());
-  if (fused) cuda::launch_unpack_dq(params, grads, scratch.dq_sum, gpu.stream());
+  if (fused) {
+    cuda::launch_unpack_dq(params, grads, scratch.dq_sum, gpu.stream());
+  } else {
+    cuda::launch_flash_dq(params, grads, scratch.lse2, scratch.delta, scratch.counter,
+                          gpu.num_sms(), gpu.stream());
+  }
 }
 #endif
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from gpu_checks import HALF, check_gradients, gpu_qkv, needs_kernel
-from op_checks import named
 
 import lctx_kernels as lk
 from lctx_kernels import reference
@@ -12,13 +11,8 @@ pytestmark = needs_kernel("flash_bwd")
 deterministic = pytest.mark.parametrize("deterministic", [False, True])
 
 
-def check(q, k, v, *, deterministic=False, **options):
-    ours = named(
-        lk.flash_attention, "out", "lse", return_lse=True, deterministic=deterministic, **options
-    )
-    return check_gradients(
-        ours, named(reference.flash_attention, "out", "lse", **options), q, k, v
-    )
+def check(q, k, v, **options):
+    check_gradients(lk.flash_attention, reference.flash_attention, q, k, v, **options)
 
 
 @deterministic
