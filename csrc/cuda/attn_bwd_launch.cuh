@@ -10,8 +10,8 @@
 
 namespace lctx::cuda {
 
-// Key/value heads per section for queries of `queries` rows: Q, dO and dQ in fp32. Somewhat more than
-// fits the L2 cache is best: fewer blocks then add to the same rows of dQ.
+// Key/value heads per section for queries of `queries` rows: Q, dO and dQ in fp32. Somewhat more
+// than fits the L2 cache is best: fewer blocks then add to the same rows of dQ.
 constexpr int64_t kBwdBudget = int64_t{72} << 20;
 inline int64_t bwd_section(const AttnShape& s, int64_t queries) {
   const int64_t head_bytes =
@@ -30,7 +30,8 @@ void set_attention_bwd(const AttnParams& params, const AttnGrads& grads, const B
       return std::max<int64_t>(i == 0 ? ceil_div(T, step) : T / step, 1);
     };
     p.q[i] = make_rows_map(params.q, s.dtype, s.B, rows(s.Tq), s.Hq, s.Dk, Tile::kBlockM, step);
-    p.dout[i] = make_rows_map(grads.dout, s.dtype, s.B, rows(s.Tq), s.Hq, s.Dv, Tile::kBlockM, step);
+    p.dout[i] =
+        make_rows_map(grads.dout, s.dtype, s.B, rows(s.Tq), s.Hq, s.Dv, Tile::kBlockM, step);
     p.k[i] = make_rows_map(params.k, s.dtype, s.B, rows(s.Tk), s.Hkv, s.Dk, Tile::kBlockN, step);
     p.v[i] = make_rows_map(params.v, s.dtype, s.B, rows(s.Tk), s.Hkv, s.Dv, Tile::kBlockN, step);
   }

@@ -1,4 +1,5 @@
-// Math: with P_ij = exp(scale q_i . k_j - lse_i), dP_ij = dO_i . v_j, dS_ij = P_ij (dP_ij - delta_i):
+// Math: with P_ij = exp(scale q_i . k_j - lse_i), dP_ij = dO_i . v_j, dS_ij = P_ij (dP_ij -
+// delta_i):
 //       dV_j = sum_i P_ij dO_i,  dK_j = scale sum_i dS_ij q_i,  dQ_i = scale sum_j dS_ij k_j.
 // Tile map: persistent blocks of one producer warp and two warpgroups of 64 keys; a tile is (batch,
 //       key/value head, 128 keys), its queries are walked in blocks of kBlockM, head by head of the
@@ -74,8 +75,7 @@ struct BwdKernel {
   static constexpr int kQueryBarriers = Traits::kBarriers + 2 * KeyPipeline::kBytes;
   static constexpr int kDsBarrier = kQueryBarriers + 2 * QueryPipeline::kBytes;
   static constexpr int kQueue = kDsBarrier + 8;
-  static_assert(kQueue + TileQueue::kBytes <= Traits::kBarriers + 256,
-                "no room for the barriers");
+  static_assert(kQueue + TileQueue::kBytes <= Traits::kBarriers + 256, "no room for the barriers");
 
   const typename Traits::Params& p;
   const uint32_t smem;
@@ -141,8 +141,8 @@ struct BwdKernel {
   __device__ __forceinline__ void load_queries(const QueryState& state, const KeyWork& work,
                                                int head, int row) const {
     const uint32_t full = (kOfQ ? q_pipe : dout_pipe).acquire(state, Traits::kQueryBytes);
-    const uint32_t dst = smem + (kOfQ ? Traits::kQ : Traits::kDout) +
-                         state.stage() * Traits::kQueryBytes;
+    const uint32_t dst =
+        smem + (kOfQ ? Traits::kQ : Traits::kDout) + state.stage() * Traits::kQueryBytes;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       ptx::tma_load_5d(dst + c * chunk_bytes(kBlockM), &(kOfQ ? p.q : p.dout)[work.map], full,
@@ -153,7 +153,7 @@ struct BwdKernel {
   template <bool kOfQ>
   __device__ __forceinline__ void produce() {
     QueryState state;
-    for (int index = kOfQ ? blockIdx.x : queue.take_alone(); ;
+    for (int index = kOfQ ? blockIdx.x : queue.take_alone();;
          index = kOfQ ? ptx::num_blocks() + atomicAdd(p.counter, 1) : queue.take_alone()) {
       if (kOfQ) queue.publish(index);
       if (index >= p.order.num_tiles) break;
@@ -188,16 +188,15 @@ struct BwdKernel {
       const QueryRange range = queries(work, 0, kBlockN);
       if (range.end <= range.begin) continue;
       const int lane = static_cast<int>(threadIdx.x % 32);
-      const float* from =
-          (kOfQ ? p.lse2 : p.delta) +
-          (static_cast<int64_t>(work.batch) * p.Hq + first_head(work)) * p.Tq;
+      const float* from = (kOfQ ? p.lse2 : p.delta) +
+                          (static_cast<int64_t>(work.batch) * p.Hq + first_head(work)) * p.Tq;
 #pragma unroll 1
       for (int head = 0; head < p.per_group; ++head, from += p.Tq) {
 #pragma unroll 1
         for (int m = range.begin; m < range.end; ++m) {
           ptx::mbarrier_wait(pipe.empty + state.stage() * 8, state.phase() ^ 1);
-          const uint32_t to = smem + (kOfQ ? Traits::kLse2 : Traits::kDelta) +
-                              (state.stage() * kBlockM + lane) * 4;
+          const uint32_t to =
+              smem + (kOfQ ? Traits::kLse2 : Traits::kDelta) + (state.stage() * kBlockM + lane) * 4;
 #pragma unroll
           for (int i = 0; i < kBlockM / 32; ++i) {
             const int at = position(work, m * kBlockM + lane + 32 * i);
@@ -249,7 +248,8 @@ struct BwdKernel {
     wgmma_commit();
   }
   __device__ __forceinline__ void add_dq(int warpgroup, int block, const float (&dq)[32]) const {
-    float* to = p.dq_sum + (int64_t{block} * 2 + warpgroup) * kDqPartFloats + warpgroup_thread() * 4;
+    float* to =
+        p.dq_sum + (int64_t{block} * 2 + warpgroup) * kDqPartFloats + warpgroup_thread() * 4;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       ptx::red_add_v4(to + j * 512, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
@@ -389,10 +389,10 @@ struct BwdKernel {
   // dV and dK of a block; scores of its halves are there or on their way, with `pending` groups of
   // products issued after those of the first. `between` runs before the last product is issued.
   template <int kPending, class Between>
-  __device__ __forceinline__ void add_block(int warpgroup, int m,
-                                            const QueryState& state, float (&s)[kHalves][32],
-                                            float (&dk)[kHeadDim / 2], float (&dv)[kHeadDim / 2],
-                                            bool started, Between&& between) const {
+  __device__ __forceinline__ void add_block(int warpgroup, int m, const QueryState& state,
+                                            float (&s)[kHalves][32], float (&dk)[kHeadDim / 2],
+                                            float (&dv)[kHeadDim / 2], bool started,
+                                            Between&& between) const {
     float dp[32];
     uint32_t weights[4][4], ds[4][4];
     dout_pipe.wait(state);
@@ -445,16 +445,16 @@ struct BwdKernel {
     wgmma_wait<0>();
     for (int left = turn.steps; left > 0; --left) {
       add_block<-1>(warpgroup, m, state, s, dk, dv, started,
-                    [&](int half, const uint32_t(&ds)[4][4]) {
-        // Both warpgroups are through with the step before: its dS^T is whole, and the buffer that
-        // was read two steps ago is free.
-        if (half == 0) ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
-        share_ds(warpgroup, buffer_of(state.step), half, ds);
-        if (half + 1 < kHalves) return;
-        ptx::fence_async_proxy();
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
-      });
+                    [&](int half, const uint32_t (&ds)[4][4]) {
+                      // Both warpgroups are through with the step before: its dS^T is whole, and
+                      // the buffer that was read two steps ago is free.
+                      if (half == 0) ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
+                      share_ds(warpgroup, buffer_of(state.step), half, ds);
+                      if (half + 1 < kHalves) return;
+                      ptx::fence_async_proxy();
+                      __syncwarp();
+                      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
+                    });
       issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
       const QueryState last = state;
       state.advance();
@@ -489,8 +489,7 @@ struct BwdKernel {
     wgmma_wait<0>();
     int m = turn.first;
     for (int left = turn.steps; left > 0; --left) {
-      add_block<-1>(warpgroup, m, state, s, dk, dv, started,
-                    [](int, const uint32_t(&)[4][4]) {});
+      add_block<-1>(warpgroup, m, state, s, dk, dv, started, [](int, const uint32_t (&)[4][4]) {});
       started = true;
       const QueryState last = state;
       state.advance();

@@ -1,5 +1,5 @@
-// Math: none; which keys a tile of the key-stationary backward works on, and which queries see them.
-// Tile map: a tile number stands for (key/value head, batch, block of keys):
+// Math: none; which keys a tile of the key-stationary backward works on, and which queries see
+// them. Tile map: a tile number stands for (key/value head, batch, block of keys):
 //       DenseKeys    blocks of the whole sequence
 //       ListedKeys   blocks of what a policy of attn_fwd_tiles.cuh lists: documents, segments.
 //                    Queries and keys are rows of the same kind there.

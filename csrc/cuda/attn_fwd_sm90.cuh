@@ -458,12 +458,13 @@ struct FwdKernel {
   }
 };
 
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
-    attn_fwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
+// A thread block: one warpgroup that loads, the others compute.
+template <class Kernel>
+__device__ __forceinline__ void run_tiles(const typename Kernel::Traits::Params& p) {
+  using Traits = typename Kernel::Traits;
   extern __shared__ char shared[];
   char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
-  FwdKernel<Traits> kernel(p, base);
+  Kernel kernel(p, base);
   if constexpr (Traits::Rows::kCarries || Traits::Tiles::kSplitsKeys) ptx::grid_dependents_launch();
   if constexpr (Traits::Rows::kRetrieves) Traits::Rows::init(kernel);
   if (threadIdx.x == 0) kernel.init();
@@ -484,6 +485,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     // Through a shuffle, so that the compiler knows it is the same for the whole warp.
     kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
   }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attn_fwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
+  run_tiles<FwdKernel<Traits>>(p);
 }
 
 }  // namespace lctx::cuda

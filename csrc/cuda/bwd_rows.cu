@@ -1,4 +1,5 @@
-// Math: what the backward needs of every row: lse2 = lse / log 2, +inf where the row sees no key (its
+// Math: what the backward needs of every row: lse2 = lse / log 2, +inf where the row sees no key
+// (its
 //       weights are then 0), and delta = sum_d dout_d out_d - dlse.
 // Tile map: rows in the order of memory (b, t, h), `lanes` threads to a row, 128 / lanes rows to a
 //       block; a lane takes packs of 16 bytes.
@@ -30,11 +31,10 @@ struct RowsParams {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    bwd_rows_kernel(const __grid_constant__ RowsParams p) {
+__global__ void __launch_bounds__(kThreads) bwd_rows_kernel(const __grid_constant__ RowsParams p) {
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.y * blockDim.x +
-                         threadIdx.x;
+  const int64_t thread =
+      static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.y * blockDim.x + threadIdx.x;
   for (int64_t i = thread; i < p.num_zeros; i += threads) p.zeros[i] = float4{};
   if (thread == 0) *p.counter = 0;
 
@@ -86,8 +86,8 @@ void launch_bwd_rows(const AttnParams& params, const AttnGrads& grads, const Bwd
   const int lanes = std::min(next_power_of_two(ceil_div(s.Dv, 8)), 32);
   const dim3 block(lanes, kThreads / lanes);
   const dim3 grid(static_cast<unsigned>(std::max<int64_t>(ceil_div(p.rows, block.y), 1)));
-  const auto kernel = s.dtype == DType::kBFloat16 ? bwd_rows_kernel<__nv_bfloat16>
-                                                  : bwd_rows_kernel<__half>;
+  const auto kernel =
+      s.dtype == DType::kBFloat16 ? bwd_rows_kernel<__nv_bfloat16> : bwd_rows_kernel<__half>;
   kernel<<<grid, block, 0, stream>>>(p);
   check_launch("bwd_rows_kernel", grid, block, stream);
 }

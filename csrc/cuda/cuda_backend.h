@@ -37,6 +37,10 @@ void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const B
                       bool fused, int num_sms, Stream stream);
 void launch_unpack_dq(const AttnParams& params, const AttnGrads& grads, const float* dq_sum,
                       Stream stream);
+// The backward's gradient of the queries: writes grads.dq. `lse2` and `delta` are fp32 (B, Hq, Tq)
+// contiguous: lse log2 e, +inf where lse is -inf, and rowsum(dout out) - dlse. `counter` as below.
+void launch_flash_dq(const FlashParams& params, const AttnGrads& grads, const float* lse2,
+                     const float* delta, int* counter, int num_sms, Stream stream);
 
 // `counter` is an int on the device that the launch zeroes and uses.
 void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, Stream stream);

@@ -1,5 +1,6 @@
 // Math: dq = scale * the sum that the fused backward made in fp32 (dq_sum.cuh), in the input dtype.
-// Tile map: a block of 256 threads to a part of 64 x 64; a thread takes 8 columns of two rows, which
+// Tile map: a block of 256 threads to a part of 64 x 64; a thread takes 8 columns of two rows,
+// which
 //       lie 64 bytes in a row in the sum.
 // Pipeline: none.
 // Memory: the sum once, dq once: 8 threads write 128 bytes of a row.
@@ -41,9 +42,10 @@ __global__ void __launch_bounds__(256) unpack_dq_kernel(const __grid_constant__ 
   const int column = (kHeadDim == 64 ? 0 : part * 64) + 8 * j;
   const int row = m * dq_block_rows(kHeadDim) + (kHeadDim == 64 ? part * 64 : 0) + warp * 16 + row8;
   if (column >= p.D) return;
-  T* to = static_cast<T*>(p.dq.data) + b * p.dq.stride_b + row * p.dq.stride_t +
-          h * p.dq.stride_h + column;
-  if (row < p.Tq) *reinterpret_cast<uint4*>(to) = make_uint4(upper[0], upper[1], upper[2], upper[3]);
+  T* to = static_cast<T*>(p.dq.data) + b * p.dq.stride_b + row * p.dq.stride_t + h * p.dq.stride_h +
+          column;
+  if (row < p.Tq)
+    *reinterpret_cast<uint4*>(to) = make_uint4(upper[0], upper[1], upper[2], upper[3]);
   if (row + 8 < p.Tq) {
     *reinterpret_cast<uint4*>(to + 8 * p.dq.stride_t) =
         make_uint4(lower[0], lower[1], lower[2], lower[3]);
