@@ -203,29 +203,6 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   return x;
 }
 
-__device__ __forceinline__ int load_shared_4(uint32_t address) {
-  int x;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-  return x;
-}
-__device__ __forceinline__ void store_shared_4(uint32_t address, int x) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
-}
-// Two words, as float2 or int2.
-template <class Pair>
-__device__ __forceinline__ Pair load_shared_8(uint32_t address) {
-  uint32_t x, y;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(address));
-  if constexpr (sizeof(decltype(Pair::x)) == 4 && static_cast<decltype(Pair::x)>(0.5f) == 0) {
-    return {static_cast<int>(x), static_cast<int>(y)};
-  } else {
-    return {__uint_as_float(x), __uint_as_float(y)};
-  }
-}
-__device__ __forceinline__ void store_shared_8(uint32_t address, int2 x) {
-  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
-}
-
 // Adds four neighbouring floats in global memory, 16-byte aligned.
 __device__ __forceinline__ void red_add_v4(float* p, float a, float b, float c, float d) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(

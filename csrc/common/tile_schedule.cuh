@@ -8,6 +8,7 @@
 
 #include "math.cuh"
 #include "pipeline.cuh"
+#include "ptx_words.cuh"
 
 namespace lctx {
 

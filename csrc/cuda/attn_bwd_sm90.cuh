@@ -17,197 +17,24 @@
 // Limits: those of attn_fwd_sm90.cuh; D <= 128.
 #pragma once
 
-#include "attn_bwd_keys.cuh"
-#include "attn_fwd_scores.cuh"
-#include "dq_sum.cuh"
+#include "../common/ptx_words.cuh"
+#include "attn_bwd_load.cuh"
 
 namespace lctx::cuda {
 
-template <class T_, int kHeadDim_, bool kFused_>
-struct BwdTile {
-  using T = T_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kFused = kFused_;
-  static constexpr int kConsumers = 2, kBlockN = 64 * kConsumers;
-  static constexpr int kBlockM = dq_block_rows(kHeadDim), kHalves = kBlockM / 64;
-  static constexpr int kStages = kFused ? 2 : 4;
-  static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kKeyBytes = tile_bytes(kBlockN, kHeadDim);
-  static constexpr int kQueryBytes = tile_bytes(kBlockM, kHeadDim);
-  static constexpr int kDsBytes = tile_bytes(kBlockN, kBlockM);
-  static constexpr int kDsBuffers = 3;
-  static constexpr int kK = 0, kV = kKeyBytes, kQ = 2 * kKeyBytes;
-  static constexpr int kDout = kQ + kStages * kQueryBytes;
-  static constexpr int kDs = kDout + kStages * kQueryBytes;
-  static constexpr int kLse2 = kDs + (kFused ? kDsBuffers * kDsBytes : 0);
-  static constexpr int kDelta = kLse2 + kStages * kBlockM * 4;
-  static constexpr int kSeen = kDelta + kStages * kBlockM * 4;
-  static constexpr int kAsideBytes = 32;  // per warp
-  static constexpr int kAside = kSeen + kBlockN * 8;
-  static constexpr int kBarriers = kAside + 4 * kConsumers * kAsideBytes;
-  static constexpr int kSharedBytes = kBarriers + 256 + 1024;  // and alignment
-};
-
-template <class Tile, class Tiles_, class Keys_, bool kWindowed_>
-struct BwdTraits : Tile {
-  using Tiles = Tiles_;
-  using Keys = Keys_;
-  static constexpr bool kWindowed = kWindowed_;
-  struct Params : BwdParams, Tiles_::Params, Keys_::Params {
-    using Tiles = Tiles_;
-  };
-};
-
 template <class Traits_>
-struct BwdKernel {
+struct BwdKernel : BwdLoads<Traits_> {
+  using Base = BwdLoads<Traits_>;
   using Traits = Traits_;
-  using T = typename Traits::T;
-  using Tiles = typename Traits::Tiles;
-  static constexpr int kHeadDim = Traits::kHeadDim;
-  static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
-  static constexpr int kHalves = Traits::kHalves;
-  static constexpr int kChunks = kHeadDim / kChunkColumns;
-  static constexpr int kConsumerWarps = 4 * Traits::kConsumers;
-  using KeyPipeline = Pipeline<1>;
-  using KeyState = PipelineState<1>;
-  using QueryPipeline = Pipeline<Traits::kStages>;
-  using QueryState = PipelineState<Traits::kStages>;
-  static constexpr int kQueryBarriers = Traits::kBarriers + 2 * KeyPipeline::kBytes;
-  static constexpr int kDsBarrier = kQueryBarriers + 2 * QueryPipeline::kBytes;
-  static constexpr int kQueue = kDsBarrier + 8;
-  static_assert(kQueue + TileQueue::kBytes <= Traits::kBarriers + 256, "no room for the barriers");
-
-  const typename Traits::Params& p;
-  const uint32_t smem;
-  KeyPipeline k_pipe, v_pipe;
-  QueryPipeline q_pipe, dout_pipe;
-  TileQueue queue;
-
-  __device__ __forceinline__ BwdKernel(const typename Traits::Params& params, char* base)
-      : p(params),
-        smem(ptx::smem_address(base)),
-        k_pipe(smem + Traits::kBarriers),
-        v_pipe(smem + Traits::kBarriers + KeyPipeline::kBytes),
-        q_pipe(smem + kQueryBarriers),
-        dout_pipe(smem + kQueryBarriers + QueryPipeline::kBytes),
-        queue(smem + kQueue) {}
-
-  __device__ __forceinline__ void init() const {
-    k_pipe.init(kConsumerWarps);
-    v_pipe.init(kConsumerWarps);
-    q_pipe.init(kConsumerWarps, 32);
-    dout_pipe.init(kConsumerWarps, 32);
-    queue.pipeline.init(kConsumerWarps + 3);
-    ptx::mbarrier_init(smem + kDsBarrier, kConsumerWarps);
-    ptx::fence_mbarrier_init();
-  }
-
-  __device__ __forceinline__ int position(const KeyWork& work, int row) const {
-    if constexpr (Tiles::kStrided) return row * p.rate + work.phase;
-    return row;
-  }
-  __device__ __forceinline__ QueryRange queries(const KeyWork& work, int first, int keys) const {
-    return query_range<Traits::kWindowed, kBlockM>(p, work, work.key0 + first,
-                                                   work.key0 + first + keys - 1);
-  }
-  __device__ __forceinline__ KeyWork find_work_again(int index) const {
-    return Tiles::find(p, ptx::opaque(index));
-  }
-  // Query heads that read the tile's keys: first and number.
-  __device__ __forceinline__ int first_head(const KeyWork& work) const {
-    return work.head * p.per_group;
-  }
-
-  // A tile that no query sees passes through the pipelines of the keys without a load, so that
-  // there is one turn for each tile.
-  __device__ __forceinline__ KeyState key_state() const { return {queue.state.step - 1}; }
-
-  // ---- producers: of each of the two pipelines a thread that gives the copy engine its orders and
-  // a warp that loads statistics. With 24 registers none can do more. ----
-
-  // kOfQ: keys and queries, else values and dO.
-  template <bool kOfQ>
-  __device__ __forceinline__ void load_keys(const KeyWork& work) const {
-    const uint32_t full = (kOfQ ? k_pipe : v_pipe).acquire(key_state(), Traits::kKeyBytes);
-    const uint32_t dst = smem + (kOfQ ? Traits::kK : Traits::kV);
-    const int kv_head = Traits::Keys::kv_head(p, work);
-#pragma unroll 1
-    for (int c = 0; c < kChunks; ++c) {
-      ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), &(kOfQ ? p.k : p.v)[work.map], full,
-                       c * kChunkColumns, work.key0, work.phase, kv_head, work.batch);
-    }
-  }
-  template <bool kOfQ>
-  __device__ __forceinline__ void load_queries(const QueryState& state, const KeyWork& work,
-                                               int head, int row) const {
-    const uint32_t full = (kOfQ ? q_pipe : dout_pipe).acquire(state, Traits::kQueryBytes);
-    const uint32_t dst =
-        smem + (kOfQ ? Traits::kQ : Traits::kDout) + state.stage() * Traits::kQueryBytes;
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      ptx::tma_load_5d(dst + c * chunk_bytes(kBlockM), &(kOfQ ? p.q : p.dout)[work.map], full,
-                       c * kChunkColumns, row, work.phase, head, work.batch);
-    }
-  }
-
-  template <bool kOfQ>
-  __device__ __forceinline__ void produce() {
-    QueryState state;
-    for (int index = kOfQ ? blockIdx.x : queue.take_alone();;
-         index = kOfQ ? ptx::num_blocks() + atomicAdd(p.counter, 1) : queue.take_alone()) {
-      if (kOfQ) queue.publish(index);
-      if (index >= p.order.num_tiles) break;
-      const KeyWork work = Tiles::find(p, index);
-      const QueryRange range = queries(work, 0, kBlockN);
-      if (range.end <= range.begin) {
-        (kOfQ ? k_pipe : v_pipe).acquire(key_state(), 0);
-        continue;
-      }
-      load_keys<kOfQ>(work);
-      const int end_head = first_head(work) + p.per_group;
-#pragma unroll 1
-      for (int head = first_head(work); head < end_head; ++head) {
-#pragma unroll 1
-        for (int m = range.begin; m < range.end; ++m) {
-          load_queries<kOfQ>(state, work, head, m * kBlockM);
-          state.advance();
-        }
-      }
-    }
-  }
-
-  // lse2 or delta, by a warp.
-  template <bool kOfQ>
-  __device__ __forceinline__ void produce_statistics() {
-    const QueryPipeline& pipe = kOfQ ? q_pipe : dout_pipe;
-    QueryState state;
-    while (true) {
-      const int index = queue.take();
-      if (index >= p.order.num_tiles) break;
-      const KeyWork work = Tiles::find(p, index);
-      const QueryRange range = queries(work, 0, kBlockN);
-      if (range.end <= range.begin) continue;
-      const int lane = static_cast<int>(threadIdx.x % 32);
-      const float* from = (kOfQ ? p.lse2 : p.delta) +
-                          (static_cast<int64_t>(work.batch) * p.Hq + first_head(work)) * p.Tq;
-#pragma unroll 1
-      for (int head = 0; head < p.per_group; ++head, from += p.Tq) {
-#pragma unroll 1
-        for (int m = range.begin; m < range.end; ++m) {
-          ptx::mbarrier_wait(pipe.empty + state.stage() * 8, state.phase() ^ 1);
-          const uint32_t to =
-              smem + (kOfQ ? Traits::kLse2 : Traits::kDelta) + (state.stage() * kBlockM + lane) * 4;
-#pragma unroll
-          for (int i = 0; i < kBlockM / 32; ++i) {
-            const int at = position(work, m * kBlockM + lane + 32 * i);
-            ptx::cp_async_4(to + i * 128, from + (at < p.Tq ? at : 0), at < p.Tq);
-          }
-          ptx::cp_async_arrive(pipe.full + state.stage() * 8);
-          state.advance();
-        }
-      }
-    }
-  }
+  using Base::BwdLoads;
+  using Base::first_head, Base::find_work_again, Base::key_state, Base::queries;
+  using Base::k_pipe, Base::v_pipe, Base::q_pipe, Base::dout_pipe;
+  using Base::kBlockM, Base::kBlockN, Base::kHalves, Base::kHeadDim;
+  using Base::kDsBarrier;
+  using Base::p, Base::smem, Base::queue;
+  using typename Base::QueryState;
+  using typename Base::T;
+  using typename Base::Tiles;
 
   // ---- consumers: 64 keys of a warpgroup, 64 queries (a half of a block for D 64) at a time ----
 
@@ -263,7 +90,7 @@ struct BwdKernel {
     const int key = warpgroup * 64 + static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane;
     if (lane < 16) {
       const int2 seen = queries_of<Traits::kWindowed>(p, work, work.key0 + key);
-      ptx::store_shared_8(smem + Traits::kSeen + key * 8, seen);
+      ptx::store_shared_int2(smem + Traits::kSeen + key * 8, seen);
     }
     __syncwarp();
   }
@@ -274,7 +101,7 @@ struct BwdKernel {
     first += fragment_column(thread);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int2 range = ptx::load_shared_8<int2>(seen + row * 64);
+      const int2 range = ptx::load_shared_int2(seen + row * 64);
       mask_columns<64>(s, row, range.x - first, range.y - first);
     }
   }
@@ -282,8 +109,8 @@ struct BwdKernel {
   // Statistics of the two neighbouring queries of column group j.
   __device__ __forceinline__ float2 stat(int offset, const QueryState& state, int half,
                                          int j) const {
-    return ptx::load_shared_8<float2>(smem + offset + (state.stage() * kBlockM + half * 64) * 4 +
-                                      32 * j + fragment_column(threadIdx.x % 128) * 4);
+    return ptx::load_shared_float2(smem + offset + (state.stage() * kBlockM + half * 64) * 4 +
+                                   32 * j + fragment_column(threadIdx.x % 128) * 4);
   }
 
   // S^T -> P^T, in s and packed.
@@ -366,17 +193,17 @@ struct BwdKernel {
       const int block =
           (work.batch * p.Hq + first_head(work)) * dq_blocks(p.Tq, kHeadDim) + all.begin;
       // What only the end of the tile needs waits in shared memory.
-      ptx::store_shared_8(aside(warpgroup), make_int2(index, queue.state.step));
+      ptx::store_shared_int2(aside(warpgroup), make_int2(index, queue.state.step));
       ptx::store_shared_4(aside(warpgroup) + 12, block);
-      ptx::store_shared_8(aside(warpgroup) + 16, make_int2(own.full_begin, own.full_end));
-      ptx::store_shared_8(aside(warpgroup) + 24, make_int2(all.begin, all.end));
+      ptx::store_shared_int2(aside(warpgroup) + 16, make_int2(own.full_begin, own.full_end));
+      ptx::store_shared_int2(aside(warpgroup) + 24, make_int2(all.begin, all.end));
       __syncwarp();
       if constexpr (Traits::kFused) {
         fused_steps(warpgroup, turn, state, dk, dv);
       } else {
         split_steps(warpgroup, turn, state, dk, dv);
       }
-      const int2 kept = ptx::load_shared_8<int2>(aside(warpgroup));
+      const int2 kept = ptx::load_shared_int2(aside(warpgroup));
       index = kept.x;
       queue.state.step = kept.y;
       __syncwarp();
@@ -400,7 +227,7 @@ struct BwdKernel {
     if constexpr (kPending >= 0) wgmma_wait<kPending>();
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      const int2 full = ptx::load_shared_8<int2>(aside(warpgroup) + 16);
+      const int2 full = ptx::load_shared_int2(aside(warpgroup) + 16);
       if (m < full.x || m >= full.y) {
         mask(warpgroup, m * kBlockM + half * 64, s[half]);
       }
@@ -421,12 +248,12 @@ struct BwdKernel {
     int m = turn.first;
     // Blocks of dq_sum that this step belongs to, in shared memory, and the step before.
     const auto last_block = [&] {
-      const int2 bounds = ptx::load_shared_8<int2>(aside(warpgroup) + 24);
+      const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
       const int block = ptx::load_shared_4(aside(warpgroup) + 12);
       return m > bounds.x ? block - 1 : block - 1 - blocks_between(bounds);
     };
     const auto advance = [&] {
-      const int2 bounds = ptx::load_shared_8<int2>(aside(warpgroup) + 24);
+      const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
       int block = ptx::load_shared_4(aside(warpgroup) + 12) + 1;
       if (++m == bounds.y) {
         m = bounds.x;
@@ -501,7 +328,7 @@ struct BwdKernel {
       wgmma_wait<kHalves>();
       q_pipe.release(last);
       dout_pipe.release(last);
-      const int2 bounds = ptx::load_shared_8<int2>(aside(warpgroup) + 24);
+      const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
       if (++m == bounds.y) m = bounds.x;
       wgmma_wait<0>();
     }
