@@ -58,19 +58,11 @@ std::tuple<Tensor, Tensor> flash_fwd(const Tensor& q, const Tensor& k, const Ten
 #ifdef LCTX_WITH_CUDA
 void flash_bwd_cuda(const Call& call, const FlashParams& params, const AttnGrads& grads,
                     bool fused) {
-  const AttnShape& s = params.shape;
-  check_tma(call, params);
-  call.check_aligned({{"dout", grads.dout, s.B, s.Tq, s.Hq}, {"out", params.out, s.B, s.Tq, s.Hq}});
+  check_bwd(call, params, grads);
   const CudaCall gpu(call);
-  const int64_t sum = fused ? cuda::flash_dq_sum_floats(s) : 0;
-  Tensor rows = call.new_stat({2, s.B, s.Hq, s.Tq}), dq_sum = call.new_stat({sum});
-  Tensor counter = call.new_plain(ScalarType::Int, {1});
-  cuda::BwdScratch scratch;
-  scratch.lse2 = static_cast<float*>(rows.mutable_data_ptr());
-  scratch.delta = scratch.lse2 + s.B * s.Hq * s.Tq;
-  scratch.dq_sum = static_cast<float*>(dq_sum.mutable_data_ptr());
-  scratch.counter = static_cast<int*>(counter.mutable_data_ptr());
-  cuda::launch_bwd_rows(params, grads, scratch, sum, gpu.stream());
+  const BwdBuffers buffers(call, params.shape, fused ? cuda::flash_dq_sum_floats(params.shape) : 0);
+  const cuda::BwdScratch& scratch = buffers.scratch;
+  cuda::launch_bwd_rows(params, grads, scratch, buffers.dq_floats, gpu.stream());
   cuda::launch_flash_bwd(params, grads, scratch, fused, gpu.num_sms(), gpu.stream());
   if (fused) {
     cuda::launch_unpack_dq(params, grads, scratch.dq_sum, gpu.stream());

@@ -42,6 +42,8 @@ void set_attention_bwd(const AttnParams& params, const AttnGrads& grads, const B
   p.dq_sum = scratch.dq_sum;
   p.counter = scratch.counter;
   p.per_group = static_cast<int>(s.Hq / s.Hkv);
+  p.head_step = 1;
+  p.blocks_per_head = dq_blocks(s.Tq, Tile::kHeadDim);
   p.Hq = static_cast<int>(s.Hq);
   p.Tq = static_cast<int>(s.Tq);
   p.Tk = static_cast<int>(s.Tk);

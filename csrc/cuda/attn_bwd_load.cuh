@@ -101,9 +101,13 @@ struct BwdLoads {
   __device__ __forceinline__ KeyWork find_work_again(int index) const {
     return Tiles::find(p, ptx::opaque(index));
   }
-  // The first of the per_group query heads that read the tile's keys.
-  __device__ __forceinline__ int first_head(const KeyWork& work) const {
-    return work.head * p.per_group;
+  // Steps of a tile: blocks of queries, for each of its query heads.
+  __device__ __forceinline__ int num_steps(const KeyWork& work, const QueryRange& range) const {
+    int heads = work.end_head - work.first_head;
+    if constexpr (Tiles::kStrided) {
+      if (!p.offset_block) heads = p.per_phase.divide(heads + p.rate - 1);
+    }
+    return (range.end - range.begin) * heads;
   }
 
   // A tile that no query sees passes through the pipelines of the keys without a load, so that
@@ -118,11 +122,10 @@ struct BwdLoads {
   __device__ __forceinline__ void load_keys(const KeyWork& work) const {
     const uint32_t full = (kOfQ ? k_pipe : v_pipe).acquire(key_state(), Traits::kKeyBytes);
     const uint32_t dst = smem + (kOfQ ? Traits::kK : Traits::kV);
-    const int kv_head = Traits::Keys::kv_head(p, work);
 #pragma unroll 1
     for (int c = 0; c < kChunks; ++c) {
       ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), &(kOfQ ? p.k : p.v)[work.map], full,
-                       c * kChunkColumns, work.key0, work.phase, kv_head, work.batch);
+                       c * kChunkColumns, work.key0, work.phase, work.head, work.batch);
     }
   }
   template <bool kOfQ>
@@ -152,12 +155,11 @@ struct BwdLoads {
         continue;
       }
       load_keys<kOfQ>(work);
-      const int end_head = first_head(work) + p.per_group;
 #pragma unroll 1
-      for (int head = first_head(work); head < end_head; ++head) {
+      for (int head = work.first_head; head < work.end_head; head += p.head_step) {
 #pragma unroll 1
         for (int m = range.begin; m < range.end; ++m) {
-          load_queries<kOfQ>(state, work, head, m * kBlockM);
+          load_queries<kOfQ>(state, work, head, work.origin + m * kBlockM);
           state.advance();
         }
       }
@@ -176,10 +178,10 @@ struct BwdLoads {
       const QueryRange range = queries(work, 0, kBlockN);
       if (range.end <= range.begin) continue;
       const int lane = static_cast<int>(threadIdx.x % 32);
-      const float* from = (kOfQ ? p.lse2 : p.delta) +
-                          (static_cast<int64_t>(work.batch) * p.Hq + first_head(work)) * p.Tq;
 #pragma unroll 1
-      for (int head = 0; head < p.per_group; ++head, from += p.Tq) {
+      for (int head = work.first_head; head < work.end_head; head += p.head_step) {
+        const float* from =
+            (kOfQ ? p.lse2 : p.delta) + (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq;
 #pragma unroll 1
         for (int m = range.begin; m < range.end; ++m) {
           ptx::mbarrier_wait(pipe.empty + state.stage() * 8, state.phase() ^ 1);
@@ -187,7 +189,7 @@ struct BwdLoads {
               smem + (kOfQ ? Traits::kLse2 : Traits::kDelta) + (state.stage() * kBlockM + lane) * 4;
 #pragma unroll
           for (int i = 0; i < kBlockM / 32; ++i) {
-            const int at = position(work, m * kBlockM + lane + 32 * i);
+            const int at = position(work, work.origin + m * kBlockM + lane + 32 * i);
             ptx::cp_async_4(to + i * 128, from + (at < p.Tq ? at : 0), at < p.Tq);
           }
           ptx::cp_async_arrive(pipe.full + state.stage() * 8);

@@ -27,10 +27,10 @@ struct BwdKernel : BwdLoads<Traits_> {
   using Base = BwdLoads<Traits_>;
   using Traits = Traits_;
   using Base::BwdLoads;
-  using Base::first_head, Base::find_work_again, Base::key_state, Base::queries;
   using Base::k_pipe, Base::v_pipe, Base::q_pipe, Base::dout_pipe;
   using Base::kBlockM, Base::kBlockN, Base::kHalves, Base::kHeadDim;
   using Base::kDsBarrier;
+  using Base::num_steps, Base::find_work_again, Base::key_state, Base::queries;
   using Base::p, Base::smem, Base::queue;
   using typename Base::QueryState;
   using typename Base::T;
@@ -83,18 +83,19 @@ struct BwdKernel : BwdLoads<Traits_> {
     }
   }
 
-  // The queries that see each key, in shared memory: registers are scarce in the main loop. Every
-  // warp keeps those of its own 16 keys.
+  // The queries, from the origin, that see each key, in shared memory: registers are scarce in the
+  // main loop. Every warp keeps those of its own 16 keys.
   __device__ __forceinline__ void note_seen(int warpgroup, const KeyWork& work) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int key = warpgroup * 64 + static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane;
     if (lane < 16) {
       const int2 seen = queries_of<Traits::kWindowed>(p, work, work.key0 + key);
-      ptx::store_shared_int2(smem + Traits::kSeen + key * 8, seen);
+      ptx::store_shared_int2(smem + Traits::kSeen + key * 8,
+                             make_int2(seen.x - work.origin, seen.y - work.origin));
     }
     __syncwarp();
   }
-  // `first`: the first query.
+  // `first`: the first query, from the origin.
   __device__ __forceinline__ void mask(int warpgroup, int first, float (&s)[32]) const {
     const int thread = warpgroup_thread();
     const uint32_t seen = smem + Traits::kSeen + (warpgroup * 64 + fragment_row(thread)) * 8;
@@ -159,9 +160,9 @@ struct BwdKernel : BwdLoads<Traits_> {
     int first, steps;
   };
 
-  // Blocks of dq_sum that a head has and [bounds.x, bounds.y) has not.
+  // From the end of a head's blocks [bounds.x, bounds.y) of dq_sum to the next head's first.
   __device__ __forceinline__ int blocks_between(int2 bounds) const {
-    return dq_blocks(p.Tq, kHeadDim) - (bounds.y - bounds.x);
+    return p.head_step * p.blocks_per_head - (bounds.y - bounds.x);
   }
 
   __device__ __forceinline__ uint32_t aside(int warpgroup) const {
@@ -189,9 +190,9 @@ struct BwdKernel : BwdLoads<Traits_> {
       }
       note_seen(warpgroup, work);
       const QueryRange own = queries(work, warpgroup * 64, 64);
-      const Turn turn{all.begin, (all.end - all.begin) * p.per_group};
+      const Turn turn{all.begin, num_steps(work, all)};
       const int block =
-          (work.batch * p.Hq + first_head(work)) * dq_blocks(p.Tq, kHeadDim) + all.begin;
+          (work.batch * p.Hq + work.first_head) * p.blocks_per_head + work.block0 + all.begin;
       // What only the end of the tile needs waits in shared memory.
       ptx::store_shared_int2(aside(warpgroup), make_int2(index, queue.state.step));
       ptx::store_shared_4(aside(warpgroup) + 12, block);

@@ -1,10 +1,13 @@
 // Math: none; which keys a tile of the key-stationary backward works on, and which queries see
 // them. Tile map: a tile number stands for (key/value head, batch, block of keys):
 //       DenseKeys    blocks of the whole sequence
-//       ListedKeys   blocks of what a policy of attn_fwd_tiles.cuh lists: documents, segments.
-//                    Queries and keys are rows of the same kind there.
-//       Blocks of queries are counted from the first row of the tensor, wherever a document or
-//       segment begins, so that a block of dQ is always the same rows.
+//       PackedKeys   blocks of the documents of cu_seqlens
+//       SegmentKeys  blocks of segments of w positions, of which every r-th is a row, from a phase
+//                    that depends on the query head (dilated attention; r = 1: local segments). A
+//                    tile has the query heads of a group that share a phase, so that it alone has
+//                    its keys.
+//       Blocks of queries are counted from row `origin`: 0, or the first of the segment, so that a
+//       block of dQ is always the same rows.
 // Pipeline: tiles are found again from their number, as in the forward.
 // Memory: tensors are seen as (column, row, phase, head, batch), position = row * step + phase.
 // Limits: 2^31 - 1 tiles and positions.
@@ -34,9 +37,11 @@ struct BwdParams {
   TensorView dk, dv;
   const float *lse2, *delta;  // (B, Hq, Tq), see bwd_rows.h
   float* dq_sum;              // see dq_sum.cuh
+  int blocks_per_head;        // of dq_sum
   int* counter;               // zero at launch
   KeyOrder order;
   int per_group;  // query heads per key/value head
+  int head_step;  // from one query head of a tile to the next
   int Hq, Tq, Tk, D;
   int query_offset;    // position of query 0 minus that of key 0
   int row_shift;       // 0
@@ -48,11 +53,15 @@ struct BwdParams {
 // query_end) may see them; query row i sits `shift` behind key row i.
 struct KeyWork {
   int key0, key_end, query_begin, query_end, shift;
-  int head, batch;  // of the keys
+  int head, batch;           // of the keys
+  int first_head, end_head;  // query heads, head_step apart
   int phase = 0, map = 0;
+  int origin = 0;  // first row of block 0 of queries
+  int block0 = 0;  // that block in dq_sum, in its head
 };
 
-// Blocks [begin, end) of queries see some of the keys, blocks [full_begin, full_end) all of them.
+// Blocks [begin, end) of queries, from the origin, see some of the keys, blocks [full_begin,
+// full_end) all of them.
 struct QueryRange {
   int begin = 0, end = 0, full_begin = 0, full_end = 0;
 
@@ -83,12 +92,19 @@ __device__ __forceinline__ QueryRange query_range(const P& p, const KeyWork& wor
   const int low = queries_of<kWindowed>(p, work, first).x;
   const int high = queries_of<kWindowed>(p, work, end).y;
   if (end < first || high < low) return range;
-  range.begin = low / kBlockM;
-  range.end = high / kBlockM + 1;
+  range.begin = (low - work.origin) / kBlockM;
+  range.end = (high - work.origin) / kBlockM + 1;
   if (end < last) return range;
-  range.full_begin = (queries_of<kWindowed>(p, work, last).x + kBlockM - 1) / kBlockM;
-  range.full_end = max(queries_of<kWindowed>(p, work, first).y + 1, 0) / kBlockM;
+  range.full_begin = (queries_of<kWindowed>(p, work, last).x - work.origin + kBlockM - 1) / kBlockM;
+  range.full_end = max(queries_of<kWindowed>(p, work, first).y - work.origin + 1, 0) / kBlockM;
   return range;
+}
+
+// All query heads of the group.
+template <class P>
+__device__ __forceinline__ void set_heads(const P& p, KeyWork& work) {
+  work.first_head = work.head * p.per_group;
+  work.end_head = work.first_head + p.per_group;
 }
 
 template <int kBlockN>
@@ -102,6 +118,7 @@ struct DenseKeys {
     KeyWork work;
     work.head = tile.head;
     work.batch = tile.batch;
+    set_heads(p, work);
     work.key0 = tile.m_block * kBlockN;
     work.key_end = p.Tk;
     work.query_begin = 0;
@@ -111,24 +128,78 @@ struct DenseKeys {
   }
 };
 
-template <class Tiles>
-struct ListedKeys {
-  using Params = typename Tiles::Params;
-  static constexpr bool kStrided = Tiles::kStrided;
+template <int kBlockN>
+struct PackedKeys {
+  using Params = typename PackedTiles<kBlockN>::Params;
+  static constexpr bool kStrided = false;
 
   template <class P>
   static __device__ __forceinline__ KeyWork find(const P& p, int index) {
-    const Work rows = Tiles::find(p, index);
+    const Work rows = PackedTiles<kBlockN>::find(p, index);
     KeyWork work;
     work.head = rows.head;
     work.batch = rows.batch;
+    set_heads(p, work);
     work.key0 = rows.row0;
     work.key_end = rows.row_end;
     work.query_begin = rows.row_begin;
     work.query_end = rows.row_end;
     work.shift = 0;
-    work.phase = rows.phase;
-    work.map = rows.map;
+    return work;
+  }
+};
+
+template <int kBlockN>
+struct SegmentKeys {
+  struct Params {
+    int segment_len, rate;
+    int blocks_per_segment;   // of dq_sum
+    bool offset_block;        // phase of query head h: h % rate, or h / heads_per_offset
+    int heads_per_offset;     // ceil(Hq / rate)
+    FastDivisor per_segment;  // slots of all key/value heads
+    FastDivisor per_slot;     // slots of one: tiles for its query heads of different phases
+    FastDivisor per_phase;    // rate
+    FastDivisor per_offset;   // heads_per_offset
+    int long_phases;          // phases below have one row more: T % rate
+    const int32_t* seqlens;   // (B) true lengths, or nullptr
+  };
+  static constexpr bool kStrided = true;
+
+  template <class P>
+  static __device__ __forceinline__ KeyWork find(const P& p, int index) {
+    const TileOrder::Tile tile = p.order[index];
+    const int segment = p.per_segment.divide(tile.head);
+    const int rest = p.per_segment.modulo(tile.head);
+    KeyWork work;
+    work.batch = tile.batch;
+    work.head = p.per_slot.divide(rest);
+    const int slot = p.per_slot.modulo(rest);
+    const int group = work.head * p.per_group;
+    work.end_head = group + p.per_group;
+    int offset;
+    if (p.offset_block) {
+      offset = p.per_offset.divide(group) + slot;
+      work.first_head = max(group, offset * p.heads_per_offset);
+      work.end_head = min(work.end_head, (offset + 1) * p.heads_per_offset);
+    } else {
+      work.first_head = group + slot;
+      offset = p.per_phase.modulo(work.first_head);
+    }
+    int length = p.Tq;
+    if (p.seqlens != nullptr) length = min(max(p.seqlens[tile.batch], 0), p.Tq);
+    const int begin = segment * p.segment_len;
+    const int positions = min(p.segment_len, length - begin) - offset;
+    work.query_begin = p.per_phase.divide(begin + offset);
+    work.phase = p.per_phase.modulo(begin + offset);
+    work.map = work.phase < p.long_phases ? 0 : 1;
+    const bool exists = work.first_head < work.end_head;
+    work.query_end =
+        work.query_begin + (exists ? p.per_phase.divide(max(positions, 0) + p.rate - 1) : 0);
+    work.key0 = work.query_begin + tile.m_block * kBlockN;
+    work.key_end = work.query_end;
+    work.shift = 0;
+    work.origin = work.query_begin;
+    work.block0 = segment * p.blocks_per_segment;
     return work;
   }
 };

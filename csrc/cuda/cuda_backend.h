@@ -50,6 +50,13 @@ void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, St
 void launch_dilated_fwd(const DilatedParams& params, float* partial, int* counters, int num_sms,
                         Stream stream);
 
+// The backward sums dq in scratch.dq_sum, of dilated_dq_floats, and dk and dv in `dk_sum` and
+// `dv_sum`, fp32 (B, T, Hkv, D), which the launch zeroes.
+int64_t dilated_dq_floats(const DilatedParams& params);
+void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
+                        const BwdScratch& scratch, float* dk_sum, float* dv_sum, int num_sms,
+                        Stream stream);
+
 // `scratch`: landmark_scratch_ints ints on the device.
 void launch_landmark_fwd(const LandmarkParams& params, int* scratch, int num_sms, Stream stream);
 int64_t landmark_scratch_ints(const LandmarkParams& params, int num_sms);

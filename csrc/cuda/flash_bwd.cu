@@ -24,7 +24,7 @@ void launch_dense(const FlashParams& params, const AttnGrads& grads, const BwdSc
 template <class Tile>
 void launch_packed(const FlashParams& params, const AttnGrads& grads, const BwdScratch& scratch,
                    int num_sms, Stream stream) {
-  using Traits = BwdTraits<Tile, ListedKeys<PackedTiles<Tile::kBlockN>>, StoreKeys, true>;
+  using Traits = BwdTraits<Tile, PackedKeys<Tile::kBlockN>, StoreKeys, true>;
   const AttnShape& s = params.shape;
   typename Traits::Params p{};
   set_attention_bwd<Tile>(params, grads, scratch, p);
