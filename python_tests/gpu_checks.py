@@ -51,8 +51,10 @@ def gradient_baseline(q, k, v, dout, *, scale=None):
     return {n: errors(x, y) for n, x, y in zip("qkv", theirs, exact, strict=True)}
 
 
-def check_gradients(implementation, definition, q, k, v, *, wanted="qkv", **options):
-    """Gradients, deterministic ones, through out alone and through out and lse; returns the last.
+def check_gradients(
+    implementation, definition, q, k, v, *, wanted="qkv", deterministic=True, **options
+):
+    """Gradients through out alone and through out and lse; returns the last.
 
     wanted: inputs that get one. Multiples of 1/8 come in, exact in every dtype.
     """
@@ -71,9 +73,8 @@ def check_gradients(implementation, definition, q, k, v, *, wanted="qkv", **opti
 
     tensors = dict(zip("qkv", (q, k, v), strict=True))
     for upstream in ([dout], [dout, dlse]):
-        ours = grads(
-            implementation, tensors, upstream, return_lse=True, deterministic=True, **options
-        )
+        more = {"return_lse": True, "deterministic": deterministic}
+        ours = grads(implementation, tensors, upstream, **more, **options)
         exact = grads(definition, {n: x.double() for n, x in tensors.items()}, upstream, **options)
         for n in wanted:
             assert ours[n].dtype == q.dtype and ours[n].is_contiguous()

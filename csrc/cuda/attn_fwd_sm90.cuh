@@ -54,7 +54,7 @@ struct FwdTile {
   static constexpr int kBarrierBytes = 512;
   static constexpr int kSharedBytes = kBarriers + kBarrierBytes + 1024;  // and alignment
   static_assert(2 * Pipeline<kStages>::kBytes + Pipeline<kQStages>::kBytes +
-                        TileQueue::Ring::kBytes + TileQueue::kSlots * 4 <=
+                        TileQueue::kBytes <=
                     kBarrierBytes,
                 "no room for the barriers of so many stages");
 };
@@ -102,8 +102,7 @@ struct FwdKernel {
         k_pipe(smem + Traits::kBarriers),
         v_pipe(smem + Traits::kBarriers + KVPipeline::kBytes),
         q_pipe(smem + Traits::kBarriers + 2 * KVPipeline::kBytes),
-        queue{TileQueue::Ring(smem + kQueue),
-              reinterpret_cast<int*>(base + kQueue + TileQueue::Ring::kBytes)} {}
+        queue(smem + kQueue) {}
 
   __device__ __forceinline__ void init() const {
     k_pipe.init(kConsumerWarps);

@@ -1,0 +1,27 @@
+// Math: dQ = scale * (sum over the keys), summed in fp32 by the fused backward and rounded once.
+// Tile map: per (batch, query head), blocks of dq_block_rows queries; a block is two parts of 64 x
+// 64,
+//       one per warpgroup (halves of the columns, or for D <= 64 halves of the rows), each in the
+//       order of its accumulator registers, so that all threads add to neighbouring 16 bytes:
+//       [part][8 columns j][thread][4]. unpack_dq.cu puts it into (B, T, H, D).
+// Pipeline: none.
+// Memory: 4 bytes an element, D rounded up to 64 or 128, Tq to whole blocks.
+// Limits: D <= 128.
+#pragma once
+
+#include "../common/math.cuh"
+#include "../common/wgmma_layout.h"
+
+namespace lctx::cuda {
+
+constexpr int kDqPartFloats = 64 * 64;
+
+LCTX_HOST_DEVICE constexpr int dq_block_rows(int head_dim) { return head_dim <= 64 ? 128 : 64; }
+LCTX_HOST_DEVICE constexpr int dq_blocks(int64_t Tq, int head_dim) {
+  return static_cast<int>((Tq + dq_block_rows(head_dim) - 1) / dq_block_rows(head_dim));
+}
+constexpr int64_t dq_sum_floats(int64_t batches, int64_t heads, int64_t Tq, int head_dim) {
+  return batches * heads * dq_blocks(Tq, head_dim) * 2 * kDqPartFloats;
+}
+
+}  // namespace lctx::cuda
