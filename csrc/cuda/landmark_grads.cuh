@@ -127,7 +127,7 @@ struct LandmarkGrads : LandmarkScores<T, kBlockN, kWidth> {
       }
       const int group = whole ? n * kGroups + g : p.whole_blocks + g;
       if (place < 3 && group < p.vectors.num_groups) {
-        float* const out = state.out + group * p.vectors.pitch;
+        float* const out = state.out + int64_t{group} * p.vectors.pitch;
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           out[8 * row] = place == 0 ? state.lam[g][row] : place == 1 ? d[row] : w[row];
