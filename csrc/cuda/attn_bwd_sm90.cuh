@@ -74,9 +74,10 @@ struct BwdKernel : BwdLoads<Traits_> {
                             smem + Traits::kK + (kHeadDim == 64 ? 0 : part), kBlockN, false);
     wgmma_commit();
   }
-  __device__ __forceinline__ void add_dq(int warpgroup, int block, const float (&dq)[32]) const {
-    float* to =
-        p.dq_sum + (int64_t{block} * 2 + warpgroup) * kDqPartFloats + warpgroup_thread() * 4;
+  __device__ __forceinline__ float* dq_of(int warpgroup, int block) const {
+    return p.dq_sum + (int64_t{block} * 2 + warpgroup) * kDqPartFloats + warpgroup_thread() * 4;
+  }
+  __device__ __forceinline__ void add_dq(float* to, const float (&dq)[32]) const {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       ptx::red_add_v4(to + j * 512, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
@@ -325,6 +326,9 @@ struct BwdKernel : BwdLoads<Traits_> {
                       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
                     });
       issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
+      // Under the products: what follows them is on nobody else's time.
+      float* to = dq_of(warpgroup, last_block());
+      advance();
       const QueryState last = state;
       state.advance();
       // After the last block the scores are those of stale data, and ignored.
@@ -336,15 +340,14 @@ struct BwdKernel : BwdLoads<Traits_> {
       for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
       wgmma_wait<kHalves>();
       // In the first step what was computed is of the tile before, or of nothing.
-      if (started) add_dq(warpgroup, last_block(), dq);
+      if (started) add_dq(to, dq);
       started = true;
-      advance();
       wgmma_wait<0>();
     }
     ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
     issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
     wgmma_wait<0>();
-    add_dq(warpgroup, last_block(), dq);
+    add_dq(dq_of(warpgroup, last_block()), dq);
   }
 
   __device__ __forceinline__ void split_steps(int warpgroup, const Turn& turn, QueryState& state,

@@ -14,6 +14,8 @@ using Stream = CUstream_st*;  // cudaStream_t
 // Multiprocessors of the current device.
 int num_sms();
 
+void zero(void* data, int64_t bytes, Stream stream);
+
 // bf16 and fp16; `scratch`: flash_fwd_scratch 32-bit words on the device.
 int64_t flash_fwd_scratch(const FlashParams& params, int num_sms);
 void launch_flash_fwd(const FlashParams& params, void* scratch, int num_sms, Stream stream);
