@@ -63,6 +63,14 @@ void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
 void launch_landmark_fwd(const LandmarkParams& params, int* scratch, int num_sms, Stream stream);
 int64_t landmark_scratch_ints(const LandmarkParams& params, int num_sms);
 
+// dq, dk, dv. Of `scratch` lse2 and delta are read; `vectors`: landmark_vector_floats, `ints`:
+// landmark_bwd_ints on the device.
+void launch_landmark_bwd(const LandmarkParams& params, const AttnGrads& grads,
+                         const BwdScratch& scratch, float* vectors, int* ints, int num_sms,
+                         Stream stream);
+int64_t landmark_vector_floats(const LandmarkParams& params);
+int64_t landmark_bwd_ints(const LandmarkParams& params);
+
 // How the forward makes its memory states.
 struct InfiniPlan {
   int chain_blocks = 0;  // > 0: segment after segment, on so many multiprocessors beside attention
