@@ -41,8 +41,8 @@ inline void set_attention(const AttnParams& params, int* counter, FwdParams& p) 
   p.scale_log2 = static_cast<float>(params.scale * 1.4426950408889634);
 }
 
-inline void set_flash(const FlashParams& params, int* counter, FwdParams& p) {
-  set_attention(params, counter, p);
+inline void set_attention(const FlashParams& params, int* counter, FwdParams& p) {
+  set_attention(static_cast<const AttnParams&>(params), counter, p);
   p.window = static_cast<int>(std::min<int64_t>(params.window, INT32_MAX / 2));
 }
 
@@ -63,6 +63,15 @@ void set_maps(const AttnParams& params, FwdParams& p, int64_t step = 1) {
     if (params.out.data == nullptr) continue;  // the rows go elsewhere
     p.out[i] = make_rows_map(params.out, s.dtype, s.B, rows(s.Tq), s.Hq, s.Dv, 64, step);
   }
+}
+
+// The parameters of a kernel but for its order and its policies' own.
+template <class Traits, class OpParams>
+typename Traits::Params fwd_params(const OpParams& params, int* counter) {
+  typename Traits::Params p{};
+  set_attention(params, counter, p);
+  set_maps<Traits>(params, p);
+  return p;
 }
 
 // Query heads per section for keys and values of `keys` rows.

@@ -10,11 +10,10 @@
 // Memory: per segment and head reads T (each of D / 32 blocks, once from HBM) and G, writes M and
 //       its 16-bit copy: 14 D^2 bytes. A chain of S dependent steps of under 1 us each.
 // Limits: used by infini_fwd alone, D a multiple of 8 up to 256; infini_bwd has its own scan.
-#include "../common/launch.h"
-#include "../common/pipeline.cuh"
 #include "../common/ptx_words.cuh"
 #include "../common/tensor_map.h"
 #include "../common/wgmma.cuh"
+#include "infini_kernel.cuh"
 #include "infini_states.h"
 
 namespace lctx::cuda {
@@ -41,8 +40,9 @@ struct DeltaParams {
   InfiniStates states;
 };
 
-template <class Traits>
+template <class Traits_>
 struct DeltaKernel {
+  using Traits = Traits_;
   using T = typename Traits::T;
   using StagePipeline = Pipeline<Traits::kStages>;
   static constexpr int kColumns = Traits::kColumns;
@@ -192,19 +192,7 @@ struct DeltaKernel {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
     infini_delta_scan_kernel(const __grid_constant__ DeltaParams p) {
-  extern __shared__ char shared[];
-  char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
-  DeltaKernel<Traits> kernel(p, base);
-  if (threadIdx.x == 0) {
-    kernel.pipe.init(Traits::kConsumerThreads / 32);
-    ptx::fence_mbarrier_init();
-  }
-  __syncthreads();
-  if (threadIdx.x < Traits::kConsumerThreads) {
-    kernel.consume();
-  } else if (threadIdx.x == Traits::kConsumerThreads) {
-    kernel.produce();
-  }
+  run_pipelined<DeltaKernel<Traits>>(p);
 }
 
 template <class Traits>
@@ -215,12 +203,9 @@ void launch(const InfiniStates& states, Stream stream) {
                          {D, 0, matrix, num_states * matrix},
                          {Traits::kColumns, Traits::kHeadDim, 1, 1, 1}};
   const DeltaParams p{make_map(states.decay, DType::kFloat32, layout), states};
-  const auto kernel = infini_delta_scan_kernel<Traits>;
   const dim3 grid(states.chains(), static_cast<unsigned>(ceil_div(states.D, Traits::kColumns)));
-  const dim3 block(Traits::kThreads);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
-  kernel<<<grid, block, Traits::kSharedBytes, stream>>>(p);
-  check_launch("infini_delta_scan_kernel", grid, block, stream);
+  launch_memory_kernel<Traits>("infini_delta_scan_kernel", infini_delta_scan_kernel<Traits>, p,
+                               grid, stream);
 }
 
 template <class T>

@@ -30,9 +30,7 @@ void launch_rows(const InfiniParams& params, const InfiniPlan& plan, const Infin
   using Traits =
       FwdTraits<Tile, LocalTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN, false>, MemoryRows>;
   const AttnShape& s = params.shape;
-  typename Traits::Params p{};
-  set_attention(params, counter, p);
-  set_maps<Tile>(params, p);
+  auto p = fwd_params<Traits>(params, counter);
   p.segment_len = states.segment_len;
   p.per_segment = FastDivisor(static_cast<int>(s.Hq));
   p.row_shift = row_shift<Tile>(states.segment_len);

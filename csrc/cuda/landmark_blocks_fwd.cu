@@ -130,9 +130,7 @@ void launch_blocks(const LandmarkParams& params, int* scratch, int num_sms, Stre
   using Tiles = ValuePartTiles<Tile::kBlockM, kParts, Tile::kValueDim>;
   using Traits = FwdTraits<Tile, Tiles, BlockScores<Tile::kBlockN>, StoreRows>;
   const AttnShape& s = params.shape;
-  typename Traits::Params p{};
-  set_attention(params, scratch, p);
-  set_maps<Tile>(params, p);
+  auto p = fwd_params<Traits>(params, scratch);
   auto* rows = reinterpret_cast<LandmarkRow*>(scratch + 2);
   auto* tiles = reinterpret_cast<LandmarkTile*>(rows + s.B * s.Tk);
   p.rows = rows;
