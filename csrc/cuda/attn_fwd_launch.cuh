@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../common/dtype.cuh"
 #include "../common/launch.h"
@@ -41,8 +42,8 @@ inline void set_attention(const AttnParams& params, int* counter, FwdParams& p) 
   p.scale_log2 = static_cast<float>(params.scale * 1.4426950408889634);
 }
 
-inline void set_attention(const FlashParams& params, int* counter, FwdParams& p) {
-  set_attention(static_cast<const AttnParams&>(params), counter, p);
+inline void set_flash(const FlashParams& params, int* counter, FwdParams& p) {
+  set_attention(params, counter, p);
   p.window = static_cast<int>(std::min<int64_t>(params.window, INT32_MAX / 2));
 }
 
@@ -69,7 +70,11 @@ void set_maps(const AttnParams& params, FwdParams& p, int64_t step = 1) {
 template <class Traits, class OpParams>
 typename Traits::Params fwd_params(const OpParams& params, int* counter) {
   typename Traits::Params p{};
-  set_attention(params, counter, p);
+  if constexpr (std::is_base_of_v<FlashParams, OpParams>) {
+    set_flash(params, counter, p);
+  } else {
+    set_attention(params, counter, p);
+  }
   set_maps<Traits>(params, p);
   return p;
 }

@@ -79,7 +79,7 @@ void launch_flash_split(const FlashParams& params, const SplitPlan& plan, float*
     using Traits =
         FwdTraits<Tile, typename decltype(tiles)::type, DenseScores<Tile::kBlockN>, SplitRows>;
     typename Traits::Params p{};
-    set_attention(params, nullptr, p);
+    set_flash(params, nullptr, p);
     set_key_maps<Tile>(params, p);
     launch_split<Traits>(params, plan, p, scratch, num_sms, stream);
   });

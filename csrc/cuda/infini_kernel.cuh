@@ -14,7 +14,8 @@ __device__ __forceinline__ char* aligned_shared() {
   return shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
 }
 
-// A kernel of kConsumerThreads consumers and, behind them, one producer thread on kernel.pipe.
+// A kernel of kConsumerThreads consumers and, behind them, one producer thread on kernel.pipe. With
+// a whole producer warpgroup the consumers, two of them, take most of its registers.
 template <class Kernel, class Params>
 __device__ __forceinline__ void run_pipelined(const Params& p) {
   using Traits = typename Kernel::Traits;
@@ -24,10 +25,14 @@ __device__ __forceinline__ void run_pipelined(const Params& p) {
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  constexpr bool kTakes = Traits::kThreads == Traits::kConsumerThreads + 128;
+  static_assert(!kTakes || Traits::kConsumerThreads == 256, "24 + 2 x 240 registers");
   if (threadIdx.x < Traits::kConsumerThreads) {
+    if constexpr (kTakes) ptx::setmaxnreg_inc<240>();
     kernel.consume();
-  } else if (threadIdx.x == Traits::kConsumerThreads) {
-    kernel.produce();
+  } else {
+    if constexpr (kTakes) ptx::setmaxnreg_dec<24>();
+    if (threadIdx.x == Traits::kConsumerThreads) kernel.produce();
   }
 }
 
