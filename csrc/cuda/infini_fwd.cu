@@ -4,7 +4,7 @@
 //       and the memory after the last segment, by the linear or the delta rule.
 // Tile map: attn_fwd_sm90.cuh over the segments, with MemoryRows at the end of a tile; before it
 //       the memory's kernels: infini_chain_fwd.cu, or infini_sums_fwd.cu, infini_scan_fwd.cu and
-//       infini_delta_fwd.cu.
+//       infini_delta_scan.cu.
 // Pipeline: the memory is made in one of two ways (plan_infini). Chains (linear rule): a few
 //       multiprocessors walk through the segments of one head each while attention runs on the
 //       others, a few segments behind. Parallel: sums of every segment, a scan over D x D states,

@@ -132,8 +132,13 @@ struct RetrieveKernel {
     }
   }
 
+  // The same for the whole warp, which the compiler then knows; only where all threads are.
   static __device__ __forceinline__ int warpgroup() {
     return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
+  }
+  // Of a block: this thread's rows are that one and the eighth after it.
+  static __device__ __forceinline__ int first_row() {
+    return static_cast<int>(threadIdx.x / 128) * 64 + fragment_row(threadIdx.x % 128);
   }
   static __device__ __forceinline__ void sync_all() {
     ptx::named_barrier_sync(1, Traits::kConsumerThreads);
@@ -173,7 +178,7 @@ struct RetrieveKernel {
     const float least = ptx::load_shared_float2(smem + Traits::kNorms).x * kMemoryEps;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = warpgroup() * 64 + fragment_row(threadIdx.x % 128) + 8 * i;
+      const int row = first_row() + 8 * i;
       const float z = quad_sum(norm[i]), sum = quad_sum(dot[i]), inverse = 1.f / fmaxf(z, least);
       rows[i].weight = row < block.rows ? gate * inverse : 0.f;
       rows[i].retrieved = row < block.rows ? sum * inverse : 0.f;
@@ -187,7 +192,7 @@ struct RetrieveKernel {
     if (place >= 2) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = warpgroup() * 64 + fragment_row(threadIdx.x % 128) + 8 * i;
+      const int row = first_row() + 8 * i;
       const SplitPair<T> pair(-rows[i].slope, 0.f);
       const uint16_t term = static_cast<uint16_t>(place == 0 ? pair.high : pair.low);
       ptx::store_shared_2(tile + swizzled_unit(8, place, row / 8) + row % 8 * 2, term);
@@ -241,7 +246,7 @@ struct RetrieveKernel {
     if (threadIdx.x % 4 != 0) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = warpgroup() * 64 + fragment_row(threadIdx.x % 128) + 8 * i;
+      const int row = first_row() + 8 * i;
       if (row >= block.rows) continue;
       x.retrieved[(int64_t{unit.batch} * x.Hq + block.head) * x.T + block.row0 + row] =
           rows[i].retrieved;
@@ -349,7 +354,7 @@ struct RetrieveKernel {
     float* const vector = x.dz_of(unit.part, chain, unit.segment);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = warpgroup() * 64 + fragment_row(thread) + 8 * i;
+      const int row = first_row() + 8 * i;
       if (row >= x.D) continue;
       if (thread % 4 == 0) vector[row] = z[i] * scale;
 #pragma unroll

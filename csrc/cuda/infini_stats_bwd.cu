@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(kThreads)
     infini_row_stats_kernel(const __grid_constant__ StatsParams p) {
   constexpr int kAtOnce = kThreads / kLanes, kSteps = kRows / kAtOnce;
   const InfiniGradStates& x = p.states;
-  const int head = blockIdx.x, batch = blockIdx.z, row0 = blockIdx.y * kRows;
+  const int head = blockIdx.x % x.Hq, block = blockIdx.x / x.Hq;
+  const int batch = blockIdx.y, row0 = block * kRows;
   const int column = threadIdx.x % kLanes * 8;
   const auto at = [&](const TensorView& view, int row) {
     return static_cast<const T*>(view.data) + batch * view.stride_b + row * view.stride_t +
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (int i = 1; i < kThreads / 32; ++i) share += shares[i];
-  x.dgate_parts[(int64_t{head} * x.B + batch) * p.row_blocks + blockIdx.y] = share;
+  x.dgate_parts[(int64_t{head} * x.B + batch) * p.row_blocks + block] = share;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 void choose(const StatsParams& p, Stream stream) {
   const InfiniGradStates& x = p.states;
-  const dim3 grid(x.Hq, p.row_blocks, x.B), block(kThreads);
+  const dim3 grid(x.Hq * p.row_blocks, x.B), block(kThreads);
   const auto kernel = x.D <= 64    ? infini_row_stats_kernel<T, 8>
                       : x.D <= 128 ? infini_row_stats_kernel<T, 16>
                                    : infini_row_stats_kernel<T, 32>;

@@ -117,8 +117,13 @@ struct UpdateKernel {
   __device__ __forceinline__ bool skips(const UpdateUnit& unit) const {
     return Traits::kUpdate == Update::kNorms && x.empty(unit.segment);
   }
+  // The same for the whole warp, which the compiler then knows; only where all threads are.
   static __device__ __forceinline__ int warpgroup() {
     return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
+  }
+  // Of a block: this thread's rows are that one and the eighth after it.
+  static __device__ __forceinline__ int first_row() {
+    return static_cast<int>(threadIdx.x / 128) * 64 + fragment_row(threadIdx.x % 128);
   }
   static __device__ __forceinline__ void sync_all() {
     ptx::named_barrier_sync(1, Traits::kConsumerThreads);
@@ -196,7 +201,7 @@ struct UpdateKernel {
                                         float factor, const TensorView& view) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = first + warpgroup() * 64 + fragment_row(threadIdx.x % 128) + 8 * i;
+      const int row = first + first_row() + 8 * i;
       T* to = static_cast<T*>(view.data) + unit.batch * view.stride_b +
               int64_t{unit.row0 + row} * view.stride_t + unit.head * view.stride_h;
       write_fragment_row<T, kHeadDim>(d, i, factor, to, 0, x.D, row < unit.rows);
@@ -323,7 +328,7 @@ struct UpdateKernel {
     }
     Fragments R;
     R.load(address);
-    const int row0 = warpgroup() * 64 + fragment_row(threadIdx.x % 128), place = threadIdx.x % 4;
+    const int row0 = first_row(), place = threadIdx.x % 4;
     R.for_pairs([&](int row, int, int, uint32_t& pair, const float2& s) {
       pair = first + row0 + 8 * row < unit.rows ? pack2<T>(s.x, s.y) : 0;
     });
