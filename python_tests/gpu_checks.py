@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close_to_reference, errors, random_qkv
+from helpers import assert_close_to_reference, errors, random_qkv, random_tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,6 +35,51 @@ def baseline(q, k, v, *, causal=False, scale=None):
             q, k, v, is_causal=causal, scale=scale, enable_gqa=True
         )
     return errors(out.transpose(1, 2), exact)
+
+
+def gradient_baseline(q, k, v, dout, *, scale=None):
+    """Errors of the gradients of PyTorch's own attention, dense, in the dtype of q, by name."""
+
+    def grads(q, k, v):
+        leaves = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+        with sdpa_kernel(QUICK_TO_START):
+            out = functional.scaled_dot_product_attention(*leaves, scale=scale, enable_gqa=True)
+        given = dout.to(out.dtype).transpose(1, 2)
+        return [x.transpose(1, 2) for x in torch.autograd.grad(out, leaves, given)]
+
+    theirs, exact = grads(q, k, v), grads(q.double(), k.double(), v.double())
+    return {n: errors(x, y) for n, x, y in zip("qkv", theirs, exact, strict=True)}
+
+
+def check_gradients(
+    implementation, definition, q, k, v, *, wanted="qkv", deterministic=True, **options
+):
+    """Gradients through out alone and through out and lse; returns the last.
+
+    wanted: inputs that get one. Multiples of 1/8 come in, exact in every dtype.
+    """
+    dout = (8 * random_tensor(*q.shape[:3], v.shape[-1], seed=40)).round().cuda() / 8
+    dlse = random_tensor(q.shape[0], q.shape[2], q.shape[1], seed=41).cuda() / 4
+    baseline = gradient_baseline(q, k, v, dout, scale=options.get("scale"))
+
+    def grads(function, tensors, upstream, **options):
+        leaves = {n: x.detach().requires_grad_(n in wanted) for n, x in tensors.items()}
+        outputs = function(*leaves.values(), **options)
+        given = [g.to(x.dtype) for g, x in zip(upstream, outputs, strict=False)]
+        given = [g.masked_fill(x.isinf(), 0) for g, x in zip(given, outputs, strict=False)]
+        inputs = [leaves[n] for n in wanted]
+        found = torch.autograd.grad(outputs[: len(given)], inputs, given)
+        return dict(zip(wanted, found, strict=True))
+
+    tensors = dict(zip("qkv", (q, k, v), strict=True))
+    for upstream in ([dout], [dout, dlse]):
+        more = {"return_lse": True, "deterministic": deterministic}
+        ours = grads(implementation, tensors, upstream, **more, **options)
+        exact = grads(definition, {n: x.double() for n, x in tensors.items()}, upstream, **options)
+        for n in wanted:
+            assert ours[n].dtype == q.dtype and ours[n].is_contiguous()
+            assert_close_to_reference(f"d{n}", ours[n], exact[n], baseline[n])
+    return ours
 
 
 def check_result(result, exact, q, k, v):

@@ -20,6 +20,25 @@ void check_tma(const Call& call, const AttnParams& params) {
                       {"v", params.v, s.B, s.Tk, s.Hkv}});
 }
 
+void check_bwd(const Call& call, const AttnParams& params, const AttnGrads& grads) {
+  const AttnShape& s = params.shape;
+  check_tma(call, params);
+  call.check(s.Dk <= 128, "the head size is ", s.Dk,
+             "; expected at most 128 for gradients on a GPU");
+  call.check_aligned({{"dout", grads.dout, s.B, s.Tq, s.Hq}, {"out", params.out, s.B, s.Tq, s.Hq}});
+}
+
+BwdBuffers::BwdBuffers(const Call& call, const AttnShape& s, int64_t dq)
+    : dq_floats(dq),
+      rows_(call.new_stat({2, s.B, s.Hq, s.Tq})),
+      dq_sum_(call.new_stat({dq})),
+      counter_(call.new_plain(ScalarType::Int, {1})) {
+  scratch.lse2 = static_cast<float*>(rows_.mutable_data_ptr());
+  scratch.delta = scratch.lse2 + s.B * s.Hq * s.Tq;
+  scratch.dq_sum = static_cast<float*>(dq_sum_.mutable_data_ptr());
+  scratch.counter = static_cast<int*>(counter_.mutable_data_ptr());
+}
+
 CudaCall::CudaCall(const Call& call) : guard_(call.first().get_device_index()) {
   call.check(aoti_torch_get_current_cuda_stream != nullptr,
              "the tensors are on a GPU but this torch has no CUDA");

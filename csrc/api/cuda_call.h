@@ -12,6 +12,9 @@ namespace lctx::api {
 // What the Hopper attention kernels take beyond the checks of every backend.
 void check_tma(const Call& call, const AttnParams& params);
 
+// The same for a backward, whose kernels have D up to 128 so far.
+void check_bwd(const Call& call, const AttnParams& params, const AttnGrads& grads);
+
 class CudaCall {
  public:
   explicit CudaCall(const Call& call);
@@ -22,6 +25,17 @@ class CudaCall {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cuda::Stream stream_;
+};
+
+// Scratch memory of a backward.
+struct BwdBuffers {
+  cuda::BwdScratch scratch;
+  int64_t dq_floats;
+
+  BwdBuffers(const Call& call, const AttnShape& s, int64_t dq_floats);
+
+ private:
+  Tensor rows_, dq_sum_, counter_;
 };
 
 }  // namespace lctx::api

@@ -90,6 +90,21 @@ std::tuple<Tensor, Tensor> dilated_fwd(const Tensor& q, const Tensor& k, const T
   return outputs;
 }
 
+#ifdef LCTX_WITH_CUDA
+void launch_bwd(const Call& call, const DilatedParams& params, const AttnGrads& grads) {
+  const AttnShape& s = params.shape;
+  check_bwd(call, params, grads);
+  call.check(!params.mix_detached, "mix_grad is \"detached\"; expected \"exact\" on a GPU");
+  const CudaCall gpu(call);
+  const BwdBuffers buffers(call, s, cuda::dilated_dq_floats(params));
+  Tensor sums = call.new_stat({2, s.B, s.Tk, s.Hkv, s.Dk});
+  float* dk_sum = static_cast<float*>(sums.mutable_data_ptr());
+  cuda::launch_bwd_rows(params, grads, buffers.scratch, buffers.dq_floats, gpu.stream());
+  cuda::launch_dilated_bwd(params, grads, buffers.scratch, dk_sum,
+                           dk_sum + s.B * s.Tk * s.Hkv * s.Dk, gpu.num_sms(), gpu.stream());
+}
+#endif
+
 std::tuple<Tensor, Tensor, Tensor> dilated_bwd(
     const Tensor& dout, const OptTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const OptTensor& seqlens,
@@ -105,6 +120,12 @@ std::tuple<Tensor, Tensor, Tensor> dilated_bwd(
   set_saved(call, LCTX_ARG(out), lse, params);
   AttnGrads grads;
   auto results = set_grads(call, dout, dlse, params, grads);
+#ifdef LCTX_WITH_CUDA
+  if (call.is_cuda()) {
+    launch_bwd(call, params, grads);
+    return results;
+  }
+#endif
   cpu::dilated_bwd(params, grads, thread_pool());
   return results;
 }
@@ -120,5 +141,6 @@ STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) {
 #ifdef LCTX_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(lctx, CUDA, m) {
   m.impl("dilated_fwd", TORCH_BOX(&lctx::api::dilated_fwd));
+  m.impl("dilated_bwd", TORCH_BOX(&lctx::api::dilated_bwd));
 }
 #endif

@@ -55,11 +55,29 @@ std::tuple<Tensor, Tensor> flash_fwd(const Tensor& q, const Tensor& k, const Ten
   return outputs;
 }
 
+#ifdef LCTX_WITH_CUDA
+void flash_bwd_cuda(const Call& call, const FlashParams& params, const AttnGrads& grads,
+                    bool fused) {
+  check_bwd(call, params, grads);
+  const CudaCall gpu(call);
+  const BwdBuffers buffers(call, params.shape, fused ? cuda::flash_dq_sum_floats(params.shape) : 0);
+  const cuda::BwdScratch& scratch = buffers.scratch;
+  cuda::launch_bwd_rows(params, grads, scratch, buffers.dq_floats, gpu.stream());
+  cuda::launch_flash_bwd(params, grads, scratch, fused, gpu.num_sms(), gpu.stream());
+  if (fused) {
+    cuda::launch_unpack_dq(params, grads, scratch.dq_sum, gpu.stream());
+  } else {
+    cuda::launch_flash_dq(params, grads, scratch.lse2, scratch.delta, scratch.counter,
+                          gpu.num_sms(), gpu.stream());
+  }
+}
+#endif
+
 std::tuple<Tensor, Tensor, Tensor> flash_bwd(const Tensor& dout, const OptTensor& dlse,
                                              const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Tensor& out, const Tensor& lse,
                                              const OptTensor& cu_seqlens, bool causal, double scale,
-                                             int64_t window, bool /*deterministic: always*/) {
+                                             int64_t window, bool deterministic) {
   const Call call("lctx::flash_bwd",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(out), LCTX_ARG(lse),
                    LCTX_ARG(dout), LCTX_ARG(dlse), LCTX_ARG(cu_seqlens)});
@@ -67,6 +85,12 @@ std::tuple<Tensor, Tensor, Tensor> flash_bwd(const Tensor& dout, const OptTensor
   set_saved(call, LCTX_ARG(out), lse, params);
   AttnGrads grads;
   auto results = set_grads(call, dout, dlse, params, grads);
+#ifdef LCTX_WITH_CUDA
+  if (call.is_cuda()) {
+    flash_bwd_cuda(call, params, grads, !deterministic);
+    return results;
+  }
+#endif
   cpu::flash_bwd(params, grads, thread_pool());
   return results;
 }
@@ -80,5 +104,8 @@ STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) {
 }
 
 #ifdef LCTX_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(lctx, CUDA, m) { m.impl("flash_fwd", TORCH_BOX(&lctx::api::flash_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(lctx, CUDA, m) {
+  m.impl("flash_fwd", TORCH_BOX(&lctx::api::flash_fwd));
+  m.impl("flash_bwd", TORCH_BOX(&lctx::api::flash_bwd));
+}
 #endif

@@ -25,9 +25,10 @@ struct Pipeline {
   __device__ __forceinline__ explicit Pipeline(uint32_t base)
       : full(base), empty(base + kStages * 8) {}
 
-  __device__ __forceinline__ void init(int consumer_warps) const {
+  // `loaders`: threads that arrive on top, when their own loads of a stage are done.
+  __device__ __forceinline__ void init(int consumer_warps, int loaders = 0) const {
     for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(full + s * 8, 1);
+      ptx::mbarrier_init(full + s * 8, 1 + loaders);
       ptx::mbarrier_init(empty + s * 8, consumer_warps);
     }
   }

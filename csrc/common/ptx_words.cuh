@@ -18,6 +18,20 @@ __device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ int2 load_shared_int2(uint32_t address) {
+  int2 x;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_shared_int2(uint32_t address, int2 x) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
+}
+
+__device__ __forceinline__ int load_shared_4(uint32_t address) {
+  int x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
 __device__ __forceinline__ void store_shared_4(uint32_t address, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }

@@ -8,6 +8,7 @@
 
 #include "math.cuh"
 #include "pipeline.cuh"
+#include "ptx_words.cuh"
 
 namespace lctx {
 
@@ -47,21 +48,33 @@ struct TileOrder {
 struct TileQueue {
   static constexpr int kSlots = 2;
   using Ring = Pipeline<kSlots>;
+  static constexpr int kBytes = Ring::kBytes + kSlots * 4;
   Ring pipeline;
-  int* slots;  // shared, kSlots
+  uint32_t slots;  // address of kSlots ints
   PipelineState<kSlots> state;
+
+  __device__ __forceinline__ explicit TileQueue(uint32_t base)
+      : pipeline(base), slots(base + Ring::kBytes) {}
 
   __device__ __forceinline__ void publish(int tile) {
     ptx::mbarrier_wait(pipeline.empty + state.stage() * 8, state.phase() ^ 1);
-    slots[state.stage()] = tile;
+    ptx::store_shared_4(slots + state.stage() * 4, tile);
     ptx::mbarrier_arrive(pipeline.full + state.stage() * 8);
     state.advance();
   }
 
   __device__ __forceinline__ int take() {
     pipeline.wait(state);
-    const int tile = *static_cast<volatile int*>(slots + state.stage());
+    const int tile = ptx::load_shared_4(slots + state.stage() * 4);
     __syncwarp();
+    pipeline.release(state);
+    state.advance();
+    return tile;
+  }
+  // The same for the first thread of a warp without the others.
+  __device__ __forceinline__ int take_alone() {
+    pipeline.wait(state);
+    const int tile = ptx::load_shared_4(slots + state.stage() * 4);
     pipeline.release(state);
     state.advance();
     return tile;

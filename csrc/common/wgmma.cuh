@@ -99,10 +99,12 @@ __device__ __forceinline__ int warpgroup_thread() {
 
 // Register 4 j + {0, 1} of thread `thread` (0..127): row fragment_row, columns 8 j +
 // fragment_column + {0, 1}; register 4 j + {2, 3}: 8 rows below.
+// Unsigned arithmetic takes fewer instructions.
 __device__ __forceinline__ int fragment_row(int thread) {
-  return thread / 32 * 16 + thread % 32 / 4;
+  const uint32_t t = static_cast<uint32_t>(thread);
+  return static_cast<int>(t / 32 * 16 + t % 32 / 4);
 }
-__device__ __forceinline__ int fragment_column(int thread) { return thread % 4 * 2; }
+__device__ __forceinline__ int fragment_column(int thread) { return (thread & 3) * 2; }
 
 // Scales the two rows of an accumulator of N columns.
 template <int N>

@@ -94,13 +94,12 @@ inline TileOrder make_order(const char* op, int64_t m_blocks, int64_t heads, int
                    static_cast<int>(section));
 }
 
-// `overlap`: the kernel may start while the one before it in the stream ends; it waits before it
-// reads a carried result or writes.
-template <class Traits>
-void launch_fwd(const typename Traits::Params& p, int num_sms, Stream stream,
-                bool overlap = false) {
+// One block per multiprocessor of a kernel that is run_tiles<Kernel>. `overlap`: it may start while
+// the one before it in the stream ends; it waits before it reads a carried result or writes.
+template <class Traits, class Kernel>
+void launch_tiles(const char* name, Kernel kernel, const typename Traits::Params& p, int num_sms,
+                  Stream stream, bool overlap) {
   if (p.order.num_tiles == 0) return;
-  const auto kernel = attn_fwd_sm90_kernel<Traits>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -113,7 +112,14 @@ void launch_fwd(const typename Traits::Params& p, int num_sms, Stream stream,
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, p);
-  check_launch("attn_fwd_sm90_kernel", config.gridDim, config.blockDim, stream);
+  check_launch(name, config.gridDim, config.blockDim, stream);
+}
+
+template <class Traits>
+void launch_fwd(const typename Traits::Params& p, int num_sms, Stream stream,
+                bool overlap = false) {
+  launch_tiles<Traits>("attn_fwd_sm90_kernel", attn_fwd_sm90_kernel<Traits>, p, num_sms, stream,
+                       overlap);
 }
 
 // Calls run(TypeTag<FwdTile>()) with the tile for `params`.

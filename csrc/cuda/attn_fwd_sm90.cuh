@@ -54,7 +54,7 @@ struct FwdTile {
   static constexpr int kBarrierBytes = 512;
   static constexpr int kSharedBytes = kBarriers + kBarrierBytes + 1024;  // and alignment
   static_assert(2 * Pipeline<kStages>::kBytes + Pipeline<kQStages>::kBytes +
-                        TileQueue::Ring::kBytes + TileQueue::kSlots * 4 <=
+                        TileQueue::kBytes <=
                     kBarrierBytes,
                 "no room for the barriers of so many stages");
 };
@@ -102,8 +102,7 @@ struct FwdKernel {
         k_pipe(smem + Traits::kBarriers),
         v_pipe(smem + Traits::kBarriers + KVPipeline::kBytes),
         q_pipe(smem + Traits::kBarriers + 2 * KVPipeline::kBytes),
-        queue{TileQueue::Ring(smem + kQueue),
-              reinterpret_cast<int*>(base + kQueue + TileQueue::Ring::kBytes)} {}
+        queue(smem + kQueue) {}
 
   __device__ __forceinline__ void init() const {
     k_pipe.init(kConsumerWarps);
@@ -459,12 +458,13 @@ struct FwdKernel {
   }
 };
 
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
-    attn_fwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
+// A thread block: one warpgroup that loads, the others compute.
+template <class Kernel>
+__device__ __forceinline__ void run_tiles(const typename Kernel::Traits::Params& p) {
+  using Traits = typename Kernel::Traits;
   extern __shared__ char shared[];
   char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
-  FwdKernel<Traits> kernel(p, base);
+  Kernel kernel(p, base);
   if constexpr (Traits::Rows::kCarries || Traits::Tiles::kSplitsKeys) ptx::grid_dependents_launch();
   if constexpr (Traits::Rows::kRetrieves) Traits::Rows::init(kernel);
   if (threadIdx.x == 0) kernel.init();
@@ -485,6 +485,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     // Through a shuffle, so that the compiler knows it is the same for the whole warp.
     kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
   }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attn_fwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
+  run_tiles<FwdKernel<Traits>>(p);
 }
 
 }  // namespace lctx::cuda

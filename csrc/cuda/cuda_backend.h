@@ -18,12 +18,43 @@ int num_sms();
 int64_t flash_fwd_scratch(const FlashParams& params, int num_sms);
 void launch_flash_fwd(const FlashParams& params, void* scratch, int num_sms, Stream stream);
 
+// Scratch memory of a backward, on the device.
+struct BwdScratch {
+  float* lse2 = nullptr;    // (B, Hq, Tq): lse in units of log 2, +inf where a row sees no key
+  float* delta = nullptr;   // (B, Hq, Tq): sum of dout * out over the columns, minus dlse
+  float* dq_sum = nullptr;  // dq_sum_floats (dq_sum.cuh), fused only
+  int* counter = nullptr;   // one int
+};
+
+// Floats of dq_sum.
+int64_t flash_dq_sum_floats(const AttnShape& shape);
+
+// Fills lse2 and delta, and zeroes dq_sum where there is one, and the counter.
+void launch_bwd_rows(const AttnParams& params, const AttnGrads& grads, const BwdScratch& scratch,
+                     int64_t dq_sum_floats, Stream stream);
+// dk and dv, and with `fused` the sum of dq.
+void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const BwdScratch& scratch,
+                      bool fused, int num_sms, Stream stream);
+void launch_unpack_dq(const AttnParams& params, const AttnGrads& grads, const float* dq_sum,
+                      Stream stream);
+// The backward's gradient of the queries: writes grads.dq. `lse2` and `delta` are fp32 (B, Hq, Tq)
+// contiguous: lse log2 e, +inf where lse is -inf, and rowsum(dout out) - dlse. `counter` as below.
+void launch_flash_dq(const FlashParams& params, const AttnGrads& grads, const float* lse2,
+                     const float* delta, int* counter, int num_sms, Stream stream);
+
 // `counter` is an int on the device that the launch zeroes and uses.
 void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, Stream stream);
 
 // `partial`: fp32 (B, T, Hq, D) scratch, not needed for one branch of rate 1 without seqlens;
 // `counters`: an int a branch, on the device.
 void launch_dilated_fwd(const DilatedParams& params, float* partial, int* counters, int num_sms,
+                        Stream stream);
+
+// The backward sums dq in scratch.dq_sum, of dilated_dq_floats, and dk and dv in `dk_sum` and
+// `dv_sum`, fp32 (B, T, Hkv, D), which the launch zeroes.
+int64_t dilated_dq_floats(const DilatedParams& params);
+void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
+                        const BwdScratch& scratch, float* dk_sum, float* dv_sum, int num_sms,
                         Stream stream);
 
 // `scratch`: landmark_scratch_ints ints on the device.

@@ -10,28 +10,11 @@
 // Memory: a branch reads the rows it selects once and its carried rows (fp32) once. Scratch: fp32
 //       (B, T, H, D), of which only selected rows are touched.
 // Limits: those of flash_fwd.cu; any w, r, T.
-#include <vector>
-
 #include "attn_fwd_launch.cuh"
+#include "dilated_branches.h"
 
 namespace lctx::cuda {
 namespace {
-
-struct Branch {
-  int64_t length, rate;
-};
-
-// Largest rate first, so that the last branch covers the most rows.
-std::vector<Branch> ordered_branches(const DilatedParams& params) {
-  std::vector<Branch> branches;
-  for (int64_t m = 0; m < params.num_branches; ++m) {
-    const int64_t length = std::min(params.segment_lengths[m], params.shape.Tq);
-    branches.push_back({length, params.dilation_rates[m]});
-  }
-  std::stable_sort(branches.begin(), branches.end(),
-                   [](const Branch& a, const Branch& b) { return a.rate > b.rate; });
-  return branches;
-}
 
 struct Carry {
   const float* in;  // nullptr for the first branch
@@ -118,7 +101,7 @@ void launch_dilated_fwd(const DilatedParams& params, float* partial, int* counte
   const AttnShape& s = params.shape;
   if (s.B * s.Tq * s.Hq == 0) return;
   const std::vector<Branch> branches = ordered_branches(params);
-  const bool last_covers = branches.back().rate == 1 && params.seqlens == nullptr;
+  const bool last_covers = last_covers_all(params, branches);
   cudaMemsetAsync(counters, 0, branches.size() * sizeof(int), stream);
   // NaN: nothing is carried yet.
   cudaMemsetAsync(params.lse, 0xff, s.B * s.Hq * s.Tq * sizeof(float), stream);

@@ -7,8 +7,8 @@
 // Tile map: a block is cut into tiles of kBlockN keys from its end, so that its landmark is the
 //       last column of its last tile; the first tile may reach into the block before, which is
 //       masked. Tiles are walked right to left: a block begins with its landmark and is folded when
-//       the next one begins. Blocks without ordinary keys have no tiles. The tables say where a
-//       tile lies and which tiles a row sees; landmark_table_kernel makes them.
+//       the next one begins. Blocks without ordinary keys have no tiles. landmark_tables.h says
+//       where a tile lies and which tiles a row sees.
 // Pipeline: as attn_fwd_sm90.cuh; the fold takes the place of the rescaling of O.
 // Memory: outer accumulators in shared memory, fp32, each thread its own. A table entry per tile
 //       (8 bytes) and per position (8 bytes), read through L1.
@@ -16,23 +16,9 @@
 #pragma once
 
 #include "attn_fwd_scores.cuh"
+#include "landmark_tables.h"
 
 namespace lctx::cuda {
-
-// A tile of keys: column c is position row0 + c, of which those from `begin` on are in the block.
-struct alignas(8) LandmarkTile {
-  int row0;
-  int packed;  // 2 * begin + (the last column is the block's landmark)
-
-  __device__ __forceinline__ int begin() const { return packed >> 1; }
-  __device__ __forceinline__ bool has_landmark() const { return packed & 1; }
-};
-
-// What a position sees: tiles below `first`, of earlier blocks, by their landmarks, and tiles
-// [first, end), of its own block.
-struct alignas(8) LandmarkRow {
-  int first, end;
-};
 
 template <int kBlockN>
 struct BlockScores : PlainScores<kBlockN> {

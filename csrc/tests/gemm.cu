@@ -154,7 +154,7 @@ LCTX_TEST lctx_test_gemm(int type, int N, int depth, int source, int major_b, vo
              stream, p);
     };
     with_type(type, [&](auto t) {
-      with_value<32, 64, 80, 96, 128, 176, 256>("N", N, [&](auto n) {
+      with_value<32, 48, 64, 80, 96, 128, 176, 256>("N", N, [&](auto n) {
         with_value<kSharedK, kSharedMN, kRegisters>("source", source, [&](auto s) {
           with_value<kMajorK, kMajorMN>("major_b", major_b, [&](auto mb) { run(t, n, s, mb); });
         });
@@ -168,7 +168,7 @@ LCTX_TEST lctx_test_chain(int type, int depth, const float* s, void* b, float* d
   return guarded([&] {
     const ChainParams p{make_matrix_map(type, b, depth, 64, depth), s, d};
     with_type(type, [&](auto t) {
-      with_value<64, 80, 128, 176>("depth", depth, [&](auto k) {
+      with_value<48, 64, 80, 128, 176>("depth", depth, [&](auto k) {
         launch("chain_kernel", chain_kernel<decltype(t), k()>, 1, 128,
                chunk_bytes(depth) + 16 + 1024, stream, p);
       });

@@ -69,10 +69,9 @@ struct QueueParams {
 };
 
 __global__ void queue_kernel(const __grid_constant__ QueueParams p) {
-  __shared__ uint64_t barriers[Pipeline<TileQueue::kSlots>::kBytes / 8];
-  __shared__ int slots[TileQueue::kSlots];
+  __shared__ uint64_t memory[(TileQueue::kBytes + 7) / 8];
   const int warp = threadIdx.x / 32, consumer_warps = blockDim.x / 32 - 1;
-  TileQueue queue{Pipeline<TileQueue::kSlots>(ptx::smem_address(barriers)), slots, {}};
+  TileQueue queue(ptx::smem_address(memory));
   if (threadIdx.x == 0) {
     queue.pipeline.init(consumer_warps);
     ptx::fence_mbarrier_init();

@@ -14,7 +14,7 @@ COLUMNS_BEFORE = 64  # an MN-major B has this many columns more than the product
 @pytest.mark.parametrize("major_b", [B_K, B_MN])
 @pytest.mark.parametrize("source", [A_SHARED_K, A_SHARED_MN, A_REGISTERS])
 @pytest.mark.parametrize("depth", [64, 128, 256])
-@pytest.mark.parametrize("N", [32, 64, 80, 96, 128, 176, 256])
+@pytest.mark.parametrize("N", [32, 48, 64, 80, 96, 128, 176, 256])
 def test_product(N, depth, source, major_b, dtype):
     a = integers(128, depth, dtype=dtype)
     b = integers(depth, COLUMNS_BEFORE + N, dtype=dtype)
@@ -32,7 +32,7 @@ def test_product(N, depth, source, major_b, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("depth", [64, 80, 128, 176])
+@pytest.mark.parametrize("depth", [48, 64, 80, 128, 176])
 def test_accumulator_becomes_a(depth, dtype):
     """The products pick columns of A, so that every element of A is seen, rounded, alone."""
     s = torch.randn(64, depth, device="cuda")

@@ -1,0 +1,85 @@
+// Math: what becomes of finished dK and dV of a tile.
+//       StoreKeys   dK = scale * sum, dV = sum, in the input dtype
+//       AddKeys     the same, added to fp32 tensors; the last to add may write the input dtype
+// Tile map: 64 keys of a warpgroup.
+// Pipeline: from registers, while the next tile is loaded.
+// Memory: dK and dV once, 16 bytes a thread.
+// Limits: none of their own.
+#pragma once
+
+#include "../common/epilogue.cuh"
+#include "attn_bwd_tiles.cuh"
+
+namespace lctx::cuda {
+
+struct StoreKeys {
+  struct Params {};
+
+  template <class Kernel, int N>
+  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
+                                                const KeyWork& work, const float (&dk)[N],
+                                                const float (&dv)[N]) {
+    store(kernel, warpgroup, work, dv, 1.f, kernel.p.dv);
+    store(kernel, warpgroup, work, dk, kernel.p.scale, kernel.p.dk);
+  }
+
+  template <class Kernel, int N>
+  static __device__ __forceinline__ void store(const Kernel& kernel, int warpgroup,
+                                               const KeyWork& work, const float (&d)[N],
+                                               float factor, const TensorView& view) {
+    using T = typename Kernel::T;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int key = work.key0 + warpgroup * 64 + fragment_row(warpgroup_thread()) + 8 * i;
+      T* row = static_cast<T*>(view.data) + work.batch * view.stride_b +
+               kernel.position(work, key) * view.stride_t + work.head * view.stride_h;
+      write_fragment_row<T, 2 * N>(d, i, factor, row, 0, kernel.p.D, key < work.key_end);
+    }
+  }
+};
+
+// A tile is the only one of its launch that has its keys, so that plain additions will do.
+struct AddKeys {
+  struct Params {
+    TensorView dk_sum, dv_sum;  // fp32
+    bool last;                  // the sums go to BwdParams::dk and dv, and stay as they are
+  };
+
+  template <class Kernel, int N>
+  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
+                                                const KeyWork& work, float (&dk)[N],
+                                                float (&dv)[N]) {
+    add(kernel, warpgroup, work, dv, 1.f, kernel.p.dv_sum);
+    if (kernel.p.last) StoreKeys::store(kernel, warpgroup, work, dv, 1.f, kernel.p.dv);
+    add(kernel, warpgroup, work, dk, kernel.p.scale, kernel.p.dk_sum);
+    if (kernel.p.last) StoreKeys::store(kernel, warpgroup, work, dk, 1.f, kernel.p.dk);
+  }
+
+  // sum += factor * d, or d = sum + factor * d for the last.
+  template <class Kernel, int N>
+  static __device__ __forceinline__ void add(const Kernel& kernel, int warpgroup,
+                                             const KeyWork& work, float (&d)[N], float factor,
+                                             const TensorView& sum) {
+    const int thread = warpgroup_thread();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int key = work.key0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
+      const bool exists = key < work.key_end;
+      float* row = static_cast<float*>(sum.data) + work.batch * sum.stride_b +
+                   kernel.position(work, key) * sum.stride_t + work.head * sum.stride_h +
+                   fragment_column(thread);
+#pragma unroll
+      for (int j = 0; j < N / 4; ++j) {
+        const bool inside = exists && 8 * j < kernel.p.D;
+        float2 x = inside ? *reinterpret_cast<const float2*>(row + 8 * j) : make_float2(0.f, 0.f);
+        x.x += d[4 * j + 2 * i] * factor;
+        x.y += d[4 * j + 2 * i + 1] * factor;
+        d[4 * j + 2 * i] = x.x;
+        d[4 * j + 2 * i + 1] = x.y;
+        if (inside && !kernel.p.last) *reinterpret_cast<float2*>(row + 8 * j) = x;
+      }
+    }
+  }
+};
+
+}  // namespace lctx::cuda

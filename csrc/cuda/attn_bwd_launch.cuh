@@ -1,0 +1,93 @@
+// Math: none; the host side of attn_bwd_sm90.cuh, shared by all families.
+// Tile map: choose_bwd_tile: 128 keys x 64 queries for D <= 128, 128 x 128 for D <= 64.
+// Pipeline: the tile counter must be zero at launch; one persistent block per multiprocessor.
+// Memory: tiles go through the heads in sections whose queries fit the L2 cache.
+// Limits: those of attn_bwd_sm90.cuh.
+#pragma once
+
+#include "attn_bwd_sm90.cuh"
+#include "attn_fwd_launch.cuh"
+
+namespace lctx::cuda {
+
+// Key/value heads per section for queries of `queries` rows: Q, dO and dQ in fp32. Somewhat more
+// than fits the L2 cache is best: fewer blocks then add to the same rows of dQ.
+constexpr int64_t kBwdBudget = int64_t{72} << 20;
+inline int64_t bwd_section(const AttnShape& s, int64_t queries) {
+  const int64_t head_bytes =
+      std::max<int64_t>(queries, 1) * (s.Hq / s.Hkv) * s.Dk * (2 * dtype_size(s.dtype) + 4);
+  return std::clamp<int64_t>(kBwdBudget / head_bytes, 1, 16);
+}
+
+// What every family sets the same way; the caller adds the order and its policies' parameters. With
+// a step the maps are one for the phases with the most rows and one for the others.
+template <class Tile>
+void set_attention_bwd(const AttnParams& params, const AttnGrads& grads, const BwdScratch& scratch,
+                       BwdParams& p, int64_t step = 1) {
+  const AttnShape& s = params.shape;
+  for (int i = 0; i < (step == 1 ? 1 : 2); ++i) {
+    const auto rows = [&](int64_t T) {
+      return std::max<int64_t>(i == 0 ? ceil_div(T, step) : T / step, 1);
+    };
+    p.q[i] = make_rows_map(params.q, s.dtype, s.B, rows(s.Tq), s.Hq, s.Dk, Tile::kBlockM, step);
+    p.dout[i] =
+        make_rows_map(grads.dout, s.dtype, s.B, rows(s.Tq), s.Hq, s.Dv, Tile::kBlockM, step);
+    p.k[i] = make_rows_map(params.k, s.dtype, s.B, rows(s.Tk), s.Hkv, s.Dk, Tile::kBlockN, step);
+    p.v[i] = make_rows_map(params.v, s.dtype, s.B, rows(s.Tk), s.Hkv, s.Dv, Tile::kBlockN, step);
+  }
+  p.dk = grads.dk;
+  p.dv = grads.dv;
+  p.lse2 = scratch.lse2;
+  p.delta = scratch.delta;
+  p.dq_sum = scratch.dq_sum;
+  p.counter = scratch.counter;
+  p.per_group = static_cast<int>(s.Hq / s.Hkv);
+  p.head_step = 1;
+  p.blocks_per_head = dq_blocks(s.Tq, Tile::kHeadDim);
+  p.Hq = static_cast<int>(s.Hq);
+  p.Tq = static_cast<int>(s.Tq);
+  p.Tk = static_cast<int>(s.Tk);
+  p.D = static_cast<int>(s.Dv);
+  p.query_offset = p.Tk - p.Tq;
+  p.causal = params.causal;
+  p.scale = static_cast<float>(params.scale);
+  p.scale_log2 = static_cast<float>(params.scale * 1.4426950408889634);
+}
+
+template <class Traits>
+void launch_bwd(const typename Traits::Params& p, int num_sms, Stream stream) {
+  if (p.order.num_tiles == 0) return;
+  const auto kernel = attn_bwd_sm90_kernel<Traits>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
+  const dim3 grid(std::min(num_sms, p.order.num_tiles));
+  kernel<<<grid, Traits::kThreads, Traits::kSharedBytes, stream>>>(p);
+  check_launch("attn_bwd_sm90_kernel", grid, dim3(Traits::kThreads), stream);
+}
+
+// Calls run(TypeTag<BwdTile>()) with the tile for `params`.
+template <class Run>
+void choose_bwd_tile(const AttnParams& params, bool fused, Run&& run) {
+  const auto with_type = [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto with_dim = [&](auto dim) {
+      constexpr int kHeadDim = decltype(dim)::value;
+      if (fused) {
+        run(TypeTag<BwdTile<T, kHeadDim, true>>());
+      } else {
+        run(TypeTag<BwdTile<T, kHeadDim, false>>());
+      }
+    };
+    if (params.shape.Dk <= 64) {
+      with_dim(std::integral_constant<int, 64>());
+    } else {
+      with_dim(std::integral_constant<int, 128>());
+    }
+  };
+  if (params.shape.dtype == DType::kBFloat16) {
+    with_type(TypeTag<__nv_bfloat16>());
+  } else {
+    with_type(TypeTag<__half>());
+  }
+}
+
+}  // namespace lctx::cuda

@@ -1,0 +1,366 @@
+// Math: with P_ij = exp(scale q_i . k_j - lse_i), dP_ij = dO_i . v_j, dS_ij = P_ij (dP_ij -
+// delta_i):
+//       dV_j = sum_i P_ij dO_i,  dK_j = scale sum_i dS_ij q_i,  dQ_i = scale sum_j dS_ij k_j.
+// Tile map: persistent blocks of one producer warp and two warpgroups of 64 keys; a tile is (batch,
+//       key/value head, 128 keys), its queries are walked in blocks of kBlockM, head by head of the
+//       group. Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T are A operands as
+//       they stand in the registers. Policies: Tiles (attn_bwd_tiles.cuh: which keys and queries)
+//       and Keys (attn_bwd_keys.cuh: what becomes of finished dK and dV).
+//       kFused: dQ too, five products; it is added in fp32, in an order that changes from run to
+//       run. Else dK and dV only, four products, bitwise reproducible (attn_dq_sm90.cuh has dQ).
+// Pipeline: Q with lse2, dO with delta, in kStages stages of their own barriers. Fused: dS^T goes
+//       through shared memory, since dQ sums over the keys of both warpgroups, in three buffers;
+//       dQ of a block is computed one step late, so that neither warpgroup waits for the other.
+//       Else S^T of the next block is issued with dK of this one.
+// Memory: K and V once; Q, dO, lse2 and delta once per tile (L2); dQ added once per tile (L2).
+//       Registers: 24/240, no spills: dK, dV, S^T, dP^T are 192 of them.
+// Limits: those of attn_fwd_sm90.cuh; D <= 128.
+#pragma once
+
+#include "../common/ptx_words.cuh"
+#include "attn_bwd_load.cuh"
+
+namespace lctx::cuda {
+
+template <class Traits_>
+struct BwdKernel : BwdLoads<Traits_> {
+  using Base = BwdLoads<Traits_>;
+  using Traits = Traits_;
+  using Base::BwdLoads;
+  using Base::k_pipe, Base::v_pipe, Base::q_pipe, Base::dout_pipe;
+  using Base::kBlockM, Base::kBlockN, Base::kHalves, Base::kHeadDim;
+  using Base::kDsBarrier;
+  using Base::num_steps, Base::find_work_again, Base::key_state, Base::queries;
+  using Base::p, Base::smem, Base::queue;
+  using typename Base::QueryState;
+  using typename Base::T;
+  using typename Base::Tiles;
+
+  // ---- consumers: 64 keys of a warpgroup, 64 queries (a half of a block for D 64) at a time ----
+
+  __device__ __forceinline__ uint32_t query_tile(int offset, const QueryState& state,
+                                                 int half) const {
+    return smem + offset + state.stage() * Traits::kQueryBytes + half * chunk_bytes(64);
+  }
+  __device__ __forceinline__ void issue_scores(int warpgroup, const QueryState& state, int half,
+                                               float (&s)[32]) const {
+    wgmma_fence();
+    gemm_nt<T, 64, kHeadDim>(s, smem + Traits::kK + warpgroup * chunk_bytes(64), kBlockN,
+                             query_tile(Traits::kQ, state, half), kBlockM);
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void issue_dp(int warpgroup, const QueryState& state, int half,
+                                           float (&dp)[32]) const {
+    wgmma_fence();
+    gemm_nt<T, 64, kHeadDim>(dp, smem + Traits::kV + warpgroup * chunk_bytes(64), kBlockN,
+                             query_tile(Traits::kDout, state, half), kBlockM);
+    wgmma_commit();
+  }
+  // d += weights * (the rows of Q or dO at `offset`)
+  __device__ __forceinline__ void issue_sum(int offset, const QueryState& state, int half,
+                                            const uint32_t (&weights)[4][4],
+                                            float (&d)[kHeadDim / 2], bool started) const {
+    wgmma_fence();
+    gemm_rn<T, kHeadDim, 64>(d, weights, query_tile(offset, state, half), kBlockM, started);
+    wgmma_commit();
+  }
+
+  // This warpgroup's part of dQ of the block whose dS^T is in `buffer` (dq_sum.cuh).
+  __device__ __forceinline__ void issue_dq(int warpgroup, uint32_t buffer, float (&dq)[32]) const {
+    const int part = warpgroup * chunk_bytes(kBlockN);
+    const uint32_t ds = smem + Traits::kDs + buffer * Traits::kDsBytes;
+    wgmma_fence();
+    gemm_tn<T, 64, kBlockN>(dq, ds + (kHeadDim == 64 ? part : 0), kBlockN,
+                            smem + Traits::kK + (kHeadDim == 64 ? 0 : part), kBlockN, false);
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void add_dq(int warpgroup, int block, const float (&dq)[32]) const {
+    float* to =
+        p.dq_sum + (int64_t{block} * 2 + warpgroup) * kDqPartFloats + warpgroup_thread() * 4;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      ptx::red_add_v4(to + j * 512, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+    }
+  }
+
+  // The queries, from the origin, that see each key, in shared memory: registers are scarce in the
+  // main loop. Every warp keeps those of its own 16 keys.
+  __device__ __forceinline__ void note_seen(int warpgroup, const KeyWork& work) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int key = warpgroup * 64 + static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane;
+    if (lane < 16) {
+      const int2 seen = queries_of<Traits::kWindowed>(p, work, work.key0 + key);
+      ptx::store_shared_int2(smem + Traits::kSeen + key * 8,
+                             make_int2(seen.x - work.origin, seen.y - work.origin));
+    }
+    __syncwarp();
+  }
+  // `first`: the first query, from the origin.
+  __device__ __forceinline__ void mask(int warpgroup, int first, float (&s)[32]) const {
+    const int thread = warpgroup_thread();
+    const uint32_t seen = smem + Traits::kSeen + (warpgroup * 64 + fragment_row(thread)) * 8;
+    first += fragment_column(thread);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int2 range = ptx::load_shared_int2(seen + row * 64);
+      mask_columns<64>(s, row, range.x - first, range.y - first);
+    }
+  }
+
+  // Statistics of the two neighbouring queries of column group j.
+  __device__ __forceinline__ float2 stat(int offset, const QueryState& state, int half,
+                                         int j) const {
+    return ptx::load_shared_float2(smem + offset + (state.stage() * kBlockM + half * 64) * 4 +
+                                   32 * j + fragment_column(threadIdx.x % 128) * 4);
+  }
+
+  // S^T -> P^T, in s and packed.
+  __device__ __forceinline__ void weigh(const QueryState& state, int half, float (&s)[32],
+                                        uint32_t (&weights)[4][4]) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 lse2 = stat(Traits::kLse2, state, half, j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& x = s[4 * j + i];
+        x = ptx::exp2_approx(x * p.scale_log2 - (i % 2 == 0 ? lse2.x : lse2.y));
+      }
+    }
+    accumulator_to_a<T, 64>(s, weights);
+  }
+  // P^T and dP^T -> dS^T, packed.
+  __device__ __forceinline__ void weigh_gradient(const QueryState& state, int half,
+                                                 const float (&s)[32], float (&dp)[32],
+                                                 uint32_t (&weights)[4][4]) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 delta = stat(Traits::kDelta, state, half, j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (i % 2 == 0 ? delta.x : delta.y));
+      }
+    }
+    accumulator_to_a<T, 64>(dp, weights);
+  }
+
+  // dS^T of a half to the buffer that dQ is computed from, by both warpgroups.
+  __device__ __forceinline__ void share_ds(int warpgroup, uint32_t buffer, int half,
+                                           const uint32_t (&ds)[4][4]) const {
+    const uint32_t tile =
+        smem + Traits::kDs + buffer * Traits::kDsBytes + half * chunk_bytes(kBlockN);
+    const FragmentAddress<kBlockN> address(tile, warpgroup * 64, warpgroup_thread());
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      ptx::stmatrix_x4(address(t), ds[t][0], ds[t][1], ds[t][2], ds[t][3]);
+    }
+  }
+
+  // What a warpgroup does with a tile: `steps` blocks of queries, of which `first` is the first.
+  struct Turn {
+    int first, steps;
+  };
+
+  // From the end of a head's blocks [bounds.x, bounds.y) of dq_sum to the next head's first.
+  __device__ __forceinline__ int blocks_between(int2 bounds) const {
+    return p.head_step * p.blocks_per_head - (bounds.y - bounds.x);
+  }
+
+  __device__ __forceinline__ uint32_t aside(int warpgroup) const {
+    return smem + Traits::kAside +
+           static_cast<uint32_t>(warpgroup * 128 + warpgroup_thread()) / 32 * Traits::kAsideBytes;
+  }
+
+  __device__ __forceinline__ void consume(int warpgroup) {
+    QueryState state;  // of Q, dO and dS^T
+    while (true) {
+      int index = queue.take();
+      if (index >= p.order.num_tiles) break;
+      float dk[kHeadDim / 2], dv[kHeadDim / 2];
+      const KeyWork work = Tiles::find(p, index);
+      const QueryRange all = queries(work, 0, kBlockN);
+      k_pipe.wait(key_state());
+      v_pipe.wait(key_state());
+      if (all.end <= all.begin) {
+        k_pipe.release(key_state());
+        v_pipe.release(key_state());
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
+        Traits::Keys::finish(*this, warpgroup, work, dk, dv);
+        continue;
+      }
+      note_seen(warpgroup, work);
+      const QueryRange own = queries(work, warpgroup * 64, 64);
+      const Turn turn{all.begin, num_steps(work, all)};
+      const int block =
+          (work.batch * p.Hq + work.first_head) * p.blocks_per_head + work.block0 + all.begin;
+      // What only the end of the tile needs waits in shared memory.
+      ptx::store_shared_int2(aside(warpgroup), make_int2(index, queue.state.step));
+      ptx::store_shared_4(aside(warpgroup) + 12, block);
+      ptx::store_shared_int2(aside(warpgroup) + 16, make_int2(own.full_begin, own.full_end));
+      ptx::store_shared_int2(aside(warpgroup) + 24, make_int2(all.begin, all.end));
+      __syncwarp();
+      if constexpr (Traits::kFused) {
+        fused_steps(warpgroup, turn, state, dk, dv);
+      } else {
+        split_steps(warpgroup, turn, state, dk, dv);
+      }
+      const int2 kept = ptx::load_shared_int2(aside(warpgroup));
+      index = kept.x;
+      queue.state.step = kept.y;
+      __syncwarp();
+      k_pipe.release(key_state());
+      v_pipe.release(key_state());
+      Traits::Keys::finish(*this, warpgroup, find_work_again(index), dk, dv);
+    }
+  }
+
+  // dV and dK of a block; scores of its halves are there or on their way, with `pending` groups of
+  // products issued after those of the first. `between` runs before the last product is issued.
+  template <int kPending, class Between>
+  __device__ __forceinline__ void add_block(int warpgroup, int m, const QueryState& state,
+                                            float (&s)[kHalves][32], float (&dk)[kHeadDim / 2],
+                                            float (&dv)[kHeadDim / 2], bool started,
+                                            Between&& between) const {
+    float dp[32];
+    uint32_t weights[4][4], ds[4][4];
+    dout_pipe.wait(state);
+    issue_dp(warpgroup, state, 0, dp);
+    if constexpr (kPending >= 0) wgmma_wait<kPending>();
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const int2 full = ptx::load_shared_int2(aside(warpgroup) + 16);
+      if (m < full.x || m >= full.y) {
+        mask(warpgroup, m * kBlockM + half * 64, s[half]);
+      }
+      weigh(state, half, s[half], weights);
+      issue_sum(Traits::kDout, state, half, weights, dv, started || half > 0);
+      wgmma_wait<1>();
+      weigh_gradient(state, half, s[half], dp, ds);
+      between(half, ds);
+      issue_sum(Traits::kQ, state, half, ds, dk, started || half > 0);
+      if (half + 1 < kHalves) issue_dp(warpgroup, state, half + 1, dp);
+    }
+  }
+
+  __device__ __forceinline__ void fused_steps(int warpgroup, const Turn& turn, QueryState& state,
+                                              float (&dk)[kHeadDim / 2],
+                                              float (&dv)[kHeadDim / 2]) const {
+    const uint32_t ds_barrier = smem + kDsBarrier;
+    int m = turn.first;
+    // Blocks of dq_sum that this step belongs to, in shared memory, and the step before.
+    const auto last_block = [&] {
+      const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
+      const int block = ptx::load_shared_4(aside(warpgroup) + 12);
+      return m > bounds.x ? block - 1 : block - 1 - blocks_between(bounds);
+    };
+    const auto advance = [&] {
+      const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
+      int block = ptx::load_shared_4(aside(warpgroup) + 12) + 1;
+      if (++m == bounds.y) {
+        m = bounds.x;
+        block += blocks_between(bounds);
+      }
+      __syncwarp();
+      ptx::store_shared_4(aside(warpgroup) + 12, block);
+      __syncwarp();
+    };
+    const auto buffer_of = [](uint32_t step) { return step % Traits::kDsBuffers; };
+    bool started = false;
+    float s[kHalves][32], dq[32];
+    q_pipe.wait(state);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+    wgmma_wait<0>();
+    for (int left = turn.steps; left > 0; --left) {
+      add_block<-1>(warpgroup, m, state, s, dk, dv, started,
+                    [&](int half, const uint32_t (&ds)[4][4]) {
+                      // Both warpgroups are through with the step before: its dS^T is whole, and
+                      // the buffer that was read two steps ago is free.
+                      if (half == 0) ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
+                      share_ds(warpgroup, buffer_of(state.step), half, ds);
+                      if (half + 1 < kHalves) return;
+                      ptx::fence_async_proxy();
+                      __syncwarp();
+                      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
+                    });
+      issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
+      const QueryState last = state;
+      state.advance();
+      // After the last block the scores are those of stale data, and ignored.
+      if (left > 1) q_pipe.wait(state);
+      wgmma_wait<1>();
+      q_pipe.release(last);
+      dout_pipe.release(last);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+      wgmma_wait<kHalves>();
+      // In the first step what was computed is of the tile before, or of nothing.
+      if (started) add_dq(warpgroup, last_block(), dq);
+      started = true;
+      advance();
+      wgmma_wait<0>();
+    }
+    ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
+    issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
+    wgmma_wait<0>();
+    add_dq(warpgroup, last_block(), dq);
+  }
+
+  __device__ __forceinline__ void split_steps(int warpgroup, const Turn& turn, QueryState& state,
+                                              float (&dk)[kHeadDim / 2],
+                                              float (&dv)[kHeadDim / 2]) const {
+    float s[kHalves][32];
+    bool started = false;
+    q_pipe.wait(state);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+    wgmma_wait<0>();
+    int m = turn.first;
+    for (int left = turn.steps; left > 0; --left) {
+      add_block<-1>(warpgroup, m, state, s, dk, dv, started, [](int, const uint32_t (&)[4][4]) {});
+      started = true;
+      const QueryState last = state;
+      state.advance();
+      // After the last block the scores are those of stale data, and ignored.
+      if (left > 1) q_pipe.wait(state);
+      wgmma_wait<1>();
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+      wgmma_wait<kHalves>();
+      q_pipe.release(last);
+      dout_pipe.release(last);
+      const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
+      if (++m == bounds.y) m = bounds.x;
+      wgmma_wait<0>();
+    }
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attn_bwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
+  extern __shared__ char shared[];
+  char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
+  BwdKernel<Traits> kernel(p, base);
+  if (threadIdx.x == 0) kernel.init();
+  if (threadIdx.x == 32) {  // meanwhile
+    ptx::prefetch_tensor_map(&p.q[0]);
+    ptx::prefetch_tensor_map(&p.k[0]);
+    ptx::prefetch_tensor_map(&p.dout[0]);
+    ptx::prefetch_tensor_map(&p.v[0]);
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    ptx::setmaxnreg_dec<24>();
+    if (threadIdx.x == 0) kernel.template produce<true>();
+    if (threadIdx.x == 32) kernel.template produce<false>();
+    if (threadIdx.x / 32 == 2) kernel.template produce_statistics<true>();
+    if (threadIdx.x / 32 == 3) kernel.template produce_statistics<false>();
+  } else {
+    ptx::setmaxnreg_inc<240>();
+    // Through a shuffle, so that the compiler knows it is the same for the whole warp.
+    kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
+  }
+}
+
+}  // namespace lctx::cuda

@@ -1,0 +1,89 @@
+// Math: dq = scale * the sum that the fused backward made in fp32 (dq_sum.cuh), in the input dtype.
+// Tile map: a block of 256 threads to a part of 64 x 64; a thread takes 8 columns of two rows,
+// which
+//       lie 64 bytes in a row in the sum.
+// Pipeline: none.
+// Memory: the sum once, dq once: 8 threads write 128 bytes of a row.
+// Limits: bf16, fp16; D a multiple of 8 up to 128; dq contiguous.
+#include <algorithm>
+
+#include "../common/dtype.cuh"
+#include "../common/launch.h"
+#include "../common/wgmma.cuh"
+#include "cuda_backend.h"
+#include "dq_sum.cuh"
+
+namespace lctx::cuda {
+namespace {
+
+struct UnpackParams {
+  const float4* sum;
+  TensorView dq;
+  int Tq, D, blocks;
+  FastDivisor per_head, per_batch;  // blocks, query heads
+  float scale;
+};
+
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(256) unpack_dq_kernel(const __grid_constant__ UnpackParams p) {
+  const int block = blockIdx.x / 2, part = blockIdx.x % 2;
+  const int head = p.per_head.divide(block), m = block - head * p.blocks;
+  const int b = p.per_batch.divide(head), h = head - b * p.per_batch.divisor;
+  const int j = threadIdx.x % 8, row8 = threadIdx.x / 8 % 8, warp = threadIdx.x / 64;
+  const float4* from = p.sum + static_cast<int64_t>(blockIdx.x) * (kDqPartFloats / 4) + j * 128 +
+                       warp * 32 + row8 * 4;
+  uint32_t upper[4], lower[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float4 x = from[i];
+    upper[i] = pack2<T>(x.x * p.scale, x.y * p.scale);
+    lower[i] = pack2<T>(x.z * p.scale, x.w * p.scale);
+  }
+  const int column = (kHeadDim == 64 ? 0 : part * 64) + 8 * j;
+  const int row = m * dq_block_rows(kHeadDim) + (kHeadDim == 64 ? part * 64 : 0) + warp * 16 + row8;
+  if (column >= p.D) return;
+  T* to = static_cast<T*>(p.dq.data) + b * p.dq.stride_b + row * p.dq.stride_t + h * p.dq.stride_h +
+          column;
+  if (row < p.Tq)
+    *reinterpret_cast<uint4*>(to) = make_uint4(upper[0], upper[1], upper[2], upper[3]);
+  if (row + 8 < p.Tq) {
+    *reinterpret_cast<uint4*>(to + 8 * p.dq.stride_t) =
+        make_uint4(lower[0], lower[1], lower[2], lower[3]);
+  }
+}
+
+}  // namespace
+
+int64_t flash_dq_sum_floats(const AttnShape& s) {
+  return dq_sum_floats(s.B, s.Hq, s.Tq, s.Dk <= 64 ? 64 : 128);
+}
+
+void launch_unpack_dq(const AttnParams& params, const AttnGrads& grads, const float* dq_sum,
+                      Stream stream) {
+  const AttnShape& s = params.shape;
+  const int head_dim = s.Dk <= 64 ? 64 : 128;
+  UnpackParams p{};
+  p.sum = reinterpret_cast<const float4*>(dq_sum);
+  p.dq = grads.dq;
+  p.Tq = static_cast<int>(s.Tq);
+  p.D = static_cast<int>(s.Dk);
+  p.blocks = dq_blocks(s.Tq, head_dim);
+  p.per_head = FastDivisor(std::max(p.blocks, 1));
+  p.per_batch = FastDivisor(static_cast<int>(s.Hq));
+  p.scale = static_cast<float>(params.scale);
+  const dim3 grid(static_cast<unsigned>(s.B * s.Hq * p.blocks * 2));
+  if (grid.x == 0) return;
+  const auto launch = [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto kernel = head_dim == 64 ? unpack_dq_kernel<T, 64> : unpack_dq_kernel<T, 128>;
+    kernel<<<grid, 256, 0, stream>>>(p);
+  };
+  if (s.dtype == DType::kBFloat16) {
+    launch(TypeTag<__nv_bfloat16>());
+  } else {
+    launch(TypeTag<__half>());
+  }
+  check_launch("unpack_dq_kernel", grid, dim3(256), stream);
+}
+
+}  // namespace lctx::cuda

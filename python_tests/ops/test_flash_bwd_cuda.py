@@ -1,0 +1,85 @@
+"""The gradients of flash_attention on a Hopper GPU, with and without a fixed order of sums."""
+
+import pytest
+import torch
+from gpu_checks import HALF, check_gradients, gpu_qkv, needs_kernel
+
+import lctx_kernels as lk
+from lctx_kernels import reference
+
+pytestmark = needs_kernel("flash_bwd")
+deterministic = pytest.mark.parametrize("deterministic", [False, True])
+
+
+def check(q, k, v, **options):
+    check_gradients(lk.flash_attention, reference.flash_attention, q, k, v, **options)
+
+
+@deterministic
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("D", [8, 40, 64, 80, 96, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_head_dimensions(D, causal, dtype, deterministic):
+    check(*gpu_qkv(2, 333, 4, D, Hkv=2, dtype=dtype), causal=causal, deterministic=deterministic)
+
+
+@deterministic
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize(
+    ("Tq", "Tk"), [(1, 1), (1, 777), (63, 63), (129, 1000), (1000, 129), (700, 701), (192, 384)]
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_lengths(Tq, Tk, D, causal, deterministic):
+    check(*gpu_qkv(1, Tq, 2, D, Tk=Tk), causal=causal, deterministic=deterministic)
+
+
+@deterministic
+@pytest.mark.parametrize("Hkv", [1, 2, 8])
+def test_grouped_queries(Hkv, deterministic):
+    check(*gpu_qkv(2, 300, 8, 128, Hkv=Hkv), deterministic=deterministic)
+
+
+@deterministic
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("window", [1, 17, 128, 500, 5000])
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows(window, causal, D, deterministic):
+    check(*gpu_qkv(1, 900, 2, D), window=window, causal=causal, deterministic=deterministic)
+
+
+@deterministic
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("bounds", [[0, 700], [0, 1, 1, 65, 256, 700], [0, 0, 192, 384, 699, 700]])
+def test_documents(bounds, causal, D, deterministic):
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    q, k, v = gpu_qkv(1, bounds[-1], 4, D, Hkv=2)
+    for window in (None, 33):
+        check(
+            q, k, v, cu_seqlens=cu_seqlens, causal=causal, window=window,
+            deterministic=deterministic,
+        )  # fmt: skip
+
+
+@deterministic
+def test_long_rows(deterministic):
+    check(*gpu_qkv(1, 5000, 2, 128, Hkv=1), deterministic=deterministic)
+
+
+@deterministic
+def test_empty_tensors(deterministic):
+    for B, Tq, Tk in ((0, 5, 5), (2, 0, 5), (2, 5, 0)):
+        q, k, v = (x.requires_grad_() for x in gpu_qkv(B, Tq, 4, 64, Tk=Tk))
+        lk.flash_attention(q, k, v, deterministic=deterministic).sum().backward()
+        for x in (q, k, v):
+            assert x.grad.shape == x.shape and (x.grad == 0).all()
+
+
+def test_same_bits_from_run_to_run():
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(2, 1500, 4, 128, Hkv=2))
+    out = lk.flash_attention(q, k, v, deterministic=True)
+    dout = torch.randn_like(out)
+    first, *others = (
+        torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(100)
+    )
+    assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
