@@ -35,18 +35,17 @@ struct MemoryKeys : StoreKeys {
                                              const KeyWork& work, const TensorView& view,
                                              float factor, float (&d)[N]) {
     using T = typename Kernel::T;
+    const int thread = warpgroup_thread(), column0 = 8 * (thread % 4);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int key = work.key0 + warpgroup * 64 + fragment_row(warpgroup_thread()) + 8 * i;
-      const bool exists = view.data != nullptr && key < work.key_end;
+      const int key = work.key0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
+      const int columns = view.data != nullptr && key < work.key_end ? kernel.p.D - column0 : 0;
       const T* row = static_cast<const T*>(view.data) + work.batch * view.stride_b +
-                     key * view.stride_t + work.head * view.stride_h;
+                     key * view.stride_t + work.head * view.stride_h + column0;
 #pragma unroll
       for (int a = 0; a < N / 16; ++a) {
-        const int column = 32 * a + 8 * (warpgroup_thread() % 4);
-        const bool inside = exists && column < kernel.p.D;
-        const uint4 words =
-            inside ? *reinterpret_cast<const uint4*>(row + column) : make_uint4(0, 0, 0, 0);
+        const uint4 words = 32 * a < columns ? *reinterpret_cast<const uint4*>(row + 32 * a)
+                                             : make_uint4(0, 0, 0, 0);
         uint32_t x[4] = {words.x, words.y, words.z, words.w};
         quad_transpose(x);
 #pragma unroll
