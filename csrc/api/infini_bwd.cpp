@@ -86,11 +86,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infin
   if (gate) grads.dgate = dgate.mutable_data_ptr();
 #ifdef LCTX_WITH_CUDA
   if (call.is_cuda()) {
+    AttnParams local = params;
+    local.out = params.out_local;
+    check_bwd(call, local, grads);
     check_limits(call, params);
-    call.check_aligned(
-        {{"dout", grads.dout, s.B, s.Tq, s.Hq}, {"out_local", params.out_local, s.B, s.Tq, s.Hq}});
-    call.check(s.Dk <= 128, "the head size is ", s.Dk,
-               "; expected at most 128 for gradients on a GPU");
   }
   if (call.is_cuda() && S > 0) {
     launch(call, params, grads, deterministic);

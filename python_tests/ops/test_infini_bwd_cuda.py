@@ -58,12 +58,12 @@ def check(q, k, v, *, given=("gate",), grads=None, **options):
         grads,
     )
     baseline = gradient_baseline(q, k, v, grads["out"], causal=True)
-    baseline |= {"dq_mem": baseline["dq"], "dk_mem": baseline["dk"]}
-    for name, x in tensors.items():
-        name = "d" + name
+    baseline |= {"q_mem": baseline["q"], "k_mem": baseline["k"]}
+    for n, x in tensors.items():
+        name = "d" + n
         assert ours[name].dtype == x.dtype
-        if name in baseline:
-            assert_close_to_reference(name, ours[name], exact[name], baseline[name])
+        if n in baseline:
+            assert_close_to_reference(name, ours[name], exact[name], baseline[n])
         else:
             check_small(name, ours[name], exact[name], q.dtype)
     return ours
@@ -180,9 +180,3 @@ def test_empty_tensors(deterministic):
         out, memory = lk.infini_attention(q, k, v, (M, z), deterministic=deterministic)
         (out.sum() + memory.M.sum() + memory.z.sum()).backward()
         assert q.grad.shape == q.shape and (M.grad == 1).all() and (z.grad == 1).all()
-
-
-def test_refusals():
-    q, k, v = (x.requires_grad_() for x in gpu_qkv(1, 64, 2, 136))
-    with pytest.raises(ValueError, match="head size"):
-        lk.infini_attention(q, k, v)[0].sum().backward()
