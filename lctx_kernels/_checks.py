@@ -127,6 +127,8 @@ def _available(call: Call) -> None:
         call.refuse(NotImplementedError, text)
     elif call.op in HOPPER_OPS and _backend.resolve(backend, device.type) == "cuda":
         _hopper_limits(call)
+        if needs_grad:
+            _hopper_gradient_limits(call)
 
 
 def _hopper_limits(call: Call) -> None:
@@ -163,6 +165,29 @@ def _hopper_limits(call: Call) -> None:
                 f"{name} has strides {tuple(x.stride())} on a GPU; expected multiples of 8 "
                 f"elements (16 bytes) in the outer dimensions; nearest is {name}.contiguous()",
             )
+
+
+def _hopper_gradient_limits(call: Call) -> None:
+    """What the backward kernels do not have yet."""
+    nearest = 'nearest is backend="reference" (plain PyTorch)'
+    Dk = call.size("Dk")
+    if Dk is not None and Dk > 128:
+        call.refuse(
+            NotImplementedError,
+            f"gradients at head dimension {Dk} on a GPU; expected at most 128; {nearest}",
+        )
+    if call.op != "dilated_attention":
+        return
+    if call.arguments["mix_grad"] == "detached":
+        call.refuse(
+            NotImplementedError,
+            f'gradients with mix_grad="detached" on a GPU; expected mix_grad="exact"; {nearest}',
+        )
+    if call.arguments["deterministic"] is True:
+        call.refuse(
+            NotImplementedError,
+            f"deterministic gradients on a GPU; expected deterministic=False; {nearest}",
+        )
 
 
 HOPPER_OPS = ("flash_attention", "infini_attention", "landmark_attention", "dilated_attention")

@@ -89,8 +89,17 @@ STRIDED = ("q", "k", "v", "q_mem", "k_mem", "out_a", "out_b", "dout")
 
 def _usable(name: str, value: Any) -> Any:
     if not isinstance(value, Tensor) or (name in STRIDED and value.stride(-1) == 1):
-        return value
+        # Autograd may hand over a gradient with strides that the copy engine cannot walk.
+        return value.contiguous() if name == "dout" and not _walkable(value) else value
     return value.contiguous()
+
+
+def _walkable(x: Tensor) -> bool:
+    """Whether a GPU tensor has outer strides at multiples of 16 bytes."""
+    return not x.is_cuda or all(
+        size <= 1 or (stride > 0 and stride * x.element_size() % 16 == 0)
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    )
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

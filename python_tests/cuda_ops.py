@@ -1,7 +1,7 @@
 """The CUDA kernels on the cases of op_cases: calls, and their errors against fp64, on the GPU.
 
 The contract is that of helpers: errors against the definition in fp64, measured by those of
-PyTorch's own attention on the same GPU in the same dtype. Forward only.
+PyTorch's own attention on the same GPU in the same dtype.
 """
 
 import functools
@@ -12,7 +12,7 @@ import gpu_checks
 import pytest
 import torch
 from gpu_checks import LSE_TOLERANCE
-from helpers import Errors, assert_close_to_reference, worse
+from helpers import Errors, assert_close_to_reference, run, worse
 from op_cases import (
     ALL_GIVEN,
     DILATED_CASES,
@@ -22,7 +22,7 @@ from op_cases import (
     Case,
     with_options,
 )
-from op_checks import call_options, infini_named, infini_tensors, named
+from op_checks import call_options, cotangents, infini_named, infini_tensors, named
 
 import lctx_kernels
 from lctx_kernels import reference
@@ -42,32 +42,51 @@ class Call:
     def ours(self, **more):
         """Results by name: out and lse, or out, M and z."""
         with torch.no_grad():
-            return self._run(getattr(lctx_kernels, f"{self.name}_attention"), self.tensors, **more)
+            ours = self._named(getattr(lctx_kernels, f"{self.name}_attention"), **more)
+            return ours(**self.tensors)
 
     def exact(self):
         """The same by the definition in fp64."""
         with torch.no_grad():
-            doubles = {n: x.double() for n, x in self.tensors.items()}
-            return self._run(getattr(reference, f"{self.name}_attention"), doubles)
+            return self._definition()(**{n: x.double() for n, x in self.tensors.items()})
 
-    def _run(self, function, tensors, **more):
+    def gradients(self, **more):
+        """Every gradient by name, ours and those of the definition in fp64."""
+        upstream = {
+            n: x.masked_fill(y.isinf().cpu(), 0)
+            for (n, y) in self.exact().items()
+            for x in cotangents({n: y.shape}).values()
+        }
+        ours = self._named(getattr(lctx_kernels, f"{self.name}_attention"), **more)
+        definition = self._definition()
+        doubles = {n: x.double() for n, x in self.tensors.items()}
+        results = run(ours, self.tensors, upstream), run(definition, doubles, upstream)
+        return [{n: x for n, x in r.items() if n[0] == "d"} for r in results]
+
+    def _definition(self):
+        options = {n: x for n, x in self.options.items() if n != "deterministic"}
+        return replace(self, options=options)._named(getattr(reference, f"{self.name}_attention"))
+
+    def _named(self, function, **more):
         options = self.options | more
         if self.name == "infini":
-            return infini_named(function, **options)(**tensors)
+            return infini_named(function, **options)
         if function is getattr(lctx_kernels, f"{self.name}_attention"):
             options["return_lse"] = True
-        return named(function, "out", "lse", **options)(**tensors)
+        return named(function, "out", "lse", **options)
 
-    def reasons(self):
+    def reasons(self, needs_grad=False):
         """Why the library refuses this call; [] if it does not."""
-        tensors = dict(self.tensors)
+        tensors = {n: x.detach().requires_grad_(needs_grad) for n, x in self.tensors.items()}
         if "M" in tensors:
             tensors["mem"] = tensors.pop("M"), tensors.pop("z")
         return lctx_kernels.supports(f"{self.name}_attention", **tensors, **self.options)
 
-    def skip_if_not_built(self):
+    def skip_if_not_built(self, needs_grad=False):
         """Skip without a kernel; at head dimensions that every kernel has, a refusal fails."""
-        reasons = self.reasons()
+        reasons = self.reasons(needs_grad)
+        if any("deterministic gradients on a GPU" in reason for reason in reasons):
+            pytest.skip(reasons[0])
         if any("has no cuda kernel" in reason for reason in reasons):
             pytest.skip(reasons[0])
         if reasons and self.tensors["q"].shape[-1] not in (64, 128):
@@ -125,6 +144,45 @@ def check_results(ours, exact, measure):
             rounded = Errors(max(measure.rms, eps / 4), max(measure.max, eps))
             allowed = measure if name == "out" else rounded
             assert_close_to_reference(name, result, exact[name], allowed)
+
+
+@functools.cache
+def self_attention_gradient_errors(T, Hq, Hkv, D, magnitude, dtype, scale):
+    case = Case(B=max(2, 1024 // T), T=T, Hq=Hq, Hkv=Hkv, Dk=D, magnitude=magnitude)
+    q, k, v = case.qkv(dtype, "cuda").values()
+    dout = cotangents({"out": q.shape})["out"].cuda()
+    both = [
+        gpu_checks.gradient_baseline(q, k, v, dout, causal=causal, scale=scale)
+        for causal in (True, False)
+    ]
+    return worse(*both)
+
+
+def gradient_baseline(case, call):
+    """SDPA's errors of the gradients: "q", "k", "v" -> Errors; see baseline()."""
+    q, k, v = (call.tensors[n] for n in "qkv")
+    scale, D = case.options.get("scale"), q.shape[-1]
+    T = max(case.T, case.num_keys, 64)
+    found = self_attention_gradient_errors(
+        T, q.shape[2], k.shape[2], D, case.magnitude, q.dtype, scale
+    )
+    if q.numel() and k.numel():
+        dout = cotangents({"out": q.shape})["out"].cuda()
+        found = worse(found, gpu_checks.gradient_baseline(q, k, v, dout, scale=scale))
+    return found
+
+
+def check_gradients(name, case, dtype=torch.bfloat16, **options):
+    """Run a case forward and backward and compare every gradient with fp64."""
+    call = prepare(name, case, dtype)
+    call = replace(call, options=call.options | options)
+    call.skip_if_not_built(needs_grad=True)
+    ours, exact = call.gradients()
+    measure = gradient_baseline(case, call)
+    for n, result in ours.items():
+        given = call.tensors[n[1:]]
+        assert result.dtype == given.dtype and result.shape == given.shape
+        assert_close_to_reference(n, result, exact[n], measure[n[1]])
 
 
 def check(name, case, dtype=torch.bfloat16):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close_to_reference, errors, random_qkv, random_tensor
+from helpers import assert_close_to_reference, errors, random_qkv, random_tensor, worse
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -37,18 +37,33 @@ def baseline(q, k, v, *, causal=False, scale=None):
     return errors(out.transpose(1, 2), exact)
 
 
-def gradient_baseline(q, k, v, dout, *, scale=None):
+def gradient_baseline(q, k, v, dout, *, causal=False, scale=None):
     """Errors of the gradients of PyTorch's own attention, dense, in the dtype of q, by name."""
 
     def grads(q, k, v):
         leaves = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
         with sdpa_kernel(QUICK_TO_START):
-            out = functional.scaled_dot_product_attention(*leaves, scale=scale, enable_gqa=True)
+            out = functional.scaled_dot_product_attention(
+                *leaves, is_causal=causal, scale=scale, enable_gqa=True
+            )
         given = dout.to(out.dtype).transpose(1, 2)
         return [x.transpose(1, 2) for x in torch.autograd.grad(out, leaves, given)]
 
     theirs, exact = grads(q, k, v), grads(q.double(), k.double(), v.double())
     return {n: errors(x, y) for n, x, y in zip("qkv", theirs, exact, strict=True)}
+
+
+def _measured_gradients(q, k, v, dout, options):
+    """PyTorch's errors for dense attention, causal and not; also of as many keys as a window has."""
+    scale, window = options.get("scale"), options.get("window")
+    n = min(q.shape[1], k.shape[1])
+    lengths = {n, min(n, 2 * window)} if window else {n}
+    found = gradient_baseline(q, k, v, dout, scale=scale)
+    for n in lengths:
+        some = [x[:, :n] for x in (q, k, v, dout)]
+        for causal in (True, False):
+            found = worse(found, gradient_baseline(*some, causal=causal, scale=scale))
+    return found
 
 
 def check_gradients(
@@ -60,7 +75,7 @@ def check_gradients(
     """
     dout = (8 * random_tensor(*q.shape[:3], v.shape[-1], seed=40)).round().cuda() / 8
     dlse = random_tensor(q.shape[0], q.shape[2], q.shape[1], seed=41).cuda() / 4
-    baseline = gradient_baseline(q, k, v, dout, scale=options.get("scale"))
+    baseline = _measured_gradients(q, k, v, dout, options)
 
     def grads(function, tensors, upstream, **options):
         leaves = {n: x.detach().requires_grad_(n in wanted) for n, x in tensors.items()}

@@ -28,6 +28,16 @@ void check_bwd(const Call& call, const AttnParams& params, const AttnGrads& grad
   call.check_aligned({{"dout", grads.dout, s.B, s.Tq, s.Hq}, {"out", params.out, s.B, s.Tq, s.Hq}});
 }
 
+bool zero_if_empty(const AttnParams& params, const AttnGrads& grads, cuda::Stream stream) {
+  const AttnShape& s = params.shape;
+  if (s.B * s.Tq * s.Tk != 0) return false;
+  const int64_t queries = s.B * s.Tq * s.Hq, keys = s.B * s.Tk * s.Hkv;
+  cuda::zero(grads.dq.data, queries * s.Dk * dtype_size(s.dtype), stream);
+  cuda::zero(grads.dk.data, keys * s.Dk * dtype_size(s.dtype), stream);
+  cuda::zero(grads.dv.data, keys * s.Dv * dtype_size(s.dtype), stream);
+  return true;
+}
+
 BwdBuffers::BwdBuffers(const Call& call, const AttnShape& s, int64_t dq)
     : dq_floats(dq),
       rows_(call.new_stat({2, s.B, s.Hq, s.Tq})),

@@ -27,6 +27,9 @@ class CudaCall {
   cuda::Stream stream_;
 };
 
+// Whether there is nothing to sum over: the gradients are then 0, and written.
+bool zero_if_empty(const AttnParams& params, const AttnGrads& grads, cuda::Stream stream);
+
 // Scratch memory of a backward.
 struct BwdBuffers {
   cuda::BwdScratch scratch;

@@ -93,9 +93,10 @@ std::tuple<Tensor, Tensor> dilated_fwd(const Tensor& q, const Tensor& k, const T
 #ifdef LCTX_WITH_CUDA
 void launch_bwd(const Call& call, const DilatedParams& params, const AttnGrads& grads) {
   const AttnShape& s = params.shape;
+  const CudaCall gpu(call);
+  if (zero_if_empty(params, grads, gpu.stream())) return;
   check_bwd(call, params, grads);
   call.check(!params.mix_detached, "mix_grad is \"detached\"; expected \"exact\" on a GPU");
-  const CudaCall gpu(call);
   const BwdBuffers buffers(call, s, cuda::dilated_dq_floats(params));
   Tensor sums = call.new_stat({2, s.B, s.Tk, s.Hkv, s.Dk});
   float* dk_sum = static_cast<float*>(sums.mutable_data_ptr());

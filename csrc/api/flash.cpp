@@ -58,8 +58,9 @@ std::tuple<Tensor, Tensor> flash_fwd(const Tensor& q, const Tensor& k, const Ten
 #ifdef LCTX_WITH_CUDA
 void flash_bwd_cuda(const Call& call, const FlashParams& params, const AttnGrads& grads,
                     bool fused) {
-  check_bwd(call, params, grads);
   const CudaCall gpu(call);
+  if (zero_if_empty(params, grads, gpu.stream())) return;
+  check_bwd(call, params, grads);
   const BwdBuffers buffers(call, params.shape, fused ? cuda::flash_dq_sum_floats(params.shape) : 0);
   const cuda::BwdScratch& scratch = buffers.scratch;
   cuda::launch_bwd_rows(params, grads, scratch, buffers.dq_floats, gpu.stream());

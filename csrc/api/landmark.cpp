@@ -47,6 +47,20 @@ std::tuple<Tensor, Tensor> landmark_fwd(const Tensor& q, const Tensor& k, const 
   return outputs;
 }
 
+#ifdef LCTX_WITH_CUDA
+void landmark_bwd_cuda(const Call& call, const LandmarkParams& params, const AttnGrads& grads) {
+  check_bwd(call, params, grads);
+  const CudaCall gpu(call);
+  const BwdBuffers buffers(call, params.shape, 0);
+  Tensor vectors = call.new_stat({cuda::landmark_vector_floats(params)});
+  Tensor ints = call.new_plain(ScalarType::Int, {cuda::landmark_bwd_ints(params)});
+  cuda::launch_bwd_rows(params, grads, buffers.scratch, 0, gpu.stream());
+  cuda::launch_landmark_bwd(
+      params, grads, buffers.scratch, static_cast<float*>(vectors.mutable_data_ptr()),
+      static_cast<int*>(ints.mutable_data_ptr()), gpu.num_sms(), gpu.stream());
+}
+#endif
+
 std::tuple<Tensor, Tensor, Tensor> landmark_bwd(const Tensor& dout, const OptTensor& dlse,
                                                 const Tensor& q, const Tensor& k, const Tensor& v,
                                                 const Tensor& out, const Tensor& lse,
@@ -59,6 +73,12 @@ std::tuple<Tensor, Tensor, Tensor> landmark_bwd(const Tensor& dout, const OptTen
   set_saved(call, LCTX_ARG(out), lse, params);
   AttnGrads grads;
   auto results = set_grads(call, dout, dlse, params, grads);
+#ifdef LCTX_WITH_CUDA
+  if (call.is_cuda()) {
+    landmark_bwd_cuda(call, params, grads);
+    return results;
+  }
+#endif
   cpu::landmark_bwd(params, grads, thread_pool());
   return results;
 }
@@ -74,5 +94,6 @@ STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) {
 #ifdef LCTX_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(lctx, CUDA, m) {
   m.impl("landmark_fwd", TORCH_BOX(&lctx::api::landmark_fwd));
+  m.impl("landmark_bwd", TORCH_BOX(&lctx::api::landmark_bwd));
 }
 #endif

@@ -1,5 +1,6 @@
 // Math: what becomes of finished dK and dV of a tile.
 //       StoreKeys   dK = scale * sum, dV = sum, in the input dtype
+//       StoreGroupKeys   the same for the pieces of landmark attention
 //       AddKeys     the same, added to fp32 tensors; the last to add may write the input dtype
 // Tile map: 64 keys of a warpgroup.
 // Pipeline: from registers, while the next tile is loaded.
@@ -27,13 +28,40 @@ struct StoreKeys {
   static __device__ __forceinline__ void store(const Kernel& kernel, int warpgroup,
                                                const KeyWork& work, const float (&d)[N],
                                                float factor, const TensorView& view) {
-    using T = typename Kernel::T;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int key = work.key0 + warpgroup * 64 + fragment_row(warpgroup_thread()) + 8 * i;
-      T* row = static_cast<T*>(view.data) + work.batch * view.stride_b +
-               kernel.position(work, key) * view.stride_t + work.head * view.stride_h;
-      write_fragment_row<T, 2 * N>(d, i, factor, row, 0, kernel.p.D, key < work.key_end);
+      store_row(kernel, work, key, key < work.key_end, d, i, factor, view);
+    }
+  }
+
+  template <class Kernel, int N>
+  static __device__ __forceinline__ void store_row(const Kernel& kernel, const KeyWork& work,
+                                                   int key, bool exists, const float (&d)[N], int i,
+                                                   float factor, const TensorView& view) {
+    using T = typename Kernel::T;
+    T* row = static_cast<T*>(view.data) + work.batch * view.stride_b +
+             kernel.position(work, key) * view.stride_t + work.head * view.stride_h;
+    write_fragment_row<T, 2 * N>(d, i, factor, row, 0, kernel.p.D, exists);
+  }
+};
+
+// The same for the pieces of LandmarkKeys, of which the last keys count.
+struct StoreGroupKeys {
+  struct Params {};
+
+  template <class Kernel, int N>
+  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
+                                                const KeyWork& work, const float (&dk)[N],
+                                                const float (&dv)[N]) {
+    const auto& p = kernel.p;
+    const auto piece = p.tiles[work.piece + warpgroup];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int key = piece.row0 + fragment_row(warpgroup_thread()) + 8 * i;
+      const bool exists = key >= piece.begin();
+      StoreKeys::store_row(kernel, work, key, exists, dv, i, 1.f, p.dv);
+      StoreKeys::store_row(kernel, work, key, exists, dk, i, p.scale, p.dk);
     }
   }
 };

@@ -6,16 +6,19 @@
 // Limits: those of attn_bwd_sm90.cuh.
 #pragma once
 
+#include "../common/ptx_words.cuh"
 #include "attn_bwd_keys.cuh"
 #include "dq_sum.cuh"
 
 namespace lctx::cuda {
 
-template <class T_, int kHeadDim_, bool kFused_>
+// kGroups_: each warpgroup has statistics of its own, those of the group of keys that its keys are
+// in (LandmarkKeys).
+template <class T_, int kHeadDim_, bool kFused_, bool kGroups_ = false>
 struct BwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kFused = kFused_;
+  static constexpr bool kFused = kFused_, kGroups = kGroups_;
   static constexpr int kConsumers = 2, kBlockN = 64 * kConsumers;
   static constexpr int kBlockM = dq_block_rows(kHeadDim), kHalves = kBlockM / 64;
   static constexpr int kStages = kFused ? 2 : 4;
@@ -28,8 +31,10 @@ struct BwdTile {
   static constexpr int kDout = kQ + kStages * kQueryBytes;
   static constexpr int kDs = kDout + kStages * kQueryBytes;
   static constexpr int kLse2 = kDs + (kFused ? kDsBuffers * kDsBytes : 0);
-  static constexpr int kDelta = kLse2 + kStages * kBlockM * 4;
-  static constexpr int kSeen = kDelta + kStages * kBlockM * 4;
+  static constexpr int kVectors = kGroups ? 2 : 1, kVectorBytes = kStages * kVectors * kBlockM * 4;
+  static constexpr int kDelta = kLse2 + kVectorBytes;
+  static constexpr int kLandmark = kDelta + kVectorBytes;  // gradients of the landmark's scores
+  static constexpr int kSeen = kLandmark + (kGroups ? kVectorBytes : 0);
   static constexpr int kAsideBytes = 32;  // per warp
   static constexpr int kAside = kSeen + kBlockN * 8;
   static constexpr int kBarriers = kAside + 4 * kConsumers * kAsideBytes;
@@ -122,10 +127,20 @@ struct BwdLoads {
   __device__ __forceinline__ void load_keys(const KeyWork& work) const {
     const uint32_t full = (kOfQ ? k_pipe : v_pipe).acquire(key_state(), Traits::kKeyBytes);
     const uint32_t dst = smem + (kOfQ ? Traits::kK : Traits::kV);
+    if constexpr (Traits::kGroups) {
 #pragma unroll 1
-    for (int c = 0; c < kChunks; ++c) {
-      ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), &(kOfQ ? p.k : p.v)[work.map], full,
-                       c * kChunkColumns, work.key0, work.phase, work.head, work.batch);
+      for (int i = 0; i < 2 * kChunks; ++i) {
+        const int chunk = i % kChunks, piece = i / kChunks;
+        ptx::tma_load_5d(dst + chunk * chunk_bytes(kBlockN) + piece * chunk_bytes(64),
+                         &(kOfQ ? p.k : p.v)[0], full, chunk * kChunkColumns,
+                         p.tiles[work.piece + piece].row0, 0, work.head, work.batch);
+      }
+    } else {
+#pragma unroll 1
+      for (int c = 0; c < kChunks; ++c) {
+        ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), &(kOfQ ? p.k : p.v)[work.map], full,
+                         c * kChunkColumns, work.key0, work.phase, work.head, work.batch);
+      }
     }
   }
   template <bool kOfQ>
@@ -166,10 +181,74 @@ struct BwdLoads {
     }
   }
 
+  template <bool kOfQ>
+  __device__ __forceinline__ void load_row_statistics(QueryState& state, const KeyWork& work,
+                                                      const QueryRange& range) const {
+    const QueryPipeline& pipe = kOfQ ? q_pipe : dout_pipe;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll 1
+    for (int head = work.first_head; head < work.end_head; head += p.head_step) {
+      const float* from =
+          (kOfQ ? p.lse2 : p.delta) + (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq;
+#pragma unroll 1
+      for (int m = range.begin; m < range.end; ++m) {
+        ptx::mbarrier_wait(pipe.empty + state.stage() * 8, state.phase() ^ 1);
+        const uint32_t to =
+            smem + (kOfQ ? Traits::kLse2 : Traits::kDelta) + (state.stage() * kBlockM + lane) * 4;
+#pragma unroll
+        for (int i = 0; i < kBlockM / 32; ++i) {
+          const int at = position(work, work.origin + m * kBlockM + lane + 32 * i);
+          ptx::cp_async_4(to + i * 128, from + (at < p.Tq ? at : 0), at < p.Tq);
+        }
+        ptx::cp_async_arrive(pipe.full + state.stage() * 8);
+        state.advance();
+      }
+    }
+  }
+
+  // Those of the groups of both warpgroups (landmark_bwd.h), by half a warp each. What is not
+  // written, since no row of 64 sees the group, is 0.
+  template <bool kOfQ>
+  __device__ __forceinline__ void load_group_statistics(QueryState& state, const KeyWork& work,
+                                                        const QueryRange& range) const {
+    const QueryPipeline& pipe = kOfQ ? q_pipe : dout_pipe;
+    const int lane = static_cast<int>(threadIdx.x % 32), piece = work.piece + lane / 16;
+    const int first = p.tiles[piece].begin() - work.shift;  // that sees the group
+    const int group = first < p.Tq ? p.groups[piece] : 0;
+    const float* from =
+        (kOfQ ? p.vectors.lam : p.vectors.dsum) +
+        static_cast<int64_t>((work.batch * p.Hq + work.first_head) * p.vectors.num_groups + group) *
+            p.vectors.pitch +
+        lane % 16 * 4 + range.begin * kBlockM;
+    int heads = p.per_group;
+#pragma unroll 1
+    do {
+      // 64 rows at a time.
+#pragma unroll 1
+      for (int row = range.begin * kBlockM; row < range.end * kBlockM; row += 64, from += 64) {
+        const int half = row % kBlockM;
+        if (half == 0) ptx::mbarrier_wait(pipe.empty + state.stage() * 8, state.phase() ^ 1);
+        const uint32_t to = smem + (kOfQ ? Traits::kLse2 : Traits::kDelta) +
+                            (state.stage() * Traits::kVectors * kBlockM + half +
+                             lane / 16 * kBlockM + lane % 16 * 4) *
+                                4;
+        const bool valid = min(row + 63, p.Tq - 1) >= max(first, row);
+        ptx::cp_async_16(to, from, valid);
+        if constexpr (!kOfQ) {
+          ptx::cp_async_16(to + Traits::kVectorBytes, from + p.vectors.to_w, valid);
+        }
+        if (half + 64 < kBlockM) continue;
+        ptx::cp_async_arrive(pipe.full + state.stage() * 8);
+        state.advance();
+      }
+      from += static_cast<int64_t>(p.vectors.num_groups) * p.vectors.pitch -
+              (range.end - range.begin) * kBlockM;
+    } while (--heads > 0);
+  }
+
   // lse2 or delta, by a warp.
   template <bool kOfQ>
   __device__ __forceinline__ void produce_statistics() {
-    const QueryPipeline& pipe = kOfQ ? q_pipe : dout_pipe;
     QueryState state;
     while (true) {
       const int index = queue.take();
@@ -177,24 +256,10 @@ struct BwdLoads {
       const KeyWork work = Tiles::find(p, index);
       const QueryRange range = queries(work, 0, kBlockN);
       if (range.end <= range.begin) continue;
-      const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll 1
-      for (int head = work.first_head; head < work.end_head; head += p.head_step) {
-        const float* from =
-            (kOfQ ? p.lse2 : p.delta) + (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq;
-#pragma unroll 1
-        for (int m = range.begin; m < range.end; ++m) {
-          ptx::mbarrier_wait(pipe.empty + state.stage() * 8, state.phase() ^ 1);
-          const uint32_t to =
-              smem + (kOfQ ? Traits::kLse2 : Traits::kDelta) + (state.stage() * kBlockM + lane) * 4;
-#pragma unroll
-          for (int i = 0; i < kBlockM / 32; ++i) {
-            const int at = position(work, work.origin + m * kBlockM + lane + 32 * i);
-            ptx::cp_async_4(to + i * 128, from + (at < p.Tq ? at : 0), at < p.Tq);
-          }
-          ptx::cp_async_arrive(pipe.full + state.stage() * 8);
-          state.advance();
-        }
+      if constexpr (Traits::kGroups) {
+        load_group_statistics<kOfQ>(state, work, range);
+      } else {
+        load_row_statistics<kOfQ>(state, work, range);
       }
     }
   }

@@ -74,9 +74,10 @@ struct BwdKernel : BwdLoads<Traits_> {
                             smem + Traits::kK + (kHeadDim == 64 ? 0 : part), kBlockN, false);
     wgmma_commit();
   }
-  __device__ __forceinline__ void add_dq(int warpgroup, int block, const float (&dq)[32]) const {
-    float* to =
-        p.dq_sum + (int64_t{block} * 2 + warpgroup) * kDqPartFloats + warpgroup_thread() * 4;
+  __device__ __forceinline__ float* dq_of(int warpgroup, int block) const {
+    return p.dq_sum + (int64_t{block} * 2 + warpgroup) * kDqPartFloats + warpgroup_thread() * 4;
+  }
+  __device__ __forceinline__ void add_dq(float* to, const float (&dq)[32]) const {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       ptx::red_add_v4(to + j * 512, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
@@ -89,7 +90,12 @@ struct BwdKernel : BwdLoads<Traits_> {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int key = warpgroup * 64 + static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane;
     if (lane < 16) {
-      const int2 seen = queries_of<Traits::kWindowed>(p, work, work.key0 + key);
+      int2 seen;
+      if constexpr (Traits::kGroups) {
+        seen = Tiles::queries_of_row(p, work, key);
+      } else {
+        seen = queries_of<Traits::kWindowed>(p, work, work.key0 + key);
+      }
       ptx::store_shared_int2(smem + Traits::kSeen + key * 8,
                              make_int2(seen.x - work.origin, seen.y - work.origin));
     }
@@ -110,8 +116,10 @@ struct BwdKernel : BwdLoads<Traits_> {
   // Statistics of the two neighbouring queries of column group j.
   __device__ __forceinline__ float2 stat(int offset, const QueryState& state, int half,
                                          int j) const {
-    return ptx::load_shared_float2(smem + offset + (state.stage() * kBlockM + half * 64) * 4 +
-                                   32 * j + fragment_column(threadIdx.x % 128) * 4);
+    const int vector = Traits::kGroups ? static_cast<int>(threadIdx.x / 128 - 1) : 0;
+    return ptx::load_shared_float2(
+        smem + offset + ((state.stage() * Traits::kVectors + vector) * kBlockM + half * 64) * 4 +
+        32 * j + fragment_column(threadIdx.x % 128) * 4);
   }
 
   // S^T -> P^T, in s and packed.
@@ -141,6 +149,32 @@ struct BwdKernel : BwdLoads<Traits_> {
       }
     }
     accumulator_to_a<T, 64>(dp, weights);
+  }
+
+  // The landmark of a group is the last key of its last 64: it carries nothing, and the gradient
+  // of its scores is a statistic.
+  __device__ __forceinline__ bool has_landmark(int warpgroup) const {
+    return threadIdx.x % 128 >= 96 && ptx::load_shared_4(aside(warpgroup) + 8) != 0;
+  }
+  __device__ __forceinline__ void clear_landmark(int warpgroup, uint32_t (&weights)[4][4]) const {
+    if (!has_landmark(warpgroup)) return;
+    const bool own = threadIdx.x % 128 >= 124;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      uint32_t& x = weights[j / 2][j % 2 * 2 + 1];
+      x = own ? 0 : x;
+    }
+  }
+  __device__ __forceinline__ void set_landmark(int warpgroup, const QueryState& state, int half,
+                                               uint32_t (&ds)[4][4]) const {
+    if (!has_landmark(warpgroup)) return;
+    const bool own = threadIdx.x % 128 >= 124;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 w = stat(Traits::kLandmark, state, half, j);
+      uint32_t& x = ds[j / 2][j % 2 * 2 + 1];
+      x = own ? pack2<T>(w.x, w.y) : x;
+    }
   }
 
   // dS^T of a half to the buffer that dQ is computed from, by both warpgroups.
@@ -189,7 +223,13 @@ struct BwdKernel : BwdLoads<Traits_> {
         continue;
       }
       note_seen(warpgroup, work);
-      const QueryRange own = queries(work, warpgroup * 64, 64);
+      QueryRange own;
+      if constexpr (Traits::kGroups) {
+        own = Tiles::template queries_of_piece<kBlockM>(p, work, warpgroup);
+        ptx::store_shared_4(aside(warpgroup) + 8, Tiles::has_landmark(p, work, warpgroup));
+      } else {
+        own = queries(work, warpgroup * 64, 64);
+      }
       const Turn turn{all.begin, num_steps(work, all)};
       const int block =
           (work.batch * p.Hq + work.first_head) * p.blocks_per_head + work.block0 + all.begin;
@@ -233,9 +273,11 @@ struct BwdKernel : BwdLoads<Traits_> {
         mask(warpgroup, m * kBlockM + half * 64, s[half]);
       }
       weigh(state, half, s[half], weights);
+      if constexpr (Traits::kGroups) clear_landmark(warpgroup, weights);
       issue_sum(Traits::kDout, state, half, weights, dv, started || half > 0);
       wgmma_wait<1>();
       weigh_gradient(state, half, s[half], dp, ds);
+      if constexpr (Traits::kGroups) set_landmark(warpgroup, state, half, ds);
       between(half, ds);
       issue_sum(Traits::kQ, state, half, ds, dk, started || half > 0);
       if (half + 1 < kHalves) issue_dp(warpgroup, state, half + 1, dp);
@@ -284,6 +326,9 @@ struct BwdKernel : BwdLoads<Traits_> {
                       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
                     });
       issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
+      // Under the products: what follows them is on nobody else's time.
+      float* to = dq_of(warpgroup, last_block());
+      advance();
       const QueryState last = state;
       state.advance();
       // After the last block the scores are those of stale data, and ignored.
@@ -295,15 +340,14 @@ struct BwdKernel : BwdLoads<Traits_> {
       for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
       wgmma_wait<kHalves>();
       // In the first step what was computed is of the tile before, or of nothing.
-      if (started) add_dq(warpgroup, last_block(), dq);
+      if (started) add_dq(to, dq);
       started = true;
-      advance();
       wgmma_wait<0>();
     }
     ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
     issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
     wgmma_wait<0>();
-    add_dq(warpgroup, last_block(), dq);
+    add_dq(dq_of(warpgroup, last_block()), dq);
   }
 
   __device__ __forceinline__ void split_steps(int warpgroup, const Turn& turn, QueryState& state,

@@ -58,6 +58,7 @@ struct KeyWork {
   int phase = 0, map = 0;
   int origin = 0;  // first row of block 0 of queries
   int block0 = 0;  // that block in dq_sum, in its head
+  int piece = 0;   // LandmarkKeys: the first of two pieces of 64 keys
 };
 
 // Blocks [begin, end) of queries, from the origin, see some of the keys, blocks [full_begin,

@@ -1,8 +1,9 @@
 // Math: none; the host side of attn_dq_sm90.cuh, shared by all families.
 // Tile map: rows x keys of a tile by head dimension, by measurement (docs/hopper_backward.md):
-//       - D <= 64: 192 x 64, three warpgroups
-//       - D <= 128: 128 x 64, two
-//       - D <= 256: 128 x 48, two, dQ leaving from registers
+//       - D <= 64: 192 x 80, three warpgroups
+//       - D <= 128: 128 x 96, two
+//       - D <= 256: 128 x 32, two
+//       dQ leaves from registers: its shared memory is worth more as a longer block of keys.
 // Pipeline: as attn_fwd_launch.cuh.
 // Memory: as attn_fwd_launch.cuh.
 // Limits: those of attn_dq_sm90.cuh.
@@ -14,33 +15,32 @@
 namespace lctx::cuda {
 
 template <class T, int kHeadDim>
-struct ChooseDqTile {
-  using type = DqTile<T, 256, 48, 2, 2, false>;
+struct DqTiles {
+  using type = DqTile<T, 256, 32, 2, 3, false>;
 };
 template <class T>
-struct ChooseDqTile<T, 64> {
-  using type = DqTile<T, 64, 64, 3, 4, true>;
+struct DqTiles<T, 64> {
+  using type = DqTile<T, 64, 80, 3, 4, false>;
 };
 template <class T>
-struct ChooseDqTile<T, 128> {
-  using type = DqTile<T, 128, 64, 2, 4, true>;
+struct DqTiles<T, 128> {
+  using type = DqTile<T, 128, 96, 2, 3, false>;
 };
 
-// Calls run(TypeTag<DqTile>()) with the tile for `params`.
+// Calls run(TypeTag<type>(), std::integral_constant<int, head dimension of a tile>()).
 template <class Run>
-void choose_dq_tile(const AttnParams& params, Run&& run) {
+void choose_type_and_dim(const AttnShape& s, Run&& run) {
   const auto with_type = [&](auto type) {
-    using T = typename decltype(type)::type;
-    const int64_t D = std::max(params.shape.Dk, params.shape.Dv);
+    const int64_t D = std::max(s.Dk, s.Dv);
     if (D <= 64) {
-      run(TypeTag<typename ChooseDqTile<T, 64>::type>());
+      run(type, std::integral_constant<int, 64>());
     } else if (D <= 128) {
-      run(TypeTag<typename ChooseDqTile<T, 128>::type>());
+      run(type, std::integral_constant<int, 128>());
     } else {
-      run(TypeTag<typename ChooseDqTile<T, 256>::type>());
+      run(type, std::integral_constant<int, 256>());
     }
   };
-  if (params.shape.dtype == DType::kBFloat16) {
+  if (s.dtype == DType::kBFloat16) {
     with_type(TypeTag<__nv_bfloat16>());
   } else {
     with_type(TypeTag<__half>());

@@ -36,29 +36,42 @@ struct DqRows {
   }
 };
 
-// dP -> dS from the rows' (lse2, delta). Returns 0, known only when all weights are (see
+// S -> P from the rows' lse2. Returns 0, known only when the last weights are (see
 // RowState::settled).
 template <int kBlockN, class P>
-__device__ __forceinline__ uint32_t differentiate_scores(const P& p, const float (&s)[kBlockN / 2],
-                                                         float (&dp)[kBlockN / 2],
-                                                         const float (&lse2)[2],
-                                                         const float (&delta)[2]) {
-  float w, sum = 0.f;
+__device__ __forceinline__ uint32_t weigh_scores(const P& p, float (&s)[kBlockN / 2],
+                                                 const float (&lse2)[2]) {
+#ifdef HOLD
+  float sum = 0.f;
+#endif
 #pragma unroll
   for (int j = 0; j < kBlockN / 2; ++j) {
-    w = ptx::exp2_approx(s[j] * p.scale_log2 - lse2[j / 2 % 2]);
-#ifdef SETTLE
-    if (j >= kBlockN / 2 - 4 * SETTLE) sum += w;
+    s[j] = ptx::exp2_approx(s[j] * p.scale_log2 - lse2[j / 2 % 2]);
+#ifdef HOLD
+    sum += s[j];
 #endif
-    dp[j] = w * (dp[j] - delta[j / 2 % 2]);
   }
-  return w + sum < 0.f;
+#ifdef HOLD
+  return sum < -fabsf(lse2[0]);
+#endif
+  return s[kBlockN / 2 - 1] < -fabsf(lse2[0]);
+}
+
+// P and dP -> dS from the rows' delta.
+template <int kBlockN>
+__device__ __forceinline__ void differentiate_scores(const float (&s)[kBlockN / 2],
+                                                     float (&dp)[kBlockN / 2],
+                                                     const float (&delta)[2]) {
+#pragma unroll
+  for (int j = 0; j < kBlockN / 2; ++j) dp[j] = s[j] * (dp[j] - delta[j / 2 % 2]);
 }
 
 template <int kBlockN, bool kWindowed = true>
 struct DenseGrads : DenseScores<kBlockN, kWindowed> {
   using Params = DqParams;
   using State = DqRows;
+  // Whether some rows of a tile may see keys to the right of the first that others see.
+  static constexpr bool kLeavesOut = kWindowed;
 
   template <class Kernel>
   static __device__ __forceinline__ void begin(const Kernel& kernel, int warpgroup,
@@ -77,13 +90,20 @@ struct DenseGrads : DenseScores<kBlockN, kWindowed> {
     DenseScores<kBlockN, kWindowed>::mask(p, work, position0, n, s, unused);
   }
 
-  // dP -> dS of block n.
+  // As soon as the scores of block n are there.
   template <bool kMasked, class Kernel>
-  static __device__ __forceinline__ uint32_t differentiate(const Kernel& kernel, int,
-                                                           const float (&s)[kBlockN / 2],
-                                                           float (&dp)[kBlockN / 2],
-                                                           const State& state) {
-    return differentiate_scores<kBlockN>(kernel.p, s, dp, state.lse2, state.delta);
+  static __device__ __forceinline__ uint32_t weigh(const Kernel& kernel, int,
+                                                   float (&s)[kBlockN / 2], const State& state) {
+    return weigh_scores<kBlockN>(kernel.p, s, state.lse2);
+  }
+
+  // And as soon as dP is: dP -> dS.
+  template <bool kMasked, class Kernel>
+  static __device__ __forceinline__ void differentiate(const Kernel&, int,
+                                                       const float (&s)[kBlockN / 2],
+                                                       float (&dp)[kBlockN / 2],
+                                                       const State& state) {
+    differentiate_scores<kBlockN>(s, dp, state.delta);
   }
 };
 

@@ -2,10 +2,10 @@
 //       Every row of dQ is summed by one warpgroup in one order: no atomics, the same bits again.
 // Tile map: that of attn_fwd_sm90.cuh, of which this is the sister: the same Tiles, ranges of keys,
 //       masks, loads and way out. The two query stages of the tile hold Q and dO.
-// Pipeline: per block of keys three products: S, dP and, one block behind, dQ += dS K. S and dP of
-//       a block are issued together with dQ of the one before, and dS is made under it; with only
-//       two stages dQ goes first, so that its keys make room early, and the other warpgroup's
-//       products run meanwhile. Values are released before keys.
+// Pipeline: per block of keys three products: S, dP and, one block behind, dQ += dS K. They are
+//       issued together: the weights are made under dP, dS under dQ. With only two stages dQ goes
+//       first, so that its keys make room early, and the other warpgroup's products run meanwhile.
+//       Values are released before keys.
 // Memory: Q and dO once, K and V once per tile (L2), dQ once. Shared: Q + dO + kStages (K + V) +
 //       dQ. Registers as attn_fwd_sm90.cuh, no spills.
 // Limits: those of attn_fwd_sm90.cuh.
@@ -72,20 +72,27 @@ struct DqKernel : FwdKernel<Traits_> {
     }
   }
 
-  // S = Q K^T and dP = dO V^T of a block whose keys are there. `q_state` is that of Q. Its address
-  // is made anew, or the descriptors of all its columns would stay in registers.
-  __device__ __forceinline__ void issue_scores(int warpgroup, QState q_state,
-                                               const KVState& k_state, const KVState& v_state,
-                                               float (&s)[kBlockN / 2],
-                                               float (&dp)[kBlockN / 2]) const {
-    const uint32_t rows = smem + ptx::opaque(warpgroup * tile_bytes(64, kHeadDim));
+  // The address is made anew, or the descriptors of all columns would stay in registers.
+  __device__ __forceinline__ uint32_t query_tile(int warpgroup, const QState& q_state) const {
+    return smem + ptx::opaque(warpgroup * tile_bytes(64, kHeadDim)) +
+           q_state.stage() * Traits::kQBytes;
+  }
+  // S = Q K^T of a block whose keys are there. `q_state` is that of Q.
+  __device__ __forceinline__ void issue_scores(int warpgroup, const QState& q_state,
+                                               const KVState& k_state,
+                                               float (&s)[kBlockN / 2]) const {
     wgmma_fence();
-    gemm_nt<T, kBlockN, kHeadDim>(s, rows + q_state.stage() * Traits::kQBytes, 64,
+    gemm_nt<T, kBlockN, kHeadDim>(s, query_tile(warpgroup, q_state), 64,
                                   smem + Traits::kK + k_state.stage() * Traits::kKBytes, kBlockN);
+    wgmma_commit();
+  }
+  // dP = dO V^T.
+  __device__ __forceinline__ void issue_dp(int warpgroup, QState q_state, const KVState& v_state,
+                                           float (&dp)[kBlockN / 2]) const {
     q_state.advance();
     v_pipe.wait(v_state);
     wgmma_fence();
-    gemm_nt<T, kBlockN, kHeadDim>(dp, rows + q_state.stage() * Traits::kQBytes, 64,
+    gemm_nt<T, kBlockN, kHeadDim>(dp, query_tile(warpgroup, q_state), 64,
                                   smem + Traits::kV + v_state.stage() * Traits::kVBytes, kBlockN);
     wgmma_commit();
   }
@@ -169,41 +176,49 @@ struct DqKernel : FwdKernel<Traits_> {
       Scores::enter(*this, n, state);
       wait_queries(q_state);
       k_pipe.wait(k_state);
-      issue_scores(warpgroup, q_state, k_state, v_state, s, dp);
+      issue_scores(warpgroup, q_state, k_state, s);
+      issue_dp(warpgroup, q_state, v_state, dp);
       k_state.advance();
+      wgmma_wait<1>();
+      if (Scores::needs_mask(keys, n, state)) this->mask_block(index, warpgroup, n, s, state);
+      Scores::template weigh<true>(*this, n, s, state);
       wgmma_wait<0>();
       v_pipe.release(v_state);
       v_state.advance();
-      if (Scores::needs_mask(keys, n, state)) this->mask_block(index, warpgroup, n, s, state);
       Scores::template differentiate<true>(*this, n, s, dp, state);
       accumulator_to_a<T, kBlockN>(dp, ds);
 
       bool started = false;
       const auto step = [&](auto masked) {
         constexpr bool kMasked = decltype(masked)::value;
+        constexpr int kBehind = kProductFirst ? 0 : 1;  // products issued after dP
         if constexpr (kProductFirst) issue_dq(k_state, ds, dq, started);
-        issue_scores(warpgroup, q_state, k_state, v_state, s, dp);
+        issue_scores(warpgroup, q_state, k_state, s);
+        issue_dp(warpgroup, q_state, v_state, dp);
         if constexpr (!kProductFirst) issue_dq(k_state, ds, dq, started);
         started = true;
-        wgmma_wait<1>();
         if constexpr (kProductFirst) {
+          wgmma_wait<2>();
           release_last(k_state);
-          wgmma_wait<0>();
         }
+        wgmma_wait<kBehind + 1>();
+        if constexpr (kMasked) this->mask_block(index, warpgroup, n, s, state);
+        const uint32_t settled = Scores::template weigh<kMasked>(*this, n, s, state);
+        // ptxas would hoist the wait for dP above the exponentials (see attn_fwd_sm90.cuh).
+        v_pipe.wait(v_state, settled);
+        wgmma_wait<kBehind>();
         v_pipe.release(v_state);
         v_state.advance();
-        if constexpr (kMasked) this->mask_block(index, warpgroup, n, s, state);
-        const uint32_t settled = Scores::template differentiate<kMasked>(*this, n, s, dp, state);
+        Scores::template differentiate<kMasked>(*this, n, s, dp, state);
         KVState next = k_state;
         next.advance();
-        // ptxas would hoist the wait for dQ above the exponentials (see attn_fwd_sm90.cuh).
-        if (n > keys.begin) k_pipe.wait(next, settled);
+        if (n > keys.begin) k_pipe.wait(next);
         if constexpr (!kProductFirst) {
           wgmma_wait<0>();
           release_last(k_state);
         }
-        k_state = next;
         accumulator_to_a<T, kBlockN>(dp, ds);
+        k_state = next;
       };
       if (n > keys.begin) k_pipe.wait(k_state);
       for (--n; n >= keys.begin; --n) {
@@ -216,14 +231,19 @@ struct DqKernel : FwdKernel<Traits_> {
       }
       release_queries(q_state);
       issue_dq(k_state, ds, dq, started);
-      // The next tile comes when all loads of this one are under way, thus after the blocks to the
-      // left of those that these rows see.
-      const KVState behind = k_state;
-      const int left = keys.begin - this->tile_keys(this->find_work_again(index)).begin;
-      this->skip(left, k_state, v_state);
-      turn = next_rows(warpgroup, state);
-      wgmma_wait<0>();
-      release_last(behind);
+      if constexpr (Scores::kLeavesOut || Traits::kShifts) {
+        // The next tile comes when all loads of this one are under way, for which all stages may
+        // be needed.
+        const int left = keys.begin - this->tile_keys(this->find_work_again(index)).begin;
+        wgmma_wait<0>();
+        release_last(k_state);
+        this->skip(left, k_state, v_state);
+        turn = next_rows(warpgroup, state);
+      } else {
+        turn = next_rows(warpgroup, state);
+        wgmma_wait<0>();
+        release_last(k_state);
+      }
       finish(warpgroup, index, dq);
     }
     if (threadIdx.x % 128 == 0) ptx::tma_store_wait<0>();

@@ -64,6 +64,10 @@ __global__ void __launch_bounds__(kThreads) bwd_rows_kernel(const __grid_constan
 
 }  // namespace
 
+void zero(void* data, int64_t bytes, Stream stream) {
+  if (bytes > 0) cudaMemsetAsync(data, 0, bytes, stream);
+}
+
 void launch_bwd_rows(const AttnParams& params, const AttnGrads& grads, const BwdScratch& scratch,
                      int64_t dq_sum_floats, Stream stream) {
   const AttnShape& s = params.shape;

@@ -14,6 +14,8 @@ using Stream = CUstream_st*;  // cudaStream_t
 // Multiprocessors of the current device.
 int num_sms();
 
+void zero(void* data, int64_t bytes, Stream stream);
+
 // bf16 and fp16; `scratch`: flash_fwd_scratch 32-bit words on the device.
 int64_t flash_fwd_scratch(const FlashParams& params, int num_sms);
 void launch_flash_fwd(const FlashParams& params, void* scratch, int num_sms, Stream stream);
@@ -60,6 +62,14 @@ void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
 // `scratch`: landmark_scratch_ints ints on the device.
 void launch_landmark_fwd(const LandmarkParams& params, int* scratch, int num_sms, Stream stream);
 int64_t landmark_scratch_ints(const LandmarkParams& params, int num_sms);
+
+// dq, dk, dv. Of `scratch` lse2 and delta are read; `vectors`: landmark_vector_floats, `ints`:
+// landmark_bwd_ints on the device.
+void launch_landmark_bwd(const LandmarkParams& params, const AttnGrads& grads,
+                         const BwdScratch& scratch, float* vectors, int* ints, int num_sms,
+                         Stream stream);
+int64_t landmark_vector_floats(const LandmarkParams& params);
+int64_t landmark_bwd_ints(const LandmarkParams& params);
 
 // How the forward makes its memory states.
 struct InfiniPlan {

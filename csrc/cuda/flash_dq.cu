@@ -19,6 +19,11 @@ void launch_dense(const FlashParams& params, const DqInputs& inputs, int* counte
   launch_dq<Traits>(p, num_sms, stream);
 }
 
+// The search for the document leaves no registers for the tile of three warpgroups.
+template <class T, int kHeadDim>
+using PackedDqTile = std::conditional_t<kHeadDim == 64, DqTile<T, 64, 128, 2, 3, false>,
+                                        typename DqTiles<T, kHeadDim>::type>;
+
 template <class Tile>
 void launch_packed(const FlashParams& params, const DqInputs& inputs, int* counter, int num_sms,
                    Stream stream) {
@@ -45,10 +50,11 @@ void launch_flash_dq(const FlashParams& params, const AttnGrads& grads, const fl
   FlashParams to_dq = params;
   to_dq.out = grads.dq;
   const DqInputs inputs{grads.dout, lse2, delta};
-  choose_dq_tile(params, [&](auto tile) {
-    using Tile = typename decltype(tile)::type;
+  choose_type_and_dim(s, [&](auto type, auto dim) {
+    using T = typename decltype(type)::type;
+    using Tile = typename DqTiles<T, dim.value>::type;
     if (params.cu_seqlens != nullptr) {
-      launch_packed<Tile>(to_dq, inputs, counter, num_sms, stream);
+      launch_packed<PackedDqTile<T, dim.value>>(to_dq, inputs, counter, num_sms, stream);
     } else if (params.window > 0) {
       launch_dense<Tile, true>(to_dq, inputs, counter, num_sms, stream);
     } else {

@@ -21,6 +21,7 @@ template <int kBlockN>
 struct BlockGradsBase : BlockScores<kBlockN> {
   using Base = BlockScores<kBlockN>;
   static constexpr bool kFolds = false;
+  static constexpr bool kLeavesOut = false;
 
   struct Params : Base::Params, DqParams {
     const int* groups;  // (B, max_tiles)
@@ -98,18 +99,23 @@ struct BlockGrads : BlockGradsBase<kBlockN> {
   }
 
   template <bool kMasked, class Kernel>
-  static __device__ __forceinline__ uint32_t differentiate(const Kernel& kernel, int,
-                                                           const float (&s)[kBlockN / 2],
-                                                           float (&dp)[kBlockN / 2],
-                                                           const State& state) {
-    const uint32_t settled = differentiate_scores<kBlockN>(kernel.p, s, dp, state.lam, state.d);
+  static __device__ __forceinline__ uint32_t weigh(const Kernel& kernel, int,
+                                                   float (&s)[kBlockN / 2], const State& state) {
+    return weigh_scores<kBlockN>(kernel.p, s, state.lam);
+  }
+
+  template <bool kMasked, class Kernel>
+  static __device__ __forceinline__ void differentiate(const Kernel&, int,
+                                                       const float (&s)[kBlockN / 2],
+                                                       float (&dp)[kBlockN / 2],
+                                                       const State& state) {
+    differentiate_scores<kBlockN>(s, dp, state.d);
     const bool leaves = state.tile.has_landmark() && threadIdx.x % 4 == 3;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       float& x = dp[kBlockN / 2 - 3 + 2 * row];
       x = leaves ? state.w[row] : x;
     }
-    return settled;
   }
 };
 
@@ -180,14 +186,18 @@ struct BlockSums : BlockGradsBase<kBlockN> {
     state.d[0] = state.d[1] = 0.f;
   }
 
-  // Takes in tile n.
+  // Takes in the scores of a tile.
   template <class P>
-  static __device__ __forceinline__ void add(const P& p, float (&s)[kBlockN / 2],
-                                             const float (&dp)[kBlockN / 2], State& state) {
+  static __device__ __forceinline__ void add_scores(const P& p, float (&s)[kBlockN / 2],
+                                                    State& state) {
     float alpha[2];
     Base::template weigh<true>(p, s, state, alpha);
 #pragma unroll
     for (int row = 0; row < 2; ++row) state.d[row] *= alpha[row];
+  }
+  // And its dP.
+  static __device__ __forceinline__ void add(const float (&s)[kBlockN / 2],
+                                             const float (&dp)[kBlockN / 2], State& state) {
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; ++i) state.d[i / 2 % 2] += s[i] * dp[i];
   }
@@ -238,7 +248,7 @@ struct BlockSumsKernel : DqKernel<Traits_> {
   __device__ __forceinline__ void consume(int warpgroup) {
     KVState k_state, v_state;
     QState q_state;
-    float s[kBlockN / 2], dp[kBlockN / 2];
+    float s[2][kBlockN / 2], dp[kBlockN / 2];
     State state;
     while (true) {
       const Turn turn = this->next_turn(warpgroup);
@@ -248,20 +258,43 @@ struct BlockSumsKernel : DqKernel<Traits_> {
       if (!turn.loaded) continue;
       this->wait_queries(q_state);
       this->skip(turn.right, k_state, v_state);
-      for (int n = turn.keys.end - 1; !turn.empty && n >= turn.keys.begin; --n) {
-        Scores::enter(p, n, n == turn.keys.end - 1, state);
+      if (!turn.empty) {
+        int n = turn.keys.end - 1;
+        // dP of a tile and S of the next one run under the sums of `now`.
+        const auto step = [&](float (&now)[kBlockN / 2], float (&after)[kBlockN / 2]) {
+          Scores::enter(p, n, n == turn.keys.end - 1, state);
+          this->issue_dp(warpgroup, q_state, v_state, dp);
+          // After the last tile the scores are those of stale data, and ignored.
+          if (n > 0) k_pipe.wait(k_state);
+          this->issue_scores(warpgroup, q_state, k_state, after);
+          if (state.tile.row0 < state.tile.begin()) {
+            this->mask_block(turn.index, warpgroup, n, now, state);
+          }
+          Scores::add_scores(p, now, state);
+          v_pipe.wait(v_state, state.l[0] < 0.f || state.l[1] < 0.f);
+          wgmma_wait<1>();
+          v_pipe.release(v_state);
+          v_state.advance();
+          Scores::add(now, dp, state);
+          if (state.tile.row0 <= state.tile.begin()) Scores::close(*this, n, state);
+          wgmma_wait<0>();
+          if (n > 0) {
+            k_pipe.release(k_state);
+            k_state.advance();
+          }
+          --n;
+        };
         k_pipe.wait(k_state);
-        this->issue_scores(warpgroup, q_state, k_state, v_state, s, dp);
+        this->issue_scores(warpgroup, q_state, k_state, s[0]);
         wgmma_wait<0>();
         k_pipe.release(k_state);
         k_state.advance();
-        v_pipe.release(v_state);
-        v_state.advance();
-        if (state.tile.row0 < state.tile.begin()) {
-          this->mask_block(turn.index, warpgroup, n, s, state);
+        while (true) {
+          step(s[0], s[1]);
+          if (n < 0) break;
+          step(s[1], s[0]);
+          if (n < 0) break;
         }
-        Scores::add(p, s, dp, state);
-        if (state.tile.row0 <= state.tile.begin()) Scores::close(*this, n, state);
       }
       this->release_queries(q_state);
     }

@@ -1,6 +1,6 @@
 // Math: landmark attention, backward (lctx::landmark_bwd), the gradient of the queries over blocks
 //       of any length: see landmark_block_grads.cuh.
-// Tile map: attn_dq_launch.cuh chooses the tile.
+// Tile map: 192 x 64 (D <= 64), 128 x 64 (D <= 128), 128 x 32 (D <= 256).
 // Pipeline: the tables of landmark_tables.cu, the pass of BlockSums, that of BlockGrads.
 // Memory: as landmark_block_grads.cuh, and the tables.
 // Limits: as flash_fwd.cu.
@@ -21,6 +21,11 @@ typename Traits::Params block_params(const LandmarkDqParams& params, const Landm
   return p;
 }
 
+// 64 keys, which divide the usual lengths of blocks.
+template <class T, int kHeadDim>
+using BlocksDqTile = std::conditional_t<kHeadDim == 256, DqTile<T, 256, 32, 2, 3, false>,
+                                        DqTile<T, kHeadDim, 64, kHeadDim == 64 ? 3 : 2, 4, true>>;
+
 template <class Tile>
 void launch_blocks(const LandmarkDqParams& params, int num_sms, Stream stream) {
   using Tiles = DenseTiles<Tile::kBlockM>;
@@ -39,12 +44,12 @@ void launch_blocks(const LandmarkDqParams& params, int num_sms, Stream stream) {
 }  // namespace
 
 int64_t landmark_blocks_dq_ints(const AttnShape& s) {
-  return 2 + LandmarkTables::ints(s, /*block_n=*/48, /*with_groups=*/true);
+  return 2 + LandmarkTables::ints(s, /*block_n=*/32, /*with_groups=*/true);
 }
 
 void launch_landmark_blocks_dq(const LandmarkDqParams& params, int num_sms, Stream stream) {
-  choose_dq_tile(params, [&](auto tile) {
-    launch_blocks<typename decltype(tile)::type>(params, num_sms, stream);
+  choose_type_and_dim(params.shape, [&](auto type, auto dim) {
+    launch_blocks<BlocksDqTile<typename decltype(type)::type, dim.value>>(params, num_sms, stream);
   });
 }
 

@@ -13,53 +13,34 @@ namespace lctx::cuda {
 // its own (lse2, delta, 0), to be masked, and lam is +inf past Tq and in rows without keys.
 struct LandmarkVectors {
   float *lam = nullptr, *dsum = nullptr, *w = nullptr;
-  int64_t num_groups = 0, pitch = 0;
+  int64_t to_w = 0;  // elements from dsum to w
+  int num_groups = 0, pitch = 0;
 };
 
-// Work of the queries' kernel. `out` of the parameters is where dq goes.
+// Vectors of a chunk of heads, unless those of one key/value head are more.
+constexpr int64_t kVectorBytes = int64_t{2} << 30;
+
+// Work of both kernels. `out` of the parameters is where dq goes.
 struct LandmarkDqParams : LandmarkParams {
   TensorView dout;
   const float *lse2 = nullptr, *delta = nullptr;  // as launch_flash_dq
   LandmarkVectors vectors;
-  int* scratch = nullptr;  // landmark_dq_ints on the device
-};
-
-// landmark_dq.cu, which chooses. Groups: those that the vectors have room for.
-void launch_landmark_dq(const LandmarkDqParams& params, int num_sms, Stream stream);
-int64_t landmark_dq_ints(const LandmarkParams& params);
-int64_t landmark_groups(const LandmarkParams& params);
-
-// The backward goes through the heads in chunks whose vectors take kVectorBytes, or one key/value
-// head where that takes more: `batches` whole batches, or `heads` key/value heads of one.
-constexpr int64_t kVectorBytes = int64_t{2} << 30;
-struct LandmarkChunks {
-  int64_t batches, heads;
-
-  explicit LandmarkChunks(const LandmarkParams& params);
-  // Elements of each of the three vectors.
-  int64_t elements(const LandmarkParams& params) const;
-};
-
-// The part of a backward over batches and key/value heads from (batch, head) on.
-struct LandmarkPart {
-  LandmarkParams params;
-  AttnGrads grads;
-  const float *lse2, *delta;
-
-  LandmarkPart(const LandmarkPart& all, const LandmarkChunks& chunks, int64_t batch, int64_t head);
-  LandmarkPart(const LandmarkParams& params, const AttnGrads& grads, const float* lse2,
-               const float* delta)
-      : params(params), grads(grads), lse2(lse2), delta(delta) {}
+  int* scratch = nullptr;  // landmark_bwd_ints on the device
 };
 
 // landmark_d64_dq.cu, landmark_d128_dq.cu: uniform blocks of at most widest_dq_group(kHeadDim)
-// keys.
+// keys. The first of scratch is zero.
 template <int kHeadDim>
 void launch_landmark_groups_dq(const LandmarkDqParams& params, int num_sms, Stream stream);
 constexpr int64_t widest_dq_group(int64_t head_dim) { return head_dim <= 128 ? 64 : 0; }
 
-// landmark_blocks_dq.cu: any blocks.
+// landmark_blocks_dq.cu: any blocks. The first two of scratch are zero.
 void launch_landmark_blocks_dq(const LandmarkDqParams& params, int num_sms, Stream stream);
 int64_t landmark_blocks_dq_ints(const AttnShape& s);
+
+// landmark_dkv.cu: dk and dv from the vectors.
+void launch_landmark_dkv(const LandmarkDqParams& params, const AttnGrads& grads, int num_sms,
+                         Stream stream);
+int64_t landmark_dkv_ints(const AttnShape& s);
 
 }  // namespace lctx::cuda

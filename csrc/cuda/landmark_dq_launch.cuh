@@ -1,6 +1,6 @@
 // Math: none; the host side of landmark attention's gradient of the queries, short uniform blocks.
 // Tile map: blocks of l keys go to LandmarkGrads with the smallest width that holds them: 16, 32 or
-//       64; rows x keys as attn_dq_launch.cuh.
+//       64. Rows x keys: 192 x 64 (D <= 64; 128 x 64 for several groups), 128 x 64 (D <= 128).
 // Pipeline: as attn_fwd_launch.cuh.
 // Memory: as landmark_grads.cuh.
 // Limits: l <= 64, D <= 128.
@@ -31,16 +31,19 @@ void launch_groups_dq(const LandmarkDqParams& params, int num_sms, Stream stream
   launch_dq<Traits>(p, num_sms, stream);
 }
 
+template <class T, int kHeadDim, int kWidth>
+using GroupsDqTile = DqTile<T, kHeadDim, 64, kHeadDim == 64 && kWidth == 64 ? 3 : 2, 4, true>;
+
 template <int kHeadDim>
 void launch_landmark_groups_dq(const LandmarkDqParams& params, int num_sms, Stream stream) {
   const auto with_type = [&](auto type) {
-    using Tile = typename ChooseDqTile<typename decltype(type)::type, kHeadDim>::type;
+    using T = typename decltype(type)::type;
     if (params.block_size <= 16) {
-      launch_groups_dq<Tile, 16>(params, num_sms, stream);
+      launch_groups_dq<GroupsDqTile<T, kHeadDim, 16>, 16>(params, num_sms, stream);
     } else if (params.block_size <= 32) {
-      launch_groups_dq<Tile, 32>(params, num_sms, stream);
+      launch_groups_dq<GroupsDqTile<T, kHeadDim, 32>, 32>(params, num_sms, stream);
     } else {
-      launch_groups_dq<Tile, 64>(params, num_sms, stream);
+      launch_groups_dq<GroupsDqTile<T, kHeadDim, 64>, 64>(params, num_sms, stream);
     }
   };
   if (params.shape.dtype == DType::kBFloat16) {

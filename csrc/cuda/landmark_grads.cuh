@@ -28,7 +28,10 @@ struct LandmarkGrads : LandmarkScores<T, kBlockN, kWidth> {
   };
   struct State : Base::State, DqRows {
     float* out;  // this thread's vector (lam, d or W), at its first row of group 0
+    // Of the groups of a tile and the rows.
+    float G[kGroups][2], factor[kGroups][2], lam[kGroups][2], inverse[kGroups][2];
   };
+  static constexpr bool kLeavesOut = false;
 
   template <class Kernel>
   static __device__ __forceinline__ void begin(const Kernel& kernel, int warpgroup,
@@ -46,63 +49,76 @@ struct LandmarkGrads : LandmarkScores<T, kBlockN, kWidth> {
   template <class Kernel>
   static __device__ __forceinline__ void enter(const Kernel&, int, State&) {}
 
-  // Sums over the ordinary keys of a group, complete in all four threads of a row. s: exponentials.
-  template <class P>
-  static __device__ __forceinline__ void sum_group(const P& p, int g, const float (&base)[2],
-                                                   float (&s)[kBlockN / 2],
-                                                   const float (&dp)[kBlockN / 2], float (&l)[2],
-                                                   float (&d)[2]) {
-    l[0] = l[1] = d[0] = d[1] = 0.f;
-#pragma unroll
-    for (int j = 0; j < kGroupRegisters; ++j) {
-      const int at = g * kGroupRegisters + j, row = j / 2 % 2;
-      s[at] = ptx::exp2_approx(s[at] * p.scale_log2 - base[row]);
-      l[row] += s[at];
-      d[row] += s[at] * dp[at];
-    }
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      l[row] = quad_sum(l[row]);
-      d[row] = quad_sum(d[row]);
-    }
+  template <bool kMasked>
+  static __device__ __forceinline__ bool is_earlier(int g, int row, const State& state) {
+    return !kMasked || (state.earlier >> (2 * g + row) & 1);
   }
 
-  // dP -> dS. Returns 0.
+  // S -> exp(s - its maximum), own block: P.
   template <bool kMasked, class Kernel>
-  static __device__ __forceinline__ uint32_t differentiate(const Kernel& kernel, int n,
-                                                           float (&s)[kBlockN / 2],
-                                                           float (&dp)[kBlockN / 2], State& state) {
+  static __device__ __forceinline__ uint32_t weigh(const Kernel& kernel, int,
+                                                   float (&s)[kBlockN / 2], State& state) {
     const auto& p = kernel.p;
     if (!kMasked && p.padding > 0) Base::mask_padding(p, s);
     float A[kGroups][2];
     Base::take_landmarks(p, s, A);
-    const bool whole = !kMasked || n < p.whole_tiles;
-    const int place = threadIdx.x % 4;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      float base[2], l[2], d[2], factor[2], w[2], lam[2];
+      float base[2], l[2] = {0.f, 0.f};
       Base::template find_base<kMasked>(p, g, s, base);
-      bool earlier[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        earlier[row] = !kMasked || (state.earlier >> (2 * g + row) & 1);
-        if (!earlier[row]) base[row] = state.lse2[row];
-      }
-      sum_group(p, g, base, s, dp, l, d);
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const float G = ptx::exp2_anywhere(A[g][row] - state.lse2[row]);
-        const float inverse = __fdividef(1.f, l[row]);
-        factor[row] = earlier[row] ? G * inverse : 1.f;
-        d[row] = earlier[row] ? d[row] * inverse : state.delta[row];
-        w[row] = earlier[row] ? G * (d[row] - state.delta[row]) : 0.f;
-        lam[row] = earlier[row] ? base[row] + __log2f(l[row]) - A[g][row] + state.lse2[row]
-                                : state.lse2[row];
+        if (!is_earlier<kMasked>(g, row, state)) base[row] = state.lse2[row];
       }
 #pragma unroll
       for (int j = 0; j < kGroupRegisters; ++j) {
         const int at = g * kGroupRegisters + j, row = j / 2 % 2;
-        dp[at] = s[at] * (dp[at] * factor[row] - d[row] * factor[row]);
+        s[at] = ptx::exp2_approx(s[at] * p.scale_log2 - base[row]);
+        l[row] += s[at];
+      }
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const bool earlier = is_earlier<kMasked>(g, row, state);
+        const float sum = quad_sum(l[row]), inverse = __fdividef(1.f, sum);
+        const float G = ptx::exp2_anywhere(A[g][row] - state.lse2[row]);
+        const float lam = base[row] + __log2f(sum) - A[g][row] + state.lse2[row];
+        state.G[g][row] = G;
+        state.inverse[g][row] = inverse;
+        state.factor[g][row] = earlier ? G * inverse : 1.f;
+        state.lam[g][row] = earlier ? lam : state.lse2[row];
+      }
+    }
+    return 0;  // the shuffles of the sums keep the exponentials where they are
+  }
+
+  // dP -> dS.
+  template <bool kMasked, class Kernel>
+  static __device__ __forceinline__ void differentiate(const Kernel& kernel, int n,
+                                                       const float (&s)[kBlockN / 2],
+                                                       float (&dp)[kBlockN / 2], State& state) {
+    const auto& p = kernel.p;
+    const bool whole = !kMasked || n < p.whole_tiles;
+    const int place = threadIdx.x % 4;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      float d[2] = {0.f, 0.f}, w[2];
+#pragma unroll
+      for (int j = 0; j < kGroupRegisters; ++j) {
+        const int at = g * kGroupRegisters + j;
+        d[j / 2 % 2] += s[at] * dp[at];
+      }
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const bool earlier = is_earlier<kMasked>(g, row, state);
+        const float sum = quad_sum(d[row]) * state.inverse[g][row];
+        d[row] = earlier ? sum : state.delta[row];
+        w[row] = earlier ? state.G[g][row] * (d[row] - state.delta[row]) : 0.f;
+      }
+#pragma unroll
+      for (int j = 0; j < kGroupRegisters; ++j) {
+        const int at = g * kGroupRegisters + j, row = j / 2 % 2;
+        const float factor = state.factor[g][row];
+        dp[at] = s[at] * (dp[at] * factor - d[row] * factor);
       }
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
@@ -111,14 +127,13 @@ struct LandmarkGrads : LandmarkScores<T, kBlockN, kWidth> {
       }
       const int group = whole ? n * kGroups + g : p.whole_blocks + g;
       if (place < 3 && group < p.vectors.num_groups) {
-        float* const out = state.out + group * p.vectors.pitch;
+        float* const out = state.out + int64_t{group} * p.vectors.pitch;
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-          out[8 * row] = place == 0 ? lam[row] : place == 1 ? d[row] : w[row];
+          out[8 * row] = place == 0 ? state.lam[g][row] : place == 1 ? d[row] : w[row];
         }
       }
     }
-    return 0;  // the shuffles of the sums keep the exponentials where they are
   }
 };
 

@@ -1,4 +1,5 @@
-// Math: none; the tables of landmark_blocks.cuh, from the places of the landmarks.
+// Math: none; the tables of landmark_blocks.cuh, from the places of the landmarks, for
+//       lctx::landmark_fwd and lctx::landmark_bwd.
 // Tile map: one thread block a batch.
 // Pipeline: scans over the positions of the sequence. Nothing is read on the host.
 // Memory: landmarks twice, every table once.

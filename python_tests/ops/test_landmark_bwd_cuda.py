@@ -1,0 +1,95 @@
+"""Gradients of landmark_attention on a Hopper GPU against its definition in fp64."""
+
+import pytest
+import torch
+from gpu_checks import HALF, check_gradients, gpu_qkv, needs_kernel
+from helpers import random_landmarks
+
+import lctx_kernels as lk
+from lctx_kernels import reference
+
+pytestmark = needs_kernel("landmark_bwd")
+
+BLOCK_SIZES = (2, 3, 16, 17, 32, 51, 64, 65, 100, 128, 256, 1000)
+
+
+def check(q, k, v, block_size=None, is_landmark=None, **options):
+    options |= {"block_size": block_size, "is_landmark": is_landmark}
+    grads = check_gradients(lk.landmark_attention, reference.landmark_attention, q, k, v, **options)
+    if block_size is not None:
+        assert (grads["v"][:, block_size - 1 :: block_size] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("D", [8, 40, 64, 80, 128, 136, 256])
+@pytest.mark.parametrize("block_size", [16, 51, 64, 100, 256])
+def test_head_dimensions(block_size, D, dtype):
+    check(*gpu_qkv(2, 333, 4, D, Hkv=2, dtype=dtype), block_size)
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("T", [900, 896, 1024])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_block_sizes(block_size, T, D):
+    check(*gpu_qkv(1, T, 2, D), block_size)
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("Tq", "Tk"), [(1, 1), (1, 2), (1, 777), (63, 63), (129, 1000), (300, 129), (16, 1020)]
+)
+@pytest.mark.parametrize("block_size", [2, 51, 64, 200])
+def test_lengths(block_size, Tq, Tk, D):
+    check(*gpu_qkv(1, Tq, 2, D, Tk=Tk), block_size)
+
+
+@pytest.mark.parametrize("Hkv", [1, 2, 8])
+@pytest.mark.parametrize("block_size", [64, 200])
+def test_grouped_queries(block_size, Hkv):
+    check(*gpu_qkv(2, 300, 8, 128, Hkv=Hkv), block_size)
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("density", [0.0, 0.003, 0.02, 0.2, 0.7, 1.0])
+def test_irregular_landmarks(density, D):
+    for Tq, Tk in ((700, 700), (90, 500), (200, 150)):
+        is_landmark = random_landmarks(2, Tk, density).cuda()
+        check(*gpu_qkv(2, Tq, 4, D, Tk=Tk, Hkv=2), is_landmark=is_landmark)
+
+
+def test_rows_of_landmarks_and_long_gaps():
+    is_landmark = torch.zeros(3, 1500, dtype=torch.bool, device="cuda")
+    is_landmark[0, :9] = True
+    is_landmark[1, 700:708] = True
+    is_landmark[2, [100, 101, 356, 1498, 1499]] = True
+    check(*gpu_qkv(3, 1500, 2, 128), is_landmark=is_landmark)
+
+
+@pytest.mark.parametrize("block_size", [51, 64, 256])
+def test_same_bits_every_time(block_size):
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(2, 1500, 8, 128, Hkv=2))
+    dout = torch.randn_like(q)
+
+    def grads():
+        out = lk.landmark_attention(q, k, v, block_size=block_size)
+        return torch.autograd.grad(out, (q, k, v), dout)
+
+    first = grads()
+    for _ in range(100):
+        assert all(torch.equal(x, y) for x, y in zip(grads(), first, strict=True))
+
+
+def test_heads_in_chunks():
+    """The statistics of all heads together are beyond the bound on them."""
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(1, 16384, 48, 64, Hkv=12))
+    dout = torch.randn_like(q)
+    out = lk.landmark_attention(q, k, v, block_size=64)
+    together = torch.autograd.grad(out, (q, k, v), dout)
+    for h in (0, 7, 11):
+        own, heads = slice(h, h + 1), slice(4 * h, 4 * h + 4)
+        few = q[:, :, heads], k[:, :, own], v[:, :, own]
+        alone = torch.autograd.grad(
+            lk.landmark_attention(*few, block_size=64), few, dout[:, :, heads]
+        )
+        for x, y, part in zip(together, alone, (heads, own, own), strict=True):
+            assert torch.equal(x[:, :, part], y)
