@@ -118,28 +118,24 @@ void launch_keys(const InfiniParams& params, const InfiniGrads& grads,
   launch_bwd<Traits>(p, num_sms, stream);
 }
 
+template <class Tile>
 void launch_queries(const InfiniParams& params, const InfiniGrads& grads,
                     const InfiniBwdScratch& scratch, int num_sms, Stream stream) {
+  using Traits =
+      FwdTraits<Tile, LocalTiles<Tile::kBlockM>, DenseGrads<Tile::kBlockN, false>, MemoryQueries>;
+  const AttnShape& s = params.shape;
   AttnParams to_dq = params;
   to_dq.out = grads.dq;
-  choose_dq_tile(params, [&](auto tile) {
-    using Tile = typename decltype(tile)::type;
-    using Traits =
-        FwdTraits<Tile, LocalTiles<Tile::kBlockM>, DenseGrads<Tile::kBlockN, false>, MemoryQueries>;
-    if constexpr (Tile::kHeadDim <= 128) {
-      const AttnShape& s = params.shape;
-      typename Traits::Params p{};
-      set_attention(to_dq, scratch.counters + 1, p);
-      set_dq<Tile>("lctx::infini_bwd", to_dq, {grads.dout, scratch.lse2, scratch.delta}, p);
-      set_segments(params, s.Hq, p);
-      p.dq_sum = params.q_mem.data != nullptr ? nullptr : scratch.dq_sum;
-      p.row_shift = row_shift<Tile>(p.segment_len);
-      p.order = make_order("lctx::infini_bwd", ceil_div(p.segment_len, Tile::kBlockM),
-                           s.Hq * ceil_div(s.Tq, params.segment_len), s.B,
-                           heads_per_section(s, p.segment_len, 256));
-      launch_dq<Traits>(p, num_sms, stream);
-    }
-  });
+  typename Traits::Params p{};
+  set_attention(to_dq, scratch.counters + 1, p);
+  set_dq<Tile>("lctx::infini_bwd", to_dq, {grads.dout, scratch.lse2, scratch.delta}, p);
+  set_segments(params, s.Hq, p);
+  p.dq_sum = params.q_mem.data != nullptr ? nullptr : scratch.dq_sum;
+  p.row_shift = row_shift<Tile>(p.segment_len);
+  p.order = make_order("lctx::infini_bwd", ceil_div(p.segment_len, Tile::kBlockM),
+                       s.Hq * ceil_div(s.Tq, params.segment_len), s.B,
+                       heads_per_section(s, p.segment_len, 256));
+  launch_dq<Traits>(p, num_sms, stream);
 }
 
 }  // namespace
@@ -152,7 +148,13 @@ void launch_infini_local_bwd(const InfiniParams& params, const InfiniGrads& grad
     launch_keys<typename decltype(tile)::type>(params, grads, scratch, num_sms, stream);
   });
   if (deterministic) {
-    launch_queries(params, grads, scratch, num_sms, stream);
+    choose_type_and_dim(params.shape, [&](auto type, auto dim) {
+      using T = typename decltype(type)::type;
+      if constexpr (dim.value <= 128) {
+        launch_queries<typename DqTiles<T, dim.value>::type>(params, grads, scratch, num_sms,
+                                                             stream);
+      }
+    });
   } else {
     launch_unpack_dq(params, grads, scratch.dq_sum, stream);
   }
