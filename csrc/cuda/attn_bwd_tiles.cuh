@@ -35,9 +35,9 @@ struct BwdParams {
   // [1] is for phases that have one row less than phase 0.
   CUtensorMap q[2], dout[2], k[2], v[2];
   TensorView dk, dv;
-  const float *lse2, *delta;  // (B, Hq, Tq), see bwd_rows.h
+  const float *lse2, *delta;  // in blocks, as dq_sum
   float* dq_sum;              // see dq_sum.cuh
-  int blocks_per_head;        // of dq_sum
+  int blocks_per_head;        // of these three
   int* counter;               // zero at launch
   KeyOrder order;
   int per_group;  // query heads per key/value head

@@ -22,14 +22,16 @@ void launch_flash_fwd(const FlashParams& params, void* scratch, int num_sms, Str
 
 // Scratch memory of a backward, on the device.
 struct BwdScratch {
-  float* lse2 = nullptr;    // (B, Hq, Tq): lse in units of log 2, +inf where a row sees no key
-  float* delta = nullptr;   // (B, Hq, Tq): sum of dout * out over the columns, minus dlse
+  float* lse2 = nullptr;    // (B, Hq, pitch): lse / log 2, +inf where a row sees no key
+  float* delta = nullptr;   // (B, Hq, pitch): sum of dout * out over the columns, minus dlse
   float* dq_sum = nullptr;  // dq_sum_floats (dq_sum.cuh), fused only
   int* counter = nullptr;   // one int
 };
 
 // Floats of dq_sum.
 int64_t flash_dq_sum_floats(const AttnShape& shape);
+// Rows of lse2 and delta per head: those of dq_sum, a multiple of 64.
+int64_t bwd_pitch(const AttnShape& shape);
 
 // Fills lse2 and delta, and zeroes dq_sum where there is one, and the counter.
 void launch_bwd_rows(const AttnParams& params, const AttnGrads& grads, const BwdScratch& scratch,
@@ -39,8 +41,8 @@ void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const B
                       bool fused, int num_sms, Stream stream);
 void launch_unpack_dq(const AttnParams& params, const AttnGrads& grads, const float* dq_sum,
                       Stream stream);
-// The backward's gradient of the queries: writes grads.dq. `lse2` and `delta` are fp32 (B, Hq, Tq)
-// contiguous: lse log2 e, +inf where lse is -inf, and rowsum(dout out) - dlse. `counter` as below.
+// The backward's gradient of the queries: writes grads.dq. `lse2` and `delta` are fp32 (B, Hq,
+// bwd_pitch): lse log2 e, +inf where lse is -inf, and rowsum(dout out) - dlse. `counter` as below.
 void launch_flash_dq(const FlashParams& params, const AttnGrads& grads, const float* lse2,
                      const float* delta, int* counter, int num_sms, Stream stream);
 
@@ -55,9 +57,10 @@ void launch_dilated_fwd(const DilatedParams& params, float* partial, int* counte
 // The backward sums dq in scratch.dq_sum, of dilated_dq_floats, and dk and dv in `dk_sum` and
 // `dv_sum`, fp32 (B, T, Hkv, D), which the launch zeroes.
 int64_t dilated_dq_floats(const DilatedParams& params);
+int64_t dilated_statistics_floats(const DilatedParams& params);
 void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
-                        const BwdScratch& scratch, float* dk_sum, float* dv_sum, int num_sms,
-                        Stream stream);
+                        const BwdScratch& scratch, float* statistics, float* dk_sum, float* dv_sum,
+                        int num_sms, Stream stream);
 
 // `scratch`: landmark_scratch_ints ints on the device.
 void launch_landmark_fwd(const LandmarkParams& params, int* scratch, int num_sms, Stream stream);
