@@ -36,6 +36,10 @@ __device__ __forceinline__ void store_shared_4(uint32_t address, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_2(uint32_t address, uint16_t x) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(x) : "memory");
+}
+
 // ---- words in global memory that other blocks wait for ----
 
 __device__ __forceinline__ int load_acquire(const int* flag) {

@@ -129,14 +129,15 @@ struct DenseKeys {
   }
 };
 
-template <int kBlockN>
-struct PackedKeys {
-  using Params = typename PackedTiles<kBlockN>::Params;
+// Blocks of what a policy of the forward lists: keys are the rows there, and their queries too.
+template <class Tiles>
+struct ListedKeys {
+  using Params = typename Tiles::Params;
   static constexpr bool kStrided = false;
 
   template <class P>
   static __device__ __forceinline__ KeyWork find(const P& p, int index) {
-    const Work rows = PackedTiles<kBlockN>::find(p, index);
+    const Work rows = Tiles::find(p, index);
     KeyWork work;
     work.head = rows.head;
     work.batch = rows.batch;
@@ -149,6 +150,8 @@ struct PackedKeys {
     return work;
   }
 };
+template <int kBlockN>
+using PackedKeys = ListedKeys<PackedTiles<kBlockN>>;
 
 template <int kBlockN>
 struct SegmentKeys {

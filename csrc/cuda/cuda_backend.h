@@ -97,6 +97,40 @@ struct InfiniScratch {
 void launch_infini_fwd(const InfiniParams& params, const InfiniPlan& plan,
                        const InfiniScratch& scratch, int num_sms, Stream stream);
 
+// How the backward shares out its work: parts of a segment's query rows and of its keys.
+struct InfiniBwdPlan {
+  int splits = 1, key_splits = 1;
+  int64_t row_blocks = 0;
+};
+InfiniBwdPlan plan_infini_bwd(const InfiniParams& params, int num_sms);
+
+// Scratch memory of the backward, on the device. Sizes are counted in elements.
+struct InfiniBwdScratch {
+  float* norms = nullptr;      // (B, Hkv, S, 4 + D)
+  float* dM = nullptr;         // (splits, B, Hkv, S, D, D)
+  float* dz = nullptr;         // (splits, B, Hkv, S, D)
+  float* decay = nullptr;      // (key_splits, B, Hkv, S, D, D), delta rule only
+  float* dz_keys = nullptr;    // (key_splits, B, Hkv, S, D), delta rule only
+  float* retrieved = nullptr;  // (B, Hq, T), as the next two
+  float* lse2 = nullptr;
+  float* delta = nullptr;
+  float* dgate_parts = nullptr;  // (Hq, B, row_blocks)
+  float* dq_sum = nullptr;       // dq_sum_floats
+  int* counters = nullptr;       // 2
+  TensorView dk_add, dv_add;     // (B, T, Hkv, D) of the inputs' type
+};
+
+// What the memory contributes to all gradients, and what the local part's backward reads: lse2,
+// delta; dq_sum starts with the memory's part (zero where q_mem is given).
+void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& grads,
+                              const InfiniBwdPlan& plan, const InfiniBwdScratch& scratch,
+                              int num_sms, Stream stream);
+
+// The rest, after that: dq, dk, dv.
+void launch_infini_local_bwd(const InfiniParams& params, const InfiniGrads& grads,
+                             const InfiniBwdScratch& scratch, bool deterministic, int num_sms,
+                             Stream stream);
+
 void launch_merge_fwd(const MergeParams& params, Stream stream);
 void launch_merge_bwd(const MergeParams& params, const MergeGrads& grads, Stream stream);
 

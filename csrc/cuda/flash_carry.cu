@@ -20,9 +20,7 @@ void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, St
     using Tile = typename decltype(tag)::type;
     using Traits =
         FwdTraits<Tile, DenseTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN>, CarryRows>;
-    typename Traits::Params p{};
-    set_flash(params, counter, p);
-    set_maps<Tile>(params, p);
+    auto p = fwd_params<Traits>(params, counter);
     p.query_offset = static_cast<int>(params.query_start - params.key_start);
     p.carry_out = static_cast<const float*>(params.carry_out);
     p.carry_lse = p.lse;
