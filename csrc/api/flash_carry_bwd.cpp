@@ -19,7 +19,10 @@ void flash_carry_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const
   CarryGrads grads;
   grads.dout = call.rows(LCTX_ARG(dout), {s.B, s.Tq, s.Hq, s.Dv});
   grads.delta = call.stat_slice(LCTX_ARG(delta), {s.B, s.Hq, s.Tq});
-  call.check(delta.stride(0) == lse.stride(0) && delta.stride(1) == lse.stride(1),
+  const auto same_stride = [&](int64_t dim) {
+    return lse.size(dim) <= 1 || delta.stride(dim) == lse.stride(dim);
+  };
+  call.check(same_stride(0) && same_stride(1),
              "delta and lse have different strides; expected slices of equal tensors");
   grads.dq = call.stat_rows(LCTX_ARG(dq), {s.B, s.Tq, s.Hq, s.Dk});
   grads.dk = call.stat_rows(LCTX_ARG(dk), {s.B, s.Tk, s.Hkv, s.Dk});

@@ -30,6 +30,15 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "int query_start, int key_start, bool deterministic) -> ()");
   // rowsum(dout * out) - dlse, (B, H, T).
   m.def("attn_delta(Tensor dout, Tensor? dlse, Tensor out) -> Tensor delta");
+  // All steps of a ring: q, k, v are this rank's rows, those of all ranks with transport "sim".
+  // Implemented in lctx_kernels/cp/ops.py, by the ops above and a transport.
+  m.def(
+      "ring_fwd(Tensor q, Tensor k, Tensor v, str plan, str group, str transport, bool causal, "
+      "float scale, int window, float timeout, bool deterministic) -> (Tensor out, Tensor lse)");
+  m.def(
+      "ring_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "str plan, str group, str transport, bool causal, float scale, int window, float timeout, "
+      "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
 
   m.def(
       "landmark_fwd(Tensor q, Tensor k, Tensor v, Tensor? is_landmark, int block_size, float "
