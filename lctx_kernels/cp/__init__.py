@@ -9,6 +9,7 @@
 
 from .forecast import Forecast, forecast
 from .plan import Plan, make_plan
+from .process_group import dump_hop_log, hop_log
 from .shard import roll, shard, shard_positions, shift_labels, unshard
 from .transport import RingError
 
@@ -16,7 +17,9 @@ __all__ = [
     "Forecast",
     "Plan",
     "RingError",
+    "dump_hop_log",
     "forecast",
+    "hop_log",
     "make_plan",
     "roll",
     "shard",

@@ -9,16 +9,19 @@ from __future__ import annotations
 import collections
 import datetime
 import json
+import os
 import threading
 import time
 import weakref
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .groups import process_group
 from .transport import Hop, RingError
 
 LOG_LENGTH = 4096  # hops that a group's log keeps
@@ -45,7 +48,7 @@ class GroupTransport:
         self.group, self.device = group, device
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.timeout = self.default_timeout = _group_timeout(group, device)
-        self.call_number = 0
+        self.call_number, self.note = 0, ""
         self.log: collections.deque[dict[str, Any]] = collections.deque(maxlen=LOG_LENGTH)
         self.broken: str | None = None
         self.agreed: set[str] = set()
@@ -71,10 +74,10 @@ class GroupTransport:
                 "torch.distributed.new_group",
                 rank=self.rank, step=-1, phase="agreement", peers=(), bytes=0,
             )  # fmt: skip
-        key = json.dumps(note, sort_keys=True)
-        if agree and (self.device.type == "cpu" or key not in self.agreed):
+        self.note = json.dumps(note, sort_keys=True)
+        if agree and (self.device.type == "cpu" or self.note not in self.agreed):
             self._agree(note)
-            self.agreed.add(key)
+            self.agreed.add(self.note)
 
     def announce(self, error: str) -> None:
         """Tell the other ranks that this one refuses its arguments; they raise it too."""
@@ -136,8 +139,6 @@ class GroupTransport:
         """As Transport; raises RingError at once where a peer is known to be gone."""
         import torch.distributed as dist
 
-        label = f"{self.call_number} {hop.phase} {hop.step} {hop.part}"
-        tag = zlib.crc32(label.encode()) & 0x7FFFFFFF  # no match with a peer in another call
         ticket = Ticket(hop, [], time.monotonic() + self.timeout, self._entry(hop))
         messages: list[tuple[Any, str, int, Tensor]]
         messages = [(dist.isend, "to send to", *m) for m in hop.sends]
@@ -146,7 +147,9 @@ class GroupTransport:
         if not messages:
             return ticket
         ops = [
-            dist.P2POp(op, _raw(buffer), group=self.group, tag=tag, group_peer=peer)
+            dist.P2POp(
+                op, _raw(buffer), group=self.group, tag=self._tag(hop, buffer), group_peer=peer
+            )
             for op, _, peer, buffer in messages
         ]
         try:
@@ -159,6 +162,11 @@ class GroupTransport:
             names = [("to exchange with", messages[0][2])] * len(works)
         ticket.works = [(*name, work) for name, work in zip(names, works, strict=True)]
         return ticket
+
+    def _tag(self, hop: Hop, buffer: Tensor) -> int:
+        """Never that of a peer in another call: gloo ends a process that receives too much."""
+        label = f"{self.call_number} {self.note} {hop.phase} {hop.step} {hop.part} {buffer.nbytes}"
+        return zlib.crc32(label.encode()) & 0x7FFFFFFF
 
     def wait(self, ticket: Ticket) -> None:
         """As Transport. On a GPU the stream waits, and the group's own timeout rules."""
@@ -282,3 +290,38 @@ def transport_of(group: Any, device: torch.device) -> GroupTransport:
     if known is None or known[0]() is not group:
         _TRANSPORTS[key] = known = (weakref.ref(group), GroupTransport(group, device))
     return known[1]
+
+
+def hop_log(group: Any = None) -> list[dict[str, Any]]:
+    """What this rank has exchanged in a group, the latest hops last.
+
+    Args:
+        group: ProcessGroup, 1-D DeviceMesh, or None for the default group.
+
+    Returns:
+        A dictionary for each hop: call, phase, step, part, the ranks in "to" and "from",
+        bytes_sent, bytes_received, the times (seconds since 1970) "posted" and "done", and "error".
+        A hop that never ended has neither done nor, before its deadline, an error.
+
+    Raises:
+        TypeError, ValueError: Not a group.
+    """
+    group = process_group(group, "cp.hop_log")
+    known = [t for ref, t in _TRANSPORTS.values() if ref() is group]
+    return [dict(entry) for transport in known for entry in transport.log]
+
+
+def dump_hop_log(path: str | os.PathLike[str], group: Any = None) -> None:
+    """Write `hop_log(group)` of this rank to a JSON file, one for each rank.
+
+    Args:
+        path: File to write, such as f"hops-{rank}.json".
+        group: As of `hop_log`.
+
+    Raises:
+        TypeError, ValueError: Not a group.
+        OSError: The file cannot be written.
+    """
+    group = process_group(group, "cp.dump_hop_log")
+    facts = {"rank": group.rank(), "world_size": group.size(), "hops": hop_log(group)}
+    Path(path).write_text(json.dumps(facts, indent=1))
