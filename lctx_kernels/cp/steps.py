@@ -67,8 +67,13 @@ def _row_size(k: Tensor, v: Tensor) -> int:
     return k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3])
 
 
-def _rows(x: Tensor, intervals: Iterable[tuple[int, int]]) -> Tensor:
-    return torch.cat([x[:, :0], *(x[:, begin:end] for begin, end in intervals)], 1)
+def _intervals(wire: Iterable[tuple[int, int]]) -> list[tuple[slice, slice]]:
+    """Rows of the source and where they stand on the wire."""
+    pairs, row = [], 0
+    for begin, end in wire:
+        pairs.append((slice(begin, end), slice(row, row + end - begin)))
+        row += end - begin
+    return pairs
 
 
 class KeyRing:
@@ -86,11 +91,11 @@ class KeyRing:
         self.slots = [k.new_empty(size) for _ in range(min(len(received), 2))]
         self.held: Wire | None = None
         if schedule.last[at.rank] > 0:
-            wire = schedule.wire[at.rank]
             rows = schedule.wire_rows(at.rank)
             self.held = _wire(k.new_empty(rows * _row_size(k, v)), rows, k, v)
-            for target, x in ((self.held.k, k), (self.held.v, v)):
-                target.copy_(_rows(x, wire))
+            for own, packed in _intervals(schedule.wire[at.rank]):
+                self.held.k[:, packed] = k[:, own]
+                self.held.v[:, packed] = v[:, own]
         self.arriving: Wire | None = None
 
     def post(self, step: int) -> Any:
@@ -204,12 +209,9 @@ class GradientRing:
         self.ticket, self.held, self.arriving = None, self.arriving, None
         if self.home is None:
             return
-        row = 0
-        for begin, end in self.at.schedule.wire[self.at.rank]:
-            rows = slice(row, row + end - begin)
-            self.dk[:, begin:end] += self.home.k[:, rows]
-            self.dv[:, begin:end] += self.home.v[:, rows]
-            row += end - begin
+        for own, packed in _intervals(self.at.schedule.wire[self.at.rank]):
+            self.dk[:, own] += self.home.k[:, packed]
+            self.dv[:, own] += self.home.v[:, packed]
         self.home = None
 
     def sum_of(self, step: int) -> Wire:
