@@ -27,6 +27,25 @@ CarryParams carry_params(const Call& call, const Tensor& q, const Tensor& k, con
 
 namespace {
 
+#ifdef LCTX_WITH_CUDA
+// The CUDA kernel takes rows [a, b) of contiguous tensors (B, rows, Hq, Dv) and (B, Hq, rows).
+void set_state_rows(const Call& call, CarryParams& params) {
+  const AttnShape& s = params.shape;
+  const int64_t from_batch = s.B > 1 ? params.lse_stride_b / s.Hq : s.Tq;
+  params.state_rows = s.Hq > 1 ? params.lse_stride_h : from_batch;
+  const TensorView& x = params.carry_out;
+  const auto fits = [](int64_t size, int64_t stride, int64_t wanted) {
+    return size <= 1 || stride == wanted;
+  };
+  call.check(params.state_rows >= s.Tq &&
+                 fits(s.B, params.lse_stride_b, s.Hq * params.state_rows) &&
+                 fits(s.B, x.stride_b, params.state_rows * s.Hq * s.Dv) &&
+                 fits(s.Tq, x.stride_t, s.Hq * s.Dv) && fits(s.Hq, x.stride_h, s.Dv),
+             "carry_out and lse are no rows of contiguous tensors of equal length; expected "
+             "x[:, a:b] and lse[:, :, a:b] of such tensors on a GPU");
+}
+#endif
+
 Tensor flash_carry(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& carry_out,
                    const Tensor& lse, bool causal, double scale, int64_t window,
                    int64_t query_start, int64_t key_start, bool last) {
@@ -41,8 +60,7 @@ Tensor flash_carry(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
 #ifdef LCTX_WITH_CUDA
   if (call.is_cuda()) {
     check_tma(call, params);
-    call.stat(LCTX_ARG(carry_out), {s.B, s.Tq, s.Hq, s.Dv});  // the kernel takes no slices
-    call.stat(LCTX_ARG(lse), {s.B, s.Hq, s.Tq});
+    set_state_rows(call, params);
     const CudaCall gpu(call);
     Tensor counter = call.new_plain(ScalarType::Int, {1});
     cuda::launch_flash_carry(params, static_cast<int*>(counter.mutable_data_ptr()), gpu.num_sms(),
