@@ -68,7 +68,8 @@ def ring_attention(
         window: Position i sees key j only if |i - j| < window (tokens); None is no limit. Hops that
             no rank needs are left out.
         cu_seqlens: (documents + 1,) int32, starts of packed documents in the whole sequence, which
-            do not see each other; needs B = 1. None: the documents of the plan.
+            do not see each other; needs B = 1. None: the documents of the plan, in every row of
+            the batch.
         deterministic: Bitwise equal gradients from run to run.
         transport: How shards travel: "pg" by torch.distributed; "sim" computes all ranks in this
             process, where q, k, v hold the rows of all ranks one after another (`cp.shard` with

@@ -119,10 +119,12 @@ def _local_length(call: Call, plan: Plan, group: Any, L: Any) -> None:
 
 def _documents(call: Call, plan: Plan | None, seq_len: int) -> None:
     cu_seqlens, B = call.arguments["cu_seqlens"], call.size("B")
-    documents = cu_seqlens is not None or (plan is not None and len(plan.documents) > 2)
-    if documents and B is not None and B != 1:
-        text = f"B is {B} with packed documents; expected B = 1: documents packed into one row"
-        call.refuse(ValueError, text)
+    if cu_seqlens is not None and B is not None and B != 1:
+        call.refuse(
+            ValueError,
+            f"cu_seqlens is given with B = {B}; expected B = 1: documents packed into one row; "
+            "nearest is cp.make_plan(..., cu_seqlens=...), whose documents all rows have",
+        )
     if not isinstance(cu_seqlens, Tensor):
         return
     if not values_readable(cu_seqlens):

@@ -248,15 +248,15 @@ def test_refused_documents_by_shape(no_op_runs):
     check_refusal("flash_attention", one | {"cu_seqlens": [0, 19]}, TypeError, text)
 
 
-@pytest.mark.parametrize("name", ["group", "plan"])
 @pytest.mark.parametrize("op", EVERY[1:])
-def test_context_parallel_arguments_are_not_built(op, name):
-    if name not in inspect.signature(getattr(lk, op)).parameters:
-        pytest.skip("no such argument")
-    text = f"{name} is given, but context parallelism (lctx_kernels.cp) is not built yet"
-    with pytest.raises(NotImplementedError) as raised:
-        getattr(lk, op)(**complete(op, {name: object()}))
-    assert text in str(raised.value)
+def test_context_parallel_arguments_are_checked(op):
+    parameters = inspect.signature(getattr(lk, op)).parameters
+    for name, given in (("group", 5), ("plan", 7)):
+        if name in parameters:
+            check_refusal(op, {name: given}, TypeError, f"{name} is {given}")
+    if "plan" in parameters:
+        plan = {"plan": lk.cp.make_plan(19, 1)}
+        check_refusal(op, plan, ValueError, "there is no default process group")
 
 
 def test_all_reasons_at_once():

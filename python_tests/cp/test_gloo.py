@@ -1,5 +1,6 @@
 """ring_attention over 2 and 4 processes with gloo: the bits of the simulation, real groups."""
 
+import cp_method_workers as methods
 import cp_workers
 import pytest
 from processes import run_ranks_well
@@ -24,6 +25,15 @@ def test_many_cases(n):
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_ranks(n, check):
+    run_ranks_well(check, n)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize(
+    "check", [methods.infini_cases, methods.dilated_cases, methods.landmark_cases],
+    ids=lambda check: check.__name__,
+)  # fmt: skip
+def test_other_methods_over_ranks(check, n):
     run_ranks_well(check, n)
 
 
