@@ -20,12 +20,16 @@ class Direction:
         needed: Bytes/s at which no step waits for its hop; infinite where a step has a hop but
             nothing to compute.
         efficiency: Time of the computation, spread evenly over the ranks, over the predicted time.
+        memory: Bytes beyond inputs and results of the rank that needs most: the keys that it
+            sends and two slots for those that pass, the fp32 result; in the backward dq, dk and dv
+            in fp32, the row constant, and two slots for the sums that pass.
     """
 
     hops: int
     bytes: int
     needed: float
     efficiency: float
+    memory: int
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,22 @@ class Forecast:
             d: Direction = getattr(self, name)
             lines.append(
                 f"{name}: {d.hops} hops, {d.bytes / 1e6:.1f} MB sent, needs {d.needed / 1e9:.1f} "
-                f"GB/s, efficiency {d.efficiency:.1%}"
+                f"GB/s, efficiency {d.efficiency:.1%}, memory {d.memory / 1e6:.1f} MB"
             )
         return "\n".join(lines)
+
+
+def _memory(schedule: Schedule, key_bytes: int, gradient_bytes: int, row_bytes: int) -> int:
+    """key_bytes, gradient_bytes: of a row on the wire; row_bytes: of a row of the rank."""
+    n, most = schedule.plan.world_size, 0
+    for rank, length in enumerate(schedule.plan.lengths):
+        own = schedule.wire_rows(rank)
+        sources = [(schedule.source(rank, step), step) for step in range(1, n)]
+        passing = [schedule.wire_rows(s) for s, step in sources if schedule.last[s] >= step]
+        slots = own + min(len(passing), 2) * max(passing, default=0)
+        sums = 2 * max([own, *(schedule.wire_rows(s) for s, _ in sources)]) if n > 1 else 0
+        most = max(most, length * row_bytes + slots * key_bytes + sums * gradient_bytes)
+    return most
 
 
 def _seconds(work: float, rate: float) -> float:
@@ -68,7 +85,7 @@ def _seconds(work: float, rate: float) -> float:
 
 def _direction(
     schedule: Schedule, *, flops_per_pair: float, flops: float, link: float, key_bytes: int,
-    gradient_bytes: int,
+    gradient_bytes: int, row_bytes: int,
 ) -> Direction:  # fmt: skip
     """Step by step, all ranks together: a step ends with its slowest rank or hop."""
     n = schedule.plan.world_size
@@ -92,7 +109,8 @@ def _direction(
         total += longest
     pairs = sum(schedule.pairs(r, s) for r in range(n) for s in range(n))
     ideal = _seconds(pairs * flops_per_pair / n, flops)
-    return Direction(hops, max(sent), needed, ideal / total if total else 1.0)
+    memory = _memory(schedule, key_bytes, gradient_bytes, row_bytes)
+    return Direction(hops, max(sent), needed, ideal / total if total else 1.0, memory)
 
 
 def forecast(
@@ -131,21 +149,23 @@ def forecast(
     >>> print(cp.forecast(cp.make_plan(65536, 8), query_heads=32, key_heads=8, head_dim=128))
     zigzag over 8 ranks, 65536 tokens (8192 to 8192 a rank), 1 document(s)
     pairs 2.15e+09, balance 100.0%
-    forward: 7 hops, 234.9 MB sent, needs 37.8 GB/s, efficiency 100.0%
-    backward: 7 hops, 687.9 MB sent, needs 39.6 GB/s, efficiency 100.0%
+    forward: 7 hops, 234.9 MB sent, needs 37.8 GB/s, efficiency 100.0%, memory 234.9 MB
+    backward: 7 hops, 687.9 MB sent, needs 39.6 GB/s, efficiency 100.0%, memory 437.3 MB
     """
     schedule = schedule_of(plan, causal, window or 0)
     n = plan.world_size
     work = [sum(schedule.pairs(rank, source) for source in range(n)) for rank in range(n)]
     row = 2 * batch * key_heads * head_dim  # of k and v
     per_pair = batch * query_heads * head_dim
+    stat = max(4, element_bytes)
     forward = _direction(
         schedule, flops_per_pair=FORWARD_FLOPS * per_pair, flops=forward_flops, link=link,
-        key_bytes=row * element_bytes, gradient_bytes=0,
+        key_bytes=row * element_bytes, gradient_bytes=0, row_bytes=stat * per_pair,
     )  # fmt: skip
     backward = _direction(
         schedule, flops_per_pair=BACKWARD_FLOPS * per_pair, flops=backward_flops, link=link,
-        key_bytes=row * element_bytes, gradient_bytes=row * max(4, element_bytes),
+        key_bytes=row * element_bytes, gradient_bytes=row * stat,
+        row_bytes=stat * (per_pair + row + batch * query_heads),
     )  # fmt: skip
     balance = sum(work) / n / max(work) if max(work) else 1.0
     return Forecast(plan, balance, sum(work), forward, backward)

@@ -1,6 +1,7 @@
 """ring_attention with all ranks in one process, on the CPU kernels, in fp64 and below."""
 
 import functools
+import gc
 import math
 
 import pytest
@@ -14,7 +15,6 @@ from torch.utils import checkpoint
 import lctx_kernels as lk
 from lctx_kernels import cp, reference
 from lctx_kernels.cp import transport
-from lctx_kernels.cp.schedule import schedule_of
 
 
 def tensors(T, *, B=1, Hkv=2, G=2, Dk=6, Dv=5, dtype=torch.float64, seed=0):
@@ -319,19 +319,45 @@ def test_documents_of_the_call_and_of_the_plan_are_the_same():
     assert not torch.equal(by_plan, lk.ring_attention(Q, K, V, **SIM))
 
 
-def test_memory_is_two_slots():
-    """Buffers of keys and of gradients do not grow with the number of ranks."""
-    from lctx_kernels.cp import steps
+def live_bytes(known):
+    """Bytes of the tensors that were made after gc.freeze() and are alive, but for `known`."""
+    storages = (x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor)
+    sizes = {s.data_ptr(): s.nbytes() for s in storages}
+    return sum(sizes.values()) - sum(sizes.get(x.data_ptr(), 0) for x in known)
 
-    for n in (2, 4, 16):
-        plan = cp.make_plan(64 * n, n)
-        schedule = schedule_of(plan, True, 0)
-        at = steps.Rank(1, schedule, transport.Simulator(n).rank(1), 1.0)
-        k, v = torch.zeros(2, 1, 64, 2, 8)
-        keys = steps.KeyRing(at, "forward kv", k, v)
-        gradients = steps.GradientRing(at, 0, 0, 2, k.clone(), v.clone())
-        slots = [x.numel() for x in (*keys.slots, *gradients.slots)]
-        assert len(slots) <= 4 and max(slots) <= k.numel() + v.numel()
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_is_that_of_the_forecast(layout, n, monkeypatch):
+    """Two slots for keys and two for gradients, however many ranks there are."""
+    plan = cp.make_plan(64 * n, n, layout=layout)
+    x = tensors(64 * n, Hkv=2, G=2, Dk=16, Dv=16, dtype=torch.bfloat16)
+    shape = {"query_heads": 4, "key_heads": 2, "head_dim": 16}
+    forecast = cp.forecast(plan, **shape)
+    census = []
+    post = transport.SimulatedRank.post
+
+    def counting(self, hop):
+        census.append(live_bytes(known))
+        return post(self, hop)
+
+    monkeypatch.setattr(transport.SimulatedRank, "post", counting)
+    parts = [cp.shard(plan, t, 1, None).requires_grad_() for t in x.values()]
+    dout = torch.ones_like(parts[0])
+    known = [*parts, dout]
+    gc.freeze()
+    out = lk.ring_attention(*parts, plan=plan, transport="sim")
+    forward = max(census)
+    lse_bytes = 4 * 4 * 64 * n
+    assert forward <= n * forecast.forward.memory + lse_bytes
+    census.clear()
+    known.append(out)
+    gc.freeze()
+    torch.autograd.grad(out, parts, dout)
+    backward = max(census)
+    gc.unfreeze()
+    assert backward <= n * forecast.backward.memory + 2 * lse_bytes
+    assert backward >= 0.6 * n * forecast.backward.memory  # the census sees what there is
 
 
 def test_autocast():
