@@ -149,6 +149,29 @@ def dilated_cases(rank, n):
     assert 'the plan is "striped"' in message
 
 
+def decode_cases(rank, n):
+    """New queries over a cache whose parts differ in length; one rank may hold nothing."""
+    for Tq, cuts, dtype in (
+        (1, [0, 0, 29, 41], torch.float64),
+        (3, [0, 17, 18, 41], torch.float64),
+        (1, [0, 20, 41, 41], torch.bfloat16),
+    ):
+        k, v = (t.to(dtype) for t in global_tensors(41, B=2)[1:3])
+        q = global_tensors(Tq, B=2, seed=5)[0].to(dtype)
+        begin, end = cuts[rank], cuts[rank + 1] if rank < n - 1 else 41
+        out = cp.decode_attention(q, k[:, begin:end], v[:, begin:end])
+        whole = lk.flash_attention(q, k, v, causal=False)
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-2
+        torch.testing.assert_close(out, whole, atol=tolerance, rtol=tolerance)
+    assert not cp.decode_attention(q, k[:, :0], v[:, :0]).any()  # no keys on any rank
+    message = ""
+    try:
+        cp.decode_attention(q.float().requires_grad_(), k.float(), v.float())
+    except NotImplementedError as error:
+        message = str(error)
+    assert "has no backward" in message
+
+
 def landmark_cases(rank, n):
     q, k, v, _ = global_tensors(37, B=2)
     marks = torch.rand(2, 37, generator=torch.Generator().manual_seed(3)) < 0.2

@@ -7,6 +7,7 @@
 [0, 1, 7, 8, 9]
 """
 
+from .decode import decode_attention
 from .forecast import Forecast, forecast
 from .plan import Plan, make_plan
 from .process_group import dump_hop_log, hop_log
@@ -17,6 +18,7 @@ __all__ = [
     "Forecast",
     "Plan",
     "RingError",
+    "decode_attention",
     "dump_hop_log",
     "forecast",
     "hop_log",

@@ -28,11 +28,16 @@ def test_ranks(n, check):
     run_ranks_well(check, n)
 
 
+METHODS = (
+    methods.infini_cases,
+    methods.dilated_cases,
+    methods.landmark_cases,
+    methods.decode_cases,
+)
+
+
 @pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize(
-    "check", [methods.infini_cases, methods.dilated_cases, methods.landmark_cases],
-    ids=lambda check: check.__name__,
-)  # fmt: skip
+@pytest.mark.parametrize("check", METHODS, ids=lambda check: check.__name__)
 def test_other_methods_over_ranks(check, n):
     run_ranks_well(check, n)
 
