@@ -62,7 +62,8 @@ def ring_attention(
         v: (B, L, Hkv, Dv) values of this rank.
         group: ProcessGroup, 1-D DeviceMesh, or None for the default group.
         plan: `cp.Plan`; None makes one from `layout` and the equal lengths of all ranks.
-        layout: "zigzag", "striped" or "contiguous": which positions the rows have, without a plan.
+        layout: "zigzag", "striped" or "contiguous": which positions of the whole sequence the rows
+            have, without a plan.
         causal: A query sees the keys up to its own position in the whole sequence.
         scale: Factor on the scores; None is Dk**-0.5.
         window: Position i sees key j only if |i - j| < window (tokens); None is no limit. Hops that

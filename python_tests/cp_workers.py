@@ -73,7 +73,7 @@ def equal_lengths_need_no_plan(rank, n):
     by_plan = lk.ring_attention(q, k, v, plan=plan)
     assert torch.equal(lk.ring_attention(q, k, v), by_plan)
     bounds = torch.tensor([0, 3, 8 * n], dtype=torch.int32)
-    packed = cp.make_plan(8 * n, n, cu_seqlens=bounds)
+    packed = plan.with_documents(bounds.tolist())
     assert torch.equal(
         lk.ring_attention(q, k, v, cu_seqlens=bounds), lk.ring_attention(q, k, v, plan=packed)
     )

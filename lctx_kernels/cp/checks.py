@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._operands import Call, describe, values_readable
 from .groups import SIM, process_group
-from .plan import LAYOUTS, Plan, _spec, document_bounds
+from .plan import LAYOUTS, Plan, _spec, document_bounds, plan_of
 from .process_group import has_backend
 
 TRANSPORTS = ("auto", "pg", SIM)
@@ -161,7 +161,7 @@ def plan_spec(
     plan: Plan | None, layout: str, seq_len: int, world_size: int, cu_seqlens: Tensor | None
 ) -> str:
     """The text of the plan that a call stands for, once it has been checked."""
-    if plan is None:
-        bounds = None if cu_seqlens is None else cu_seqlens.tolist()
-        return _spec(layout, seq_len, world_size, bounds)
-    return plan.spec if cu_seqlens is None else plan.with_documents(cu_seqlens.tolist()).spec
+    spec = _spec(layout, seq_len, world_size, None) if plan is None else plan.spec
+    if cu_seqlens is None or (plan is not None and len(plan.documents) > 2):  # equal, as checked
+        return spec
+    return plan_of(spec).with_documents(cu_seqlens.tolist()).spec

@@ -93,9 +93,9 @@ class Plan:
         return runs
 
     def with_documents(self, bounds: Sequence[int]) -> Plan:
-        """The same layout with documents that start at `bounds`, which ends with seq_len."""
-        layout, seq_len, world_size, _, ranges = json.loads(self.spec)
-        return plan_of(_spec(layout, seq_len, world_size, bounds, ranges))
+        """The same rows with documents that start at `bounds`, which ends with seq_len."""
+        ranges = [[[r.start, r.stop, r.step] for r in held] for held in self.ranges]
+        return plan_of(_spec("positions", self.seq_len, self.world_size, bounds, ranges))
 
 
 def _document_of(documents: Sequence[int], position: int) -> int:
@@ -117,15 +117,25 @@ def _merged(ranges: Sequence[range]) -> tuple[range, ...]:
     return tuple(merged)
 
 
-def _layout_ranges(layout: str, seq_len: int, n: int) -> tuple[tuple[range, ...], ...]:
+def _chunks(begin: int, end: int, pieces: int) -> list[range]:
+    edges = [begin + (end - begin) * i // pieces for i in range(pieces + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def _layout_ranges(
+    layout: str, seq_len: int, n: int, documents: Sequence[int]
+) -> tuple[tuple[range, ...], ...]:
     if layout == "striped":
         return tuple(_merged([range(rank, seq_len, n)]) for rank in range(n))
-    pieces = n if layout == "contiguous" else 2 * n
-    edges = [seq_len * i // pieces for i in range(pieces + 1)]
-    chunks = [range(a, b) for a, b in itertools.pairwise(edges)]
     if layout == "contiguous":
-        return tuple(_merged([chunk]) for chunk in chunks)
-    return tuple(_merged([chunks[rank], chunks[-1 - rank]]) for rank in range(n))
+        return tuple(_merged([chunk]) for chunk in _chunks(0, seq_len, n))
+    held: list[list[range]] = [[] for _ in range(n)]
+    for document, (begin, end) in enumerate(itertools.pairwise(documents)):
+        chunks = _chunks(begin, end, 2 * n)
+        for rank in range(n):  # turned from document to document: odd tokens fall to all ranks
+            own = (rank + document) % n
+            held[rank] += [chunks[own], chunks[-1 - own]]
+    return tuple(_merged(ranges) for ranges in held)
 
 
 def _spec(
@@ -148,7 +158,7 @@ def plan_of(spec: str) -> Plan:
     """The plan that `spec` (of a plan) describes."""
     layout, seq_len, world_size, documents, ranges = json.loads(spec)
     if ranges is None:
-        held = _layout_ranges(layout, seq_len, world_size)
+        held = _layout_ranges(layout, seq_len, world_size, documents or (0, seq_len))
     else:
         held = tuple(tuple(range(*bounds) for bounds in rank) for rank in ranges)
     return Plan(seq_len, world_size, layout, held, tuple(documents or (0, seq_len)), spec)
@@ -211,9 +221,10 @@ def make_plan(
         seq_len: Tokens of the whole sequence, any number: ranks may hold different numbers of them,
             some none.
         world_size: Ranks.
-        layout: "zigzag" gives rank r the chunks r and 2 world_size - 1 - r of 2 world_size, which
-            balances causal attention; "contiguous" the chunk r of world_size; "striped" the
-            positions r, r + world_size, .... Ignored with `positions`.
+        layout: "zigzag" gives rank r the chunks r and 2 world_size - 1 - r of 2 world_size, of each
+            document, which balances causal attention; "contiguous" the chunk r of world_size of the
+            whole sequence; "striped" the positions r, r + world_size, .... Ignored with
+            `positions`.
         cu_seqlens: (documents + 1,) int32, starts of packed documents and seq_len: documents do not
             see each other, and may lie on several ranks.
         positions: Per rank the (L,) int64 positions of its tokens in any order, every position on

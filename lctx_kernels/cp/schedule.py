@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -132,18 +134,19 @@ class Schedule:
         """Rows that leave `source`."""
         return sum(end - begin for begin, end in self.wire[source])
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 - schedules are few and kept anyway
     def wire_calls(self, rank: int, source: int) -> list[Call]:
         """The calls with keys counted in the rows that travel."""
-        shift, calls = {}, []
-        packed = 0
-        for begin, end in self.wire[source]:
-            shift[(begin, end)] = packed - begin
-            packed += end - begin
+        begins = [begin for begin, _ in self.wire[source]]
+        lengths = [end - begin for begin, end in self.wire[source]]
+        shifts = [s - b for s, b in zip(itertools.accumulate([0, *lengths]), begins, strict=False)]
+        calls = []
         for call in self.calls[rank][source]:
-            by = next(s for (a, b), s in shift.items() if a <= call.k0 and call.k1 <= b)
+            by = shifts[bisect.bisect_right(begins, call.k0) - 1]
             calls.append(call._replace(k0=call.k0 + by, k1=call.k1 + by))
         return calls
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019
     def local_calls(self, rank: int) -> tuple[list[Call], list[Call]]:
         """The calls on own keys as those without a mask and the others, for the backward.
 

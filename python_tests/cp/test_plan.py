@@ -139,8 +139,21 @@ def test_layouts():
     """The layouts of the papers, word for word."""
     zigzag = positions_of(cp.make_plan(12, 3))
     assert zigzag == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
+    packed = positions_of(cp.make_plan(12, 2, cu_seqlens=int32([0, 8, 12])))
+    assert packed == [[0, 1, 6, 7, 9, 10], [2, 3, 4, 5, 8, 11]]
     assert positions_of(cp.make_plan(7, 3, layout="striped")) == [[0, 3, 6], [1, 4], [2, 5]]
     assert positions_of(cp.make_plan(7, 3, layout="contiguous")) == [[0, 1], [2, 3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_zigzag_cuts_every_document(n):
+    """Packed documents are as balanced as one long one, short ones fall to all ranks in turn."""
+    bounds = [0, 48 * n, 50 * n, 80 * n]
+    schedule = schedule_of(cp.make_plan(80 * n, n, cu_seqlens=int32(bounds)), True, 0)
+    work = [sum(schedule.pairs(r, s) for s in range(n)) for r in range(n)]
+    assert len(set(work)) == 1
+    short = cp.make_plan(60 * n, n, cu_seqlens=int32(range(60 * n + 1)))
+    assert set(short.lengths) == {60}
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])

@@ -312,7 +312,7 @@ def test_supported_calls_have_no_reasons():
 
 
 def test_documents_of_the_call_and_of_the_plan_are_the_same():
-    packed = cp.make_plan(12, 3, cu_seqlens=int32([0, 5, 12]))
+    packed = PLAN.with_documents([0, 5, 12])
     by_plan = lk.ring_attention(Q, K, V, plan=packed, transport="sim")
     by_call = lk.ring_attention(Q, K, V, **SIM, cu_seqlens=int32([0, 5, 12]))
     assert torch.equal(by_plan, by_call)
