@@ -110,16 +110,16 @@ def test_no_less_accurate_than_one_device(layout, dtype):
 
     What is returned in fp32 shows the rounding of its n merges, which adds up like a random walk.
     """
-    x = tensors(512, Hkv=2, G=2, Dk=32, Dv=32, dtype=dtype)
+    x = tensors(320, Hkv=2, G=2, Dk=32, Dv=32, dtype=dtype)
     cotangents = {"out": gradients(x, x["v"])["out"].to(dtype)}
     for options in ({}, {"causal": False}, {"window": 100}):
-        one = cp.make_plan(512, 1)
+        one = cp.make_plan(320, 1)
         doubles = {n: t.double() for n, t in x.items()}
         exact = run(whole(reference.flash_attention, one, **options), doubles, cotangents)
         flash = functools.partial(lk.flash_attention, return_lse=True)
         single = run(whole(flash, one, **options), x, cotangents)
-        for n in (2, 8, 64):
-            ours = run(ring(cp.make_plan(512, n, layout=layout), **options), x, cotangents)
+        for n in (2, 8) if options else (2, 64):
+            ours = run(ring(cp.make_plan(320, n, layout=layout), **options), x, cotangents)
             for name in exact:
                 found, allowed = (errors(r[name], exact[name]).rms for r in (ours, single))
                 stored = torch.float32 if name == "lse" else dtype
