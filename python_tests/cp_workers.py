@@ -8,6 +8,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils import checkpoint
 
 import lctx_kernels as lk
@@ -99,8 +100,6 @@ def moving_tokens(rank, n):
 
 def groups_and_meshes(rank, n):
     """A mesh dimension and a group of some ranks, with other rings at work beside them."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     mesh = init_device_mesh("cpu", (n // 2, 2), mesh_dim_names=("dp", "cp"))
     plan, own = cp.make_plan(19, 2), mesh["cp"].get_local_rank()
     check_case(own, plan, global_tensors(19, seed=rank // 2), group=mesh["cp"])
@@ -133,6 +132,11 @@ def checkpoint_and_compile(rank, n):
     assert phases.count("agreement") == 1 and phases.count("forward kv") == n - 1
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     again = torch.autograd.grad(compiled(*parts).sum(), parts)
+    mesh = init_device_mesh("cpu", (n,), mesh_dim_names=("cp",))
+    for group in (dist.new_group(list(range(n))), mesh["cp"]):
+        one = torch.compile(functools.partial(lk.ring_attention, plan=plan, group=group),
+                            fullgraph=True, backend="aot_eager")  # fmt: skip
+        assert torch.equal(one(*parts), lk.ring_attention(*parts, plan=plan))
     for a, b, c in zip(wanted, grads, again, strict=True):
         assert torch.equal(a, b) and torch.allclose(a, c)
 

@@ -25,20 +25,20 @@ def process_group(group: Any, who: str) -> Any:
                 'nearest is transport="sim", all ranks in one process'
             )
         return dist.group.WORLD
-    if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
                 f"{who}: group is a DeviceMesh of {group.ndim} dimensions {group.mesh_dim_names}; "
                 'expected one; try mesh["cp"]'
             )
-        group = group.get_group()
-    if not isinstance(group, dist.ProcessGroup):
-        if group == dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError(f"{who}: this process is not a member of the group")
-        raise TypeError(
-            f"{who}: group is {group!r}; expected a ProcessGroup, a 1-D DeviceMesh or None"
-        )
-    return group
+        return group.get_group()
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{who}: this process is not a member of the group")
+    raise TypeError(f"{who}: group is {group!r}; expected a ProcessGroup, a 1-D DeviceMesh or None")
 
 
 def member(group: Any, world_size: int, who: str) -> tuple[Any, int]:
