@@ -155,6 +155,15 @@ class Schedule:
         calls = _pair_calls(self.plan, rank, rank, self.causal, self.window)
         return [c for c in calls if not c.causal], [c for c in calls if c.causal]
 
+    def rounding_step(self, rank: int) -> int:
+        """The last step with calls, if its last call covers all rows of `rank`; else -1."""
+        for step in reversed(range(self.plan.world_size)):
+            calls = self.calls[rank][self.source(rank, step)]
+            if calls:
+                whole = (calls[-1].q0, calls[-1].q1) == (0, self.plan.lengths[rank])
+                return step if whole else -1
+        return -1
+
     def pairs(self, rank: int, source: int) -> int:
         """(query, key) pairs that `rank` computes on the keys of `source`."""
         return sum(call.pairs for call in self.calls[rank][source])

@@ -10,7 +10,7 @@ Source: Liu et al. 2023 (arXiv 2310.01889), algorithm 1.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -127,28 +127,36 @@ def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Te
     carry = q.new_zeros(B, L, Hq, Dv, dtype=stat)
     lse = q.new_full((B, Hq, L), -torch.inf, dtype=stat)
     ring = KeyRing(at, "forward kv", k, v)
+    rounding, out = at.schedule.rounding_step(at.rank), None
     for step in range(at.world_size):
         source = at.schedule.source(at.rank, step)
         ticket = ring.post(step)
+        last = step == rounding
         if step == 0:
-            _forward_calls(at, at.schedule.calls[at.rank][source], q, k, v, carry, lse)
+            calls: Sequence[Call] = at.schedule.calls[at.rank][source]
+            out = _forward_calls(at, calls, q, k, v, carry, lse, last)
         elif ring.held is not None:
             calls = at.schedule.wire_calls(at.rank, source)
-            _forward_calls(at, calls, q, ring.held.k, ring.held.v, carry, lse)
+            some = _forward_calls(at, calls, q, ring.held.k, ring.held.v, carry, lse, last)
+            out = some if last else out
         if ticket is not None:
             yield ticket
         ring.turn()
-    return carry.to(q.dtype), lse
+    return carry.to(q.dtype) if out is None else out, lse
 
 
 def _forward_calls(
-    at: Rank, calls: Iterable[Call], q: Tensor, k: Tensor, v: Tensor, carry: Tensor, lse: Tensor
-) -> None:
-    for q0, q1, k0, k1, causal, window, start in calls:
-        torch.ops.lctx.flash_carry(
+    at: Rank, calls: Sequence[Call], q: Tensor, k: Tensor, v: Tensor, carry: Tensor, lse: Tensor,
+    last: bool,
+) -> Tensor | None:  # fmt: skip
+    """With `last`, what the last call returns: the result, rounded by the kernel."""
+    out = None
+    for index, (q0, q1, k0, k1, causal, window, start) in enumerate(calls):
+        out = torch.ops.lctx.flash_carry(
             q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], carry[:, q0:q1], lse[:, :, q0:q1], causal,
-            at.scale, window, 0, start, False,
+            at.scale, window, 0, start, last and index == len(calls) - 1,
         )  # fmt: skip
+    return out if last else None
 
 
 class Saved(NamedTuple):
