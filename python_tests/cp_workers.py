@@ -223,6 +223,16 @@ def not_the_plans_length(rank, n, victim):
     lk.ring_attention(q, k, v, plan=plan, timeout=20)
 
 
+def refused_alone(rank, n, victim):
+    """Only one rank calls at all, wrongly: its own error comes, and soon."""
+    process_group.ANNOUNCE_SECONDS = 1.0
+    if rank == victim:
+        q, k, v = global_tensors(10)[:3]
+        lk.ring_attention(q, k, v, window=0)
+    else:
+        time.sleep(4)
+
+
 def other_window(rank, n, victim):
     q, k, v = global_tensors(10)[:3]
     lk.ring_attention(q, k, v, window=5 if rank == victim else 4, timeout=20)

@@ -7,6 +7,7 @@ gone, or does something else is an exception that says where and whom this rank 
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import json
 import os
@@ -26,6 +27,7 @@ from .transport import Hop, RingError
 
 LOG_LENGTH = 4096  # hops that a group's log keeps
 NOTE_BYTES = 2048  # of what a rank says of its call before anything is sent
+ANNOUNCE_SECONDS = 10.0  # that a rank waits to tell the others of its error
 STATUS_SECONDS = 2.0  # that a rank that gives up waits for what the others have to say
 
 
@@ -80,10 +82,15 @@ class GroupTransport:
             self.agreed.add(self.note)
 
     def announce(self, error: str) -> None:
-        """Tell the other ranks that this one refuses its arguments; they raise it too."""
+        """Tell the other ranks that this one refuses its arguments; they raise it too.
+
+        Ranks that do not come soon hear nothing: the caller's own error must not wait for them.
+        """
         if self.broken is None and (self.device.type == "cpu" or not self.agreed):
             self.call_number += 1
-            self._exchange_notes({"error": error})
+            self.timeout = min(self.default_timeout, ANNOUNCE_SECONDS)
+            with contextlib.suppress(RingError):
+                self._exchange_notes({"error": error})
 
     def _exchange_notes(self, note: dict[str, Any]) -> list[dict[str, Any]]:
         import torch.distributed as dist
@@ -180,7 +187,8 @@ class GroupTransport:
                     raise RuntimeError("the exchange was aborted")
             except RuntimeError as error:
                 raise self._failure(ticket, what, peer, error) from error
-        ticket.entry["done"] = time.time()
+        if self.device.type == "cpu":
+            ticket.entry["done"] = time.time()
 
     def done(self, ticket: Ticket) -> bool:
         """As Transport."""
@@ -301,7 +309,8 @@ def hop_log(group: Any = None) -> list[dict[str, Any]]:
     Returns:
         A dictionary for each hop: call, phase, step, part, the ranks in "to" and "from",
         bytes_sent, bytes_received, the times (seconds since 1970) "posted" and "done", and "error".
-        A hop that never ended has neither done nor, before its deadline, an error.
+        A hop that never ended has neither done nor, before its deadline, an error. On GPUs, where
+        the stream waits and not the host, "done" is None.
 
     Raises:
         TypeError, ValueError: Not a group.

@@ -73,6 +73,12 @@ def test_other_arguments_are_one_error_on_every_rank(call, texts):
         assert outcome.seconds < 10 * GRACE  # not the timeout of the group, half an hour
 
 
+def test_an_error_of_the_only_caller_is_its_own():
+    first, second = run_ranks(cp_workers.refused_alone, 2, 1)
+    assert first.error is None
+    assert second.error == "ValueError" and "window is 0" in second.text
+
+
 def test_backwards_in_another_order():
     for rank, outcome in enumerate(run_ranks(cp_workers.other_order, 4, 2, TIMEOUT)):
         check_ring_error(outcome, rank)
