@@ -6,8 +6,9 @@ tokens so far. `Rows` keeps the states of a batch whose rows have different leng
 """
 
 from .dilated import DilatedState
+from .flash import FlashState
 from .infini import InfiniState
 from .landmark import LandmarkState, RetrievalState
 from .rows import Rows
 
-__all__ = ["DilatedState", "InfiniState", "LandmarkState", "RetrievalState", "Rows"]
+__all__ = ["DilatedState", "FlashState", "InfiniState", "LandmarkState", "RetrievalState", "Rows"]

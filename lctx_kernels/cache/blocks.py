@@ -76,7 +76,8 @@ class BlockStore:
         wanted, index = blocks.unique(return_inverse=True)
         device, wanted = blocks.device, wanted.cpu()
         if device.type != "cuda":
-            return Fetch(*(x.index_select(1, wanted).to(device) for x in (k, v)), index)
+            k, v = (x.index_select(1, wanted).to(device) for x in (k, v))
+            return Fetch(k, v, index)
         if self.stream is None:
             self.stream = torch.cuda.Stream(device)
         gathered = []
@@ -84,8 +85,8 @@ class BlockStore:
             room = x.new_empty(x.shape[0], wanted.numel(), *x.shape[2:], pin_memory=True)
             gathered.append(torch.index_select(x, 1, wanted, out=room))
         with torch.cuda.stream(self.stream):
-            parts = [x.to(device, non_blocking=True) for x in gathered]
-        return Fetch(*parts, index, self.stream)
+            k, v = (x.to(device, non_blocking=True) for x in gathered)
+        return Fetch(k, v, index, self.stream)
 
     def select(self, rows: Tensor) -> BlockStore:
         """The rows `rows` (n,) int64 of the batch, in that order."""

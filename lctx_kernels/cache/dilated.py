@@ -97,4 +97,3 @@ class DilatedState:
         if lse is None:
             lse = q.new_full((B, Hq, q.shape[1]), -torch.inf, dtype=stat_dtype(q.dtype))
         return out, lse
-

@@ -66,15 +66,19 @@ class InfiniState:
         while start < T:
             whole = (T - start) // N * N if self.length == 0 else 0
             end = start + (whole or min(N - self.length, T - start))
-            tokens = [x[:, start:end] for x in (q, k, v, q_mem, k_mem)]
+            piece, k_piece, v_piece, q_mem_piece, k_mem_piece = (
+                x[:, start:end] for x in (q, k, v, q_mem, k_mem)
+            )
             if whole:
                 out, self.mem = infini_attention(
-                    *tokens[:3], self.mem, q_mem=tokens[3], k_mem=tokens[4], gate=gate,
-                    segment_len=N, update=self.update, first=self.first, scale=scale,
+                    piece, k_piece, v_piece, self.mem, q_mem=q_mem_piece, k_mem=k_mem_piece,
+                    gate=gate, segment_len=N, update=self.update, first=self.first, scale=scale,
                 )  # fmt: skip
-                outs.append(out)
             else:
-                outs.append(self._in_open_segment(*tokens, gate, scale))
+                out = self._in_open_segment(
+                    piece, k_piece, v_piece, q_mem_piece, k_mem_piece, gate, scale
+                )
+            outs.append(out)
             start = end
         self.seen += T
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)

@@ -1,4 +1,4 @@
-"""Landmark attention token by token: every block kept and read, or every block kept and few read."""
+"""Landmark attention token by token: all blocks are kept, and all or the best of them read."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Retrieved(NamedTuple):
 
 
 class RetrievalState:
-    """All blocks kept, `top_k` of them read: by every token and head, by every head, or every token.
+    """All blocks kept, the best `top_k` of them read: of a token and head, a head, or a token.
 
     Earlier blocks lie in a store, perhaps in the CPU's memory; their landmarks stay with the
     computation. A call scores the landmarks, fetches the best blocks, and attends to them and to
@@ -109,10 +109,14 @@ class RetrievalState:
     Args:
         block_size: Length of a block (tokens, >= 2, the landmark counted).
         top_k: Blocks to read (>= 1).
-        select: Whose choice it is: "token_and_head", "head" (one choice for all tokens of a call)
-            or "token" (one choice for all heads).
+        select: Whose choice it is: "token_and_head"; "token", one choice for all heads; or "head",
+            one choice for all tokens of a call, which therefore depends on the last of them too:
+            cheapest for generation, not meant for measuring perplexity.
         offload: Keep blocks in the CPU's memory, pinned if the computation is on a GPU.
         max_blocks: Blocks to keep, the oldest are forgotten first; None is no limit.
+
+    Raises:
+        ValueError: A number that is too small, or another name for `select`.
 
     Source: Mohtashami and Jaggi 2023 (arXiv 2305.16300), section 3.2.
 
@@ -132,6 +136,15 @@ class RetrievalState:
         offload: bool = False,
         max_blocks: int | None = None,
     ) -> None:
+        for name, value, least in (
+            ("block_size", block_size, 2), ("top_k", top_k, 1), ("max_blocks", max_blocks, 1)
+        ):  # fmt: skip
+            if value is not None and value < least:
+                raise ValueError(f"RetrievalState: {name} is {value}; expected at least {least}")
+        if select not in SELECT:
+            raise ValueError(
+                f"RetrievalState: select is {select!r}; expected one of {', '.join(SELECT)}"
+            )
         self.block_size, self.top_k, self.granularity = block_size, top_k, select
         self.store = BlockStore(block_size, offload, max_blocks)
         self.tail: tuple[Tensor, Tensor] | None = None  # k, v of the open block
@@ -161,7 +174,9 @@ class RetrievalState:
         if pending is not None:
             with without_autocast(q.device.type):
                 blocks_k, blocks_v = pending.wait()
-                past = _read(q.to(out.dtype), blocks_k, blocks_v, chosen, pending.index, rope, scale)
+                past = _read(
+                    q.to(out.dtype), blocks_k, blocks_v, chosen, pending.index, rope, scale
+                )
             out, _ = merge_attention(out, lse, *past)
         self._keep(k, v)
         return out
@@ -215,7 +230,7 @@ def _read(
     blocks_k, blocks_v: (B, n, L, Hkv, D) fetched blocks; index: chosen.blocks as numbers of those.
     """
     B, T, Hq, D = q.shape
-    L, Hkv = blocks_k.shape[2:4]
+    L = blocks_k.shape[2]
     shared_tokens = index.shape[1] == 1 and T > 1
     step = max(1, ROW_ELEMENTS // max(1, B * Hq * index.shape[-1] * L * D))
     parts = []
@@ -235,7 +250,7 @@ def _read_rows(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As _read for a few tokens, with lse (B, T, Hq)."""
-    B, T, Hq, D = q.shape
+    B, Hq = q.shape[0], q.shape[2]
     L, Hkv = blocks_k.shape[2:4]
     stat = stat_dtype(q.dtype)
     if index.shape[2] == 1:  # shared by the heads: every kv head reads the same blocks

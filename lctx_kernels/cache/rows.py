@@ -18,8 +18,9 @@ class State(Protocol):
 
     seen: int
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """Attention output (B, T, Hq, Dv) of the next T tokens, which the state then holds."""
+    @property
+    def attend(self) -> Callable[..., Tensor]:
+        """attend(q, k, v, **options): output (B, T, Hq, Dv) of the next T tokens."""
 
     def select(self, rows: Tensor) -> Any:
         """A state with the given rows of the batch."""

@@ -235,8 +235,7 @@ def test_rows_are_selected_with_all_they_hold(method, ragged):
     again = Rows(make)
     again.attend(*(x[:, :18] for x in (q, k, v)), spans=spans, **options)
     want = [
-        again.attend(*(x[:, i : i + 2] for x in (q, k, v)), spans=None, **options)
-        for i in (18, 20)
+        again.attend(*(x[:, i : i + 2] for x in (q, k, v)), spans=None, **options) for i in (18, 20)
     ]
     close(torch.cat(after, 1), torch.cat(want, 1)[chosen])
     rows.reset()
