@@ -49,6 +49,7 @@ class DilatedAttention(SelfAttention):
     Source: Ding et al. 2023 (arXiv 2307.02486), sections 2.2 and 2.3.
     Equivalent to: lctx_kernels.dilated_attention between projections.
 
+    >>> import torch
     >>> layer = DilatedAttention(64, 4, [1, 2], [16, 64], causal=True, use_xpos=True)
     >>> layer(torch.randn(2, 50, 64)).shape
     torch.Size([2, 50, 64])
