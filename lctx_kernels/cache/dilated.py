@@ -48,16 +48,12 @@ class DilatedState:
         """Output (B, T, Hq, Dv) of the next T tokens."""
         self.k.append(k)
         self.v.append(v)
-        start, self.seen = self.seen, self.seen + q.shape[1]
-        if start == 0:
-            lengths, rates = zip(*self.branches, strict=True)
-            return dilated_attention(
-                q, k, v, lengths, rates, scale=scale, head_offset=self.head_offset
-            )
-        out, lse = self._branch(q, start, *self.branches[0], scale)
-        for w, r in self.branches[1:]:
-            out, lse = merge_attention(out, lse, *self._branch(q, start, w, r, scale))
-        return out
+        self.seen += q.shape[1]
+        lengths, rates = zip(*self.branches, strict=True)
+        return dilated_attention_last(
+            q, self.k.value, self.v.value, lengths, rates, scale=scale,
+            head_offset=self.head_offset,
+        )  # fmt: skip
 
     def select(self, rows: Tensor) -> DilatedState:
         """The rows `rows` (n,) int64 of the batch, in that order."""
@@ -66,34 +62,66 @@ class DilatedState:
         chosen.k, chosen.v, chosen.seen = self.k.select(rows), self.v.select(rows), self.seen
         return chosen
 
-    def _branch(
-        self, q: Tensor, start: int, w: int, r: int, scale: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Out and lse of branch (w, r); 0 and -inf where it does not select the query."""
-        B, _, Hq, _ = q.shape
-        keys, values = self.k.value, self.v.value
-        head = torch.arange(Hq)
-        offsets = head % r if self.head_offset == "mod" else head // -(-Hq // r)
-        group = Hq // keys.shape[2]
-        out = q.new_zeros(*q.shape[:3], values.shape[-1])
-        lse = None
-        for segment in range(start // w, (self.seen - 1) // w + 1):
-            end = min((segment + 1) * w, self.seen)
-            for offset in offsets.unique().tolist():
-                heads = (offsets == offset).nonzero().flatten().to(q.device)
-                first = segment * w + offset  # of the selected keys
-                query = first + -(-max(start - first, 0) // r) * r  # first selected query
-                if query >= end:
-                    continue
-                rows = slice(query - start, end - start, r)
-                k, v = (x[:, first:end:r].index_select(2, heads // group) for x in (keys, values))
-                part = flash_attention(
-                    q[:, rows].index_select(2, heads), k, v, scale=scale, return_lse=True
-                )
-                if lse is None:
-                    lse = part[1].new_full((B, Hq, q.shape[1]), -torch.inf)
-                out[:, rows, heads] = part[0].to(out.dtype)
-                lse[:, heads, rows] = part[1]
-        if lse is None:
-            lse = q.new_full((B, Hq, q.shape[1]), -torch.inf, dtype=stat_dtype(q.dtype))
-        return out, lse
+
+def dilated_attention_last(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    scale: float | None = None,
+    head_offset: str = "mod",
+) -> Tensor:
+    """Causal `dilated_attention` of the last Tq of Tk tokens.
+
+    Args:
+        q: (B, Tq, Hq, Dk), k: (B, Tk, Hkv, Dk), v: (B, Tk, Hkv, Dv), Tq <= Tk; the others as in
+            `dilated_attention`.
+
+    Returns:
+        (B, Tq, Hq, Dv).
+
+    >>> q, k, v = torch.randn(3, 1, 12, 4, 8)
+    >>> last = dilated_attention_last(q[:, 10:], k, v, [4, 8], [1, 2])
+    >>> torch.allclose(last, dilated_attention(q, k, v, [4, 8], [1, 2])[:, 10:], atol=1e-5)
+    True
+    """
+    if q.shape[1] == k.shape[1]:
+        return dilated_attention(
+            q, k, v, segment_lengths, dilation_rates, scale=scale, head_offset=head_offset
+        )
+    branches = list(zip(segment_lengths, dilation_rates, strict=True))
+    out, lse = _branch(q, k, v, *branches[0], head_offset, scale)
+    for w, r in branches[1:]:
+        out, lse = merge_attention(out, lse, *_branch(q, k, v, w, r, head_offset, scale))
+    return out
+
+
+def _branch(
+    q: Tensor, k: Tensor, v: Tensor, w: int, r: int, head_offset: str, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Out and lse of branch (w, r) for the last tokens; 0 and -inf where it does not select one."""
+    B, Tq, Hq, _ = q.shape
+    Tk, group = k.shape[1], Hq // k.shape[2]
+    before = Tk - Tq
+    head = torch.arange(Hq)
+    offsets = head % r if head_offset == "mod" else head // -(-Hq // r)
+    out = q.new_zeros(B, Tq, Hq, v.shape[-1])
+    lse = q.new_full((B, Hq, Tq), -torch.inf, dtype=stat_dtype(q.dtype))
+    for segment in range(before // w, (Tk - 1) // w + 1):
+        end = min((segment + 1) * w, Tk)
+        for offset in offsets.unique().tolist():
+            heads = (offsets == offset).nonzero().flatten().to(q.device)
+            first = segment * w + offset  # of the selected keys
+            query = first + -(-max(before - first, 0) // r) * r  # first selected query
+            if query >= end:
+                continue
+            rows = slice(query - before, end - before, r)
+            keys, values = (x[:, first:end:r].index_select(2, heads // group) for x in (k, v))
+            part, part_lse = flash_attention(
+                q[:, rows].index_select(2, heads), keys, values, scale=scale, return_lse=True
+            )
+            out[:, rows, heads] = part.to(out.dtype)
+            lse[:, heads, rows] = part_lse
+    return out, lse
