@@ -1,4 +1,4 @@
-"""Hugging Face models with the attention of this package. Imports transformers when first called."""
+"""Hugging Face models with the attention of this package; transformers is imported when needed."""
 
 from __future__ import annotations
 

@@ -20,8 +20,7 @@ try:
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 except ImportError as error:
     raise ImportError(
-        f"lctx_kernels.hf needs transformers >= 5.10 ({error}); try: pip install "
-        "'lctx_kernels[hf]'"
+        f"lctx_kernels.hf needs transformers >= 5.10 ({error}); try: pip install 'lctx_kernels[hf]'"
     ) from error
 
 __all__ = [
@@ -50,7 +49,9 @@ class Family(NamedTuple):
 
     def load(self, suffix: str) -> Any:
         """The class `<prefix><suffix>`, such as LlamaForCausalLM."""
-        module = importlib.import_module(f"transformers.models.{self.package}.modeling_{self.package}")
+        module = importlib.import_module(
+            f"transformers.models.{self.package}.modeling_{self.package}"
+        )
         return getattr(module, self.prefix + suffix)
 
     @property
@@ -61,7 +62,9 @@ class Family(NamedTuple):
     @property
     def rotate(self) -> Callable[..., Any]:
         """The family's apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=)."""
-        module = importlib.import_module(f"transformers.models.{self.package}.modeling_{self.package}")
+        module = importlib.import_module(
+            f"transformers.models.{self.package}.modeling_{self.package}"
+        )
         function: Callable[..., Any] = module.apply_rotary_pos_emb
         return function
 

@@ -21,10 +21,13 @@ class ConvertedAttention(nn.Module):
 
     family: str
     method: str
+    config: Any
+    layer_idx: int
+    memory_gate: Any
 
     def options(self) -> dict[str, Any]:
         """Options of the conversion."""
-        options: dict[str, Any] = self.config.lctx["options"]  # type: ignore[union-attr]
+        options: dict[str, Any] = self.config.lctx["options"]
         return options
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,13 +61,13 @@ class ConvertedAttention(nn.Module):
             )
         if self.training and self.attention_dropout:
             raise NotImplementedError(
-                f"{type(self).__name__}: attention_dropout is {self.attention_dropout} in training; "
-                "expected 0, dropout inside attention is not built; try "
+                f"{type(self).__name__}: attention_dropout is {self.attention_dropout} in "
+                "training; expected 0, dropout inside attention is not built; try "
                 "model.config.attention_dropout = 0 before hf.convert"
             )
         layer: ConvertedLayer | None = None
         if past_key_values is not None:
-            layer = past_key_values.layers[self.layer_idx]  # type: ignore[index]
+            layer = past_key_values.layers[self.layer_idx]
         heads = self.attend(hidden_states, position_embeddings, layer, lctx)
         return self.o_proj(heads.flatten(2).to(hidden_states.dtype)), None  # type: ignore[operator]
 
@@ -115,7 +118,7 @@ class InfiniMixin(ConvertedAttention):
                     "expected one of them, and texts that start in the first column"
                 )
             return self.run(q, k, v, layer, context, **shared)
-        options, index = self.options(), int(self.layer_idx)  # type: ignore[arg-type]
+        options, index = self.options(), self.layer_idx
         memory = context.memory
         out, mem = infini_attention(
             q, k, v, None if memory is None else memory.read.get(index), **shared,

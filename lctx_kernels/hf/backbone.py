@@ -53,8 +53,8 @@ class ConvertedBackbone(PreTrainedModel):  # type: ignore[misc]
             past_key_values = make_cache(self)
         if past_key_values is not None and not isinstance(past_key_values, ConvertedCache):
             raise TypeError(
-                f"{where}: past_key_values is {type(past_key_values).__name__}; expected the result "
-                "of lctx_kernels.hf.make_cache(model), or None"
+                f"{where}: past_key_values is {type(past_key_values).__name__}; expected the "
+                "result of lctx_kernels.hf.make_cache(model), or None"
             )
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
@@ -159,7 +159,8 @@ class InfiniBackbone(ConvertedBackbone):
         rows = first[:1] if len(set(first)) == 1 else first
         columns = torch.arange(T, device=inputs.device)
         positions = torch.tensor(rows, device=inputs.device)[:, None] + columns
-        return positions.clamp(min=0) % self.spec["options"]["segment_len"]
+        inside: Tensor = positions.clamp(min=0) % self.spec["options"]["segment_len"]
+        return inside
 
 
 class LandmarkBackbone(ConvertedBackbone):
@@ -235,9 +236,9 @@ class LandmarkBackbone(ConvertedBackbone):
         if cache is not None or inputs.is_floating_point():
             raise NotImplementedError(
                 f"{type(self).__name__}: insert is False with "
-                f"{'a cache' if cache is not None else 'inputs_embeds'}; expected input_ids without "
-                'a cache: set model.config.lctx["options"]["insert"] = True to generate, and give '
-                "ordinary tokens alone"
+                f"{'a cache' if cache is not None else 'inputs_embeds'}; expected input_ids "
+                'without a cache: set model.config.lctx["options"]["insert"] = True to generate, '
+                "and give ordinary tokens alone"
             )
         marks = inputs == self.spec["options"]["landmark_id"]
         if spans is not None:
@@ -275,7 +276,9 @@ class LandmarkBackbone(ConvertedBackbone):
                     f"{type(self).__name__}: retrieval with the rotary embedding {kind!r}, whose "
                     "frequencies change with the length; expected another one, or top_k=None"
                 )
-            layer_type = "full_attention" if self.config.model_type.endswith("gemma3_text") else None
+            layer_type = (
+                "full_attention" if self.config.model_type.endswith("gemma3_text") else None
+            )
             table = rope_table(self.rotary_emb, 2 * need, x.device, layer_type)
             self.__dict__["_lctx_rope"] = table
         dtype = torch.promote_types(x.dtype, torch.float32)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..cache import DilatedState, InfiniState, Rows
+from ..cache import InfiniState, Rows
 from ..nn.attention import landmark_state
 from ._compat import Cache, CacheLayerMixin, DynamicCache
 from .options import CACHE_OPTIONS, complete
@@ -108,18 +108,15 @@ class ConvertedCache(Cache):  # type: ignore[misc]
 
 
 def state_maker(method: str, options: dict[str, Any]) -> Callable[[], Any]:
-    """What makes an empty state of a method for its options."""
+    """What makes an empty state of infini or landmark attention for their options."""
     if method == "infini":
-        names = ("segment_len", "update", "first")
-        return lambda: InfiniState(**{name: options[name] for name in names})
-    if method == "landmark":
-        names = ("block_size", "top_k", "select", "offload", "max_blocks")
-        return lambda: landmark_state(**{name: options[name] for name in names})
-    names = ("segment_lengths", "dilation_rates", "head_offset")
-    return lambda: DilatedState(**{name: options[name] for name in names})
+        of_state = ("segment_len", "update", "first")
+        return lambda: InfiniState(**{name: options[name] for name in of_state})
+    names = ("block_size", "top_k", "select", "offload", "max_blocks")
+    return lambda: landmark_state(**{name: options[name] for name in names})
 
 
-def make_cache(model: Any, **options: Any) -> ConvertedCache:
+def make_cache(model: Any, **options: Any) -> Any:
     """See lctx_kernels.hf.make_cache."""
     spec = getattr(model.config, "lctx", None)
     if spec is None:
@@ -135,7 +132,10 @@ def make_cache(model: Any, **options: Any) -> ConvertedCache:
             f"{'some of ' + ', '.join(known) if known else 'none'}"
         )
     merged = complete(method, spec["options"] | options, "hf.make_cache")
-    layers = DynamicCache(config=model.config).layers
+    cache = DynamicCache(config=model.config)
+    if method == "dilated":
+        return cache
+    layers = cache.layers
     if len(layers) != model.config.num_hidden_layers:
         raise RuntimeError(
             f"hf.make_cache: transformers made {len(layers)} cache layers for "

@@ -76,8 +76,8 @@ def token_spans(
         return None
     if not isinstance(attention_mask, Tensor):
         raise TypeError(
-            f"{where}: attention_mask is {type(attention_mask).__name__}; expected None or a tensor "
-            "(B, T) of ones for tokens and zeros for pads"
+            f"{where}: attention_mask is {type(attention_mask).__name__}; expected None or a "
+            "tensor (B, T) of ones for tokens and zeros for pads"
         )
     if attention_mask.dim() != 2:
         raise ValueError(
@@ -99,8 +99,8 @@ def token_spans(
     solid = (columns >= start[:, None]) & (columns < end[:, None])
     if not torch.equal(solid, new):
         raise ValueError(
-            f"{where}: attention_mask has pads between the tokens of a row; expected pads before or "
-            "after them"
+            f"{where}: attention_mask has pads between the tokens of a row; expected pads before "
+            "or after them"
         )
     if not cached and not bool(start.any()):
         return None
@@ -115,7 +115,7 @@ def require_running_positions(
     Raises:
         NotImplementedError: Positions that jump between the tokens of a row.
     """
-    if position_ids is None or position_ids.shape[-1] < 2 or torch.compiler.is_compiling():
+    if position_ids is None or position_ids.shape[-1] < 2:
         return
     runs = position_ids.diff(dim=-1) == 1
     if spans is not None:
@@ -123,8 +123,11 @@ def require_running_positions(
             outside = torch.ones_like(runs[0])
             outside[start : max(end - 1, start)] = False
             runs[row % runs.shape[0]] |= outside
-    if not bool(runs.all()):
-        raise NotImplementedError(
-            f"{where}: position_ids jump inside a row; expected positions that count up by 1: several "
-            "texts packed into one row would read each other's memory; nearest is one text per row"
-        )
+    message = (
+        f"{where}: position_ids jump inside a row; expected positions that count up by 1: several "
+        "texts packed into one row would read each other's memory; nearest is one text per row"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(runs.all(), message)
+    elif not bool(runs.all()):
+        raise NotImplementedError(message)

@@ -12,9 +12,7 @@ from .models import install, model_class, register
 from .options import complete
 
 
-def convert(
-    model: Any, method: str, *, layers: Sequence[int] | None = None, **options: Any
-) -> Any:
+def convert(model: Any, method: str, *, layers: Sequence[int] | None = None, **options: Any) -> Any:
     """See lctx_kernels.hf.convert."""
     options = complete(method, options)
     family = _family(model)

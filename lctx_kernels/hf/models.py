@@ -1,4 +1,4 @@
-"""Classes of converted models, one per method and family, as transformers' Auto classes want them."""
+"""Classes of converted models, one per method and family, for transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ._compat import (
 )
 from .attention import attention_class
 from .backbone import DilatedBackbone, InfiniBackbone, LandmarkBackbone
-from .cache import ConvertedCache, make_cache
+from .cache import make_cache
 from .options import OPTIONS
 
 NO_DENSE_LAYERS = "lctx_converted"
@@ -42,7 +42,7 @@ class ConvertedModel:
                 f"{type(self).__name__}: config.lctx is missing; expected the result of "
                 "lctx_kernels.hf.convert, or a folder saved from it"
             )
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self)
 
     def _prepare_cache_for_generation(
@@ -57,8 +57,8 @@ class ConvertedModel:
         if generation_config.cache_implementation is not None:
             raise NotImplementedError(
                 f"{type(self).__name__}.generate: cache_implementation is "
-                f"{generation_config.cache_implementation!r}; expected None: this model has a cache "
-                "of its own (lctx_kernels.hf.make_cache)"
+                f"{generation_config.cache_implementation!r}; expected None: this model has a "
+                "cache of its own (lctx_kernels.hf.make_cache)"
             )
         if getattr(generation_config, "is_assistant", False):
             raise NotImplementedError(
@@ -67,7 +67,7 @@ class ConvertedModel:
             )
         model_kwargs["past_key_values"] = make_cache(self)
 
-    def make_cache(self, **options: Any) -> ConvertedCache:
+    def make_cache(self, **options: Any) -> Any:
         """See lctx_kernels.hf.make_cache."""
         return make_cache(self, **options)
 

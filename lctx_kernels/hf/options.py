@@ -86,9 +86,7 @@ def complete(method: str, options: dict[str, Any], where: str = "hf.convert") ->
             f"one of {', '.join(OPTIONS)}"
         )
     if method not in OPTIONS:
-        raise ValueError(
-            f"{where}: method is {method!r}; expected one of {', '.join(OPTIONS)}"
-        )
+        raise ValueError(f"{where}: method is {method!r}; expected one of {', '.join(OPTIONS)}")
     known = OPTIONS[method]
     unknown = [name for name in options if name not in known]
     if unknown:

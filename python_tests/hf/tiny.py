@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("transformers")
 
-import transformers  # noqa: E402
+import transformers
 
-from lctx_kernels import hf  # noqa: E402
-from lctx_kernels.hf._compat import FAMILIES  # noqa: E402
+from lctx_kernels import hf
+from lctx_kernels.hf._compat import FAMILIES
 
 VOCAB, LAYERS = 61, 2
 SHAPE = {
