@@ -127,9 +127,11 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimiser of the arguments, with the gates in a group of their own."""
-        if self.optimizer is None:
-            self.optimizer = gated_optimizer(self.model, self.args, self.gate_lr)
-        return self.optimizer
+        optimizer = getattr(self, "optimizer", None)
+        if optimizer is None:
+            optimizer = gated_optimizer(self.model, self.args, self.gate_lr)
+            self.optimizer = optimizer
+        return optimizer
 
     def training_step(
         self,
@@ -154,7 +156,8 @@ class SegmentTrainer(Trainer):  # type: ignore[misc]
                 model, inputs, segment_len=self.segment_len, backward=backward,
                 num_items=num_items_in_batch,
             )  # fmt: skip
-        return loss * scale
+        result: Tensor = loss * scale
+        return result
 
     def prediction_step(
         self,

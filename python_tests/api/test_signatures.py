@@ -59,7 +59,8 @@ MODULES = (
     ".supports", ".checkpoint_policy", ".info", ".cp", ".hf", ".nn.attention", ".nn.dilated",
     ".nn.gate", ".nn.llama", ".nn.longnet", ".nn.relative", ".nn.rotary", ".nn.sampling",
     ".cache.buffer", ".cache.dilated", ".cache.flash", ".cache.infini", ".cache.landmark",
-    ".cache.rows", ".data.landmarks",
+    ".cache.rows", ".data.landmarks", ".data.corpus", ".data.tokens", ".eval.tasks", ".eval.score",
+    ".hf.context",
 )  # fmt: skip
 
 
