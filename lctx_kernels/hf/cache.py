@@ -60,6 +60,8 @@ class ConvertedLayer(CacheLayerMixin):  # type: ignore[misc]
         """No limit."""
         return -1
 
+    get_max_cache_shape = get_max_length  # its name in earlier releases of transformers
+
     def reset(self) -> None:
         """Forget everything."""
         self.rows.reset()
@@ -105,6 +107,13 @@ class ConvertedCache(Cache):  # type: ignore[misc]
         """Tokens that each of B rows has seen at a converted layer."""
         converted: ConvertedLayer = self.layers[layer]
         return converted.rows.lengths(B)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for layer in self.layers:
+            layer.reset()
+            if layer.get_seq_length():  # earlier releases of transformers only fill with zeros
+                layer.keys, layer.values, layer.is_initialized = None, None, False
 
 
 def state_maker(method: str, options: dict[str, Any]) -> Callable[[], Any]:
