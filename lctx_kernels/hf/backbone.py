@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache.landmark import Rope
 from ..cache.rows import Span
 from ..data.landmarks import Insertion, gather, insertion, spread
 from ..nn.gate import MemoryGate
@@ -257,33 +258,36 @@ class LandmarkBackbone(ConvertedBackbone):
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = first.to(tokens.device)[:, None] + steps
         rope = None
-        if cache is not None and self._top_k(cache) is not None:
-            rope = self._rope
+        if cache is not None and (top_k := self._top_k(cache)) is not None:
+            size = (top_k + 2) * self.spec["options"]["block_size"] + tokens.shape[1]
+            rope = self._rope(size, tokens.device)
             positions = steps[None]  # not read
         context = Context(columns, spans, is_landmark=marks, rope=rope)
         return self.run_family(
             **_inputs(tokens), position_ids=positions, past_key_values=cache, lctx=context, **kwargs
         )
 
-    def _rope(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (..., D) at the positions, by the model's own rotary embedding, in fp32."""
+    def _rope(self, size: int, device: torch.device) -> Rope:
+        """The model's own rotary embedding at positions 0 to size - 1, in fp32."""
         table: Tensor | None = self.__dict__.get("_lctx_rope")
-        need = int(positions.max()) + 1 if positions.numel() else 1
-        if table is None or table.shape[1] < need or table.device != x.device:
+        if table is None or table.shape[1] < size or table.device != device:
             kind = getattr(self.rotary_emb, "rope_type", "default")
             if kind in ("dynamic", "longrope"):
                 raise NotImplementedError(
                     f"{type(self).__name__}: retrieval with the rotary embedding {kind!r}, whose "
                     "frequencies change with the length; expected another one, or top_k=None"
                 )
-            layer_type = (
-                "full_attention" if self.config.model_type.endswith("gemma3_text") else None
-            )
-            table = rope_table(self.rotary_emb, 2 * need, x.device, layer_type)
+            gemma3 = self.config.model_type.endswith("gemma3_text")
+            layer_type = "full_attention" if gemma3 else None
+            table = rope_table(self.rotary_emb, size, device, layer_type)
             self.__dict__["_lctx_rope"] = table
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = (part[positions].to(dtype) for part in table)
-        return rotate(x.to(dtype), cos, sin).to(x.dtype)
+
+        def rope(x: Tensor, positions: Tensor) -> Tensor:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            cos, sin = (part[positions].to(dtype) for part in table)
+            return rotate(x.to(dtype), cos, sin).to(x.dtype)
+
+        return rope
 
 
 def _without_landmarks(outputs: Any, inserted: Insertion) -> Any:

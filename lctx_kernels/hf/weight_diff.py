@@ -26,7 +26,7 @@ def _tensors(folder: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for file in _files(folder):
-        opened = safe_open(file, "pt")
+        opened: Any = safe_open(file, "pt")
         found |= dict.fromkeys(opened.keys(), opened)
     return found
 
