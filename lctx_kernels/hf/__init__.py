@@ -48,8 +48,9 @@ def convert(model: Any, method: str, *, layers: Sequence[int] | None = None, **o
     dilated_attention in place of its attention.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM  # doctest: +SKIP
-    >>> model = LlamaForCausalLM(LlamaConfig())  # doctest: +SKIP
-    >>> convert(model, "infini", segment_len=1024)  # doctest: +SKIP
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_attention_heads=4,
+    ...     intermediate_size=128, num_hidden_layers=2))  # doctest: +SKIP
+    >>> model = convert(model, "infini", segment_len=1024)  # doctest: +SKIP
     """
     from .conversion import convert as run
 
