@@ -9,7 +9,7 @@ from .buffer import Buffer
 
 
 class Fetch:
-    """Blocks on their way to the device of the computation.
+    """Blocks of single heads on their way to the device of the computation.
 
     index: The numbers that were asked for, as numbers of the blocks that come.
     """
@@ -20,7 +20,7 @@ class Fetch:
         self.k, self.v, self.index, self.stream = k, v, index, stream
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        """The blocks, (B, n, L, Hkv, D) each, as soon as they have arrived."""
+        """The blocks, (B, n, L, D) each, as soon as they have arrived."""
         if self.stream is not None:
             current = torch.cuda.current_stream(self.k.device)
             current.wait_stream(self.stream)
@@ -30,18 +30,19 @@ class Fetch:
 
 
 class BlockStore:
-    """Whole blocks in the order they came, their landmarks beside them.
+    """Whole blocks in the order they came, head by head, their landmarks beside them.
 
     Args:
         block_size: Tokens of a block, the last of them its landmark.
-        offload: Keep the blocks in the CPU's memory (pinned, copied back on a stream of its own,
-            if the computation is on a GPU); landmarks stay where the computation is.
+        offload: Keep the blocks in the CPU's memory (pinned on the way, copied back on a stream of
+            its own, if the computation is on a GPU); landmarks stay where the computation is.
         max_blocks: Blocks to keep, the oldest are forgotten; None is no limit.
     """
 
     def __init__(self, block_size: int, offload: bool, max_blocks: int | None) -> None:
         self.block_size, self.offload, self.max_blocks = block_size, offload, max_blocks
-        self.k, self.v, self.keys = _Blocks(offload), _Blocks(offload), Buffer()
+        self.k, self.v = _Blocks(offload), _Blocks(offload)  # (B, count, Hkv, L, D)
+        self.keys, self.far_keys = Buffer(), Buffer()  # of the landmarks, (B, count, Hkv, D)
         self.dropped = 0  # blocks at the front that are forgotten
         self.stream: torch.cuda.Stream | None = None
 
@@ -52,32 +53,41 @@ class BlockStore:
 
     @property
     def landmarks(self) -> Tensor:
-        """(B, count, Hkv, D) keys of the landmarks."""
+        """(B, count, Hkv, D) keys of the landmarks, not rotated."""
         return self.keys.value[:, self.dropped :]
 
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Add whole blocks, given as (B, n * block_size, Hkv, D) tokens."""
+    @property
+    def far_landmarks(self) -> Tensor:
+        """(B, count, Hkv, D) keys of the landmarks, rotated to the place that far blocks share."""
+        return self.far_keys.value[:, self.dropped :]
+
+    def append(self, k: Tensor, v: Tensor, far_keys: Tensor) -> None:
+        """Add whole blocks, (B, n * block_size, Hkv, D) tokens, and their rotated landmarks."""
         k, v = (x.unflatten(1, (-1, self.block_size)) for x in (k, v))
         self.keys.append(k[:, :, -1])
-        self.k.append(k)
-        self.v.append(v)
+        self.far_keys.append(far_keys)
+        self.k.append(k.transpose(2, 3))
+        self.v.append(v.transpose(2, 3))
         if self.max_blocks is not None and self.count > self.max_blocks:
             self.dropped = self.keys.length - self.max_blocks
             if self.dropped >= self.max_blocks:  # half of the room: copying costs O(1) per block
-                for buffer in (self.k, self.v, self.keys):
+                for buffer in (self.k, self.v, self.keys, self.far_keys):
                     drop(buffer, self.dropped)
                 self.dropped = 0
 
-    def fetch(self, blocks: Tensor) -> Fetch:
-        """Start to bring the blocks with these numbers (B, ..., k) int64 to where they are used."""
-        k, v = (x.value[:, self.dropped :] for x in (self.k, self.v))
+    def fetch(self, pairs: Tensor) -> Fetch:
+        """Start to bring blocks of single heads to where they are used.
+
+        pairs: (B, ..., k) int64, block * Hkv + head.
+        """
+        k, v = (x.value[:, self.dropped :].flatten(1, 2) for x in (self.k, self.v))
         if not self.offload:
-            return Fetch(k, v, blocks)
-        wanted, index = blocks.unique(return_inverse=True)
-        device, wanted = blocks.device, wanted.cpu()
+            return Fetch(k, v, pairs)
+        wanted, index = pairs.cpu().unique(return_inverse=True)
+        device = pairs.device
+        index = index.to(device, non_blocking=True)
         if device.type != "cuda":
-            k, v = (x.index_select(1, wanted).to(device) for x in (k, v))
-            return Fetch(k, v, index)
+            return Fetch(k.index_select(1, wanted), v.index_select(1, wanted), index)
         if self.stream is None:
             self.stream = torch.cuda.Stream(device)
         gathered = []
@@ -92,7 +102,8 @@ class BlockStore:
         """The rows `rows` (n,) int64 of the batch, in that order."""
         chosen = BlockStore(self.block_size, self.offload, self.max_blocks)
         chosen.k, chosen.v = self.k.select(rows), self.v.select(rows)
-        chosen.keys, chosen.dropped = self.keys.select(rows), self.dropped
+        chosen.keys, chosen.far_keys = self.keys.select(rows), self.far_keys.select(rows)
+        chosen.dropped = self.dropped
         return chosen
 
 

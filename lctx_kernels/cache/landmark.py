@@ -86,12 +86,13 @@ class LandmarkState:
 
 
 class Retrieved(NamedTuple):
-    """Blocks chosen for some tokens: chronological numbers and positions of their first tokens.
+    """Blocks of heads chosen for some tokens, and the positions of their first tokens.
 
-    Both (B, T or 1, Hq or 1, k): 1 where all tokens or all heads of a call share them.
+    Both (B, T or 1, H, k): 1 where all tokens of a call share a choice; H is Hkv where the heads
+    do, else Hq. pairs: block * Hkv + key/value head, blocks in the order of the text.
     """
 
-    blocks: Tensor
+    pairs: Tensor
     positions: Tensor
 
 
@@ -167,18 +168,16 @@ class RetrievalState:
         if used:
             with without_autocast(q.device.type):
                 chosen = self._choose(q, used, rope, scale)
-                pending = self.store.fetch(chosen.blocks)
+                pending = self.store.fetch(chosen.pairs)
         out, lse = landmark_attention(
             q, rope(k, positions), v, block_size=self.block_size, scale=scale, return_lse=True
         )
         if pending is not None:
             with without_autocast(q.device.type):
                 blocks_k, blocks_v = pending.wait()
-                past = _read(
-                    q.to(out.dtype), blocks_k, blocks_v, chosen, pending.index, rope, scale
-                )
+                past = _read(q, blocks_k, blocks_v, pending.index, chosen.positions, rope, scale)
             out, _ = merge_attention(out, lse, *past)
-        self._keep(k, v)
+        self._keep(k, v, rope)
         return out
 
     def select(self, rows: Tensor) -> RetrievalState:
@@ -193,11 +192,14 @@ class RetrievalState:
             chosen.tail = (k, v)
         return chosen
 
-    def _keep(self, k: Tensor, v: Tensor) -> None:
+    def _keep(self, k: Tensor, v: Tensor, rope: Rope) -> None:
         """Whole blocks go to the store, the rest is the open block."""
-        whole = k.shape[1] // self.block_size * self.block_size
+        L = self.block_size
+        whole = k.shape[1] // L * L
         if whole:
-            self.store.append(k[:, :whole], v[:, :whole])
+            landmarks = k[:, L - 1 : whole : L]
+            place = torch.full((1, 1), L - 1, device=k.device)
+            self.store.append(k[:, :whole], v[:, :whole], rope(landmarks, place))
         self.tail = (k[:, whole:], v[:, whole:]) if whole < k.shape[1] else None
 
     def _choose(self, q: Tensor, used: int, rope: Rope, scale: float) -> Retrieved:
@@ -205,11 +207,14 @@ class RetrievalState:
         B, T, Hq, D = q.shape
         L, landmarks = self.block_size, self.store.landmarks  # (B, count, Hkv, D)
         count, Hkv = landmarks.shape[1:3]
-        near = torch.arange(count, device=q.device) - (count - used)  # >= 0: one of the last `used`
-        slot = near + (0 if count == used else 1)
-        keys = rope(landmarks, (slot.clamp(min=0) * L + L - 1)[:, None])
-        grouped = q.to(keys.dtype).view(B, T, Hkv, Hq // Hkv, D)
-        scores = scale * torch.einsum("bthgd,bnhd->bthgn", grouped, keys).flatten(2, 3)
+        slot = torch.arange(used, device=q.device) + (count > used)
+        near = rope(landmarks[:, count - used :], (slot * L + L - 1)[:, None])
+        far = self.store.far_landmarks[:, : count - used]
+        grouped = q.to(near.dtype).view(B, T, Hkv, Hq // Hkv, D)
+        scores = torch.cat(
+            [torch.einsum("bthgd,bnhd->bthgn", grouped, keys) for keys in (far, near)], dim=-1
+        )
+        scores = scale * scores.flatten(2, 3)
         if self.granularity == "head":
             scores = scores.softmax(-1).amax(1, keepdim=True)
         elif self.granularity == "token":
@@ -218,29 +223,30 @@ class RetrievalState:
         place = torch.arange(used, device=q.device)
         if count > used:
             place = place + (blocks >= count - used)
-        return Retrieved(blocks, (place * L).expand_as(blocks))
+        heads = Hkv if blocks.shape[2] == 1 else Hq
+        kv_head = torch.arange(heads, device=q.device) // (heads // Hkv)
+        positions = (place * L).expand_as(blocks).expand(-1, -1, heads, -1)
+        return Retrieved(blocks * Hkv + kv_head[:, None], positions)
 
 
 def _read(
-    q: Tensor, blocks_k: Tensor, blocks_v: Tensor, chosen: Retrieved, index: Tensor, rope: Rope,
+    q: Tensor, blocks_k: Tensor, blocks_v: Tensor, index: Tensor, positions: Tensor, rope: Rope,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of rotated queries to their chosen blocks, each gated by its landmark: out, lse.
 
-    blocks_k, blocks_v: (B, n, L, Hkv, D) fetched blocks; index: chosen.blocks as numbers of those.
+    blocks_k, blocks_v: (B, n, L, D) fetched blocks of single heads; index and positions: (B, T or
+    1, H, k), which of them, and where they are placed.
     """
     B, T, Hq, D = q.shape
-    L = blocks_k.shape[2]
-    shared_tokens = index.shape[1] == 1 and T > 1
-    step = max(1, ROW_ELEMENTS // max(1, B * Hq * index.shape[-1] * L * D))
+    step = max(1, ROW_ELEMENTS // max(1, B * Hq * index.shape[-1] * blocks_k.shape[2] * D))
     parts = []
     for start in range(0, T, step):
         rows = slice(start, min(start + step, T))
-        of = slice(None) if shared_tokens else rows
+        of = slice(None) if index.shape[1] == 1 else rows
         parts.append(
-            _read_rows(q[:, rows], blocks_k, blocks_v, index[:, of], chosen.positions[:, of],
-                       rope, scale)
-        )  # fmt: skip
+            _read_rows(q[:, rows], blocks_k, blocks_v, index[:, of], positions[:, of], rope, scale)
+        )
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, dim=1), torch.cat(lses, dim=1).transpose(1, 2)
 
@@ -250,16 +256,9 @@ def _read_rows(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As _read for a few tokens, with lse (B, T, Hq)."""
-    B, Hq = q.shape[0], q.shape[2]
-    L, Hkv = blocks_k.shape[2:4]
-    stat = stat_dtype(q.dtype)
-    if index.shape[2] == 1:  # shared by the heads: every kv head reads the same blocks
-        index, positions = index.expand(-1, -1, Hkv, -1), positions.expand(-1, -1, Hkv, -1)
-        head = torch.arange(Hkv, device=q.device)
-    else:
-        head = torch.arange(Hq, device=q.device) // (Hq // Hkv)
-    row = torch.arange(B, device=q.device)[:, None, None, None]
-    k, v = (x[row, index, :, head[:, None]] for x in (blocks_k, blocks_v))  # (B, T|1, H, k, L, D)
+    L, stat = blocks_k.shape[2], stat_dtype(q.dtype)
+    row = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
+    k, v = (x[row, index] for x in (blocks_k, blocks_v))  # (B, T or 1, H, k, L, D)
     k = rope(k, positions.unsqueeze(-1) + torch.arange(L, device=q.device)).to(stat)
     grouped = q.to(stat).unflatten(2, (k.shape[2], -1))  # (B, T, H, G, D)
     if k.shape[1] == 1:

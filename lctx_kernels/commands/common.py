@@ -32,6 +32,10 @@ MethodOptions = Annotated[
         "for more.",
     ),
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (bfloat16 on a GPU, else as saved), float32, bfloat16, float16.")
+]
 Layers = Annotated[
     str | None, typer.Option(help="Layers to convert, such as 4,5,-1; default: all that can be.")
 ]
@@ -147,12 +151,24 @@ def load_tokenizer(path: str) -> Any:
     return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def to_device(model: Any, device: str) -> Any:
-    """The model in evaluation mode on a device; "auto" is a GPU if there is one."""
+def load_for_use(path: str, device: str, dtype: str) -> Any:
+    """A model in evaluation mode on a device.
+
+    Args:
+        path: Folder or name.
+        device: "auto" is a GPU if there is one.
+        dtype: "auto" is bfloat16 on a GPU, whose kernels take no fp32, else as saved.
+
+    Raises:
+        ValueError: No such device.
+    """
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto" and device.startswith("cuda"):
+        dtype = "bfloat16"
+    model = load_model(path, dtype)
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:

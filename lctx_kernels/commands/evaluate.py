@@ -8,13 +8,14 @@ import typer
 
 from .common import (
     Config,
+    Device,
+    Dtype,
     MethodOptions,
-    load_model,
+    load_for_use,
     load_tokenizer,
     parse_numbers,
     parse_options,
     plain_errors,
-    to_device,
     write_json,
 )
 
@@ -27,7 +28,6 @@ Chunk = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt to re
 Filler = Annotated[Path | None, typer.Option(help="A text to hide things in; default: grass.")]
 Out = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
 Plot = Annotated[Path | None, typer.Option(help="Image for a heat map, depth by length.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
 DEPTHS = "0,0.25,0.5,0.75,1"
 
 
@@ -66,6 +66,7 @@ def _task_command(name: str, tasks: Sequence[str]) -> Any:
         out: Out = None,
         plot: Plot = None,
         device: Device = "auto",
+        dtype: Dtype = "auto",
         config: Config = None,
     ) -> None:
         with plain_errors(f"eval {name}"):
@@ -73,7 +74,7 @@ def _task_command(name: str, tasks: Sequence[str]) -> Any:
                 model, tasks, parse_numbers(lengths, "--lengths"),
                 parse_numbers(depths, "--depths", float), repeats=repeats,
                 max_new_tokens=max_new_tokens, chunk=chunk, filler=filler,
-                options=parse_options(options), seed=seed, device=device,
+                options=parse_options(options), seed=seed, device=device, dtype=dtype,
             )  # fmt: skip
             _report(model, scores, out, plot)
 
@@ -83,7 +84,7 @@ def _task_command(name: str, tasks: Sequence[str]) -> Any:
 def run_tasks(
     model: str, tasks: Sequence[str], lengths: list[int], depths: list[float], *, repeats: int,
     max_new_tokens: int, chunk: int | None, filler: Path | None, options: dict[str, Any],
-    seed: int, device: str,
+    seed: int, device: str, dtype: str,
 ) -> list[Any]:  # fmt: skip
     """Scores of all samples, with a progress bar."""
     from tqdm import tqdm
@@ -107,7 +108,7 @@ def run_tasks(
             seed=seed, filler=text,
         )
     ]  # fmt: skip
-    loaded = to_device(load_model(model), device)
+    loaded = load_for_use(model, device, dtype)
     scores: list[Any] = []
     bar = tqdm(total=len(samples), unit="sample", desc=tasks[0] if len(tasks) == 1 else "ruler")
     for sample in samples:
@@ -144,6 +145,7 @@ def perplexity(
     options: MethodOptions = None,
     out: Out = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     config: Config = None,
 ) -> None:
     """Perplexity and bits per byte of a text against the length of the context."""
@@ -157,7 +159,7 @@ def perplexity(
 
         tokenizer = load_tokenizer(model)
         document = read_corpus(text)[0]
-        loaded = to_device(load_model(model), device)
+        loaded = load_for_use(model, device, dtype)
         cache_options, results = parse_options(options), []
         if cache_options and chunk is None:
             raise typer.BadParameter(

@@ -8,12 +8,13 @@ import typer
 
 from .common import (
     Config,
+    Device,
+    Dtype,
     MethodOptions,
-    load_model,
+    load_for_use,
     load_tokenizer,
     parse_options,
     plain_errors,
-    to_device,
 )
 
 
@@ -36,7 +37,8 @@ def add(app: typer.Typer) -> None:
         ] = None,
         options: MethodOptions = None,
         seed: int = 0,
-        device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+        device: Device = "auto",
+        dtype: Dtype = "auto",
         config: Config = None,
     ) -> None:
         """Continue a text, token by token as it is made; --set gives options of the cache."""
@@ -48,7 +50,7 @@ def add(app: typer.Typer) -> None:
             from ..eval.score import encode_prompt
 
             tokenizer = load_tokenizer(model)
-            loaded = to_device(load_model(model), device)
+            loaded = load_for_use(model, device, dtype)
             ids = torch.tensor([encode_prompt(tokenizer, text)], device=loaded.device)
             if ids.shape[1] == 0:
                 raise typer.BadParameter("no token in it", param_hint="PROMPT")

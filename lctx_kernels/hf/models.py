@@ -76,6 +76,9 @@ def install(model: Any) -> None:
     """Turn the layers of `model`, of a class of this module, into what its config says."""
     spec, config = model.config.lctx, model.config
     backbone = model.model
+    _refuse_replaced_forwards(
+        model, backbone, [backbone.layers[i].self_attn for i in spec["layers"]]
+    )
     change_class(backbone, backbone_class(model.family, model.method))
     if model.method == "dilated":
         config._attn_implementation = dilated.NAME
@@ -89,6 +92,17 @@ def install(model: Any) -> None:
             attention.memory_gate = gate.to(device)
     if len(spec["layers"]) == config.num_hidden_layers:
         config._attn_implementation = NO_DENSE_LAYERS
+
+
+def _refuse_replaced_forwards(model: Any, backbone: Any, attentions: list[Any]) -> None:
+    """A forward on the instance, as of accelerate's hooks, would go on calling the old class."""
+    for module in (model, backbone, *attentions):
+        if "forward" in module.__dict__:
+            raise NotImplementedError(
+                f"hf.convert: {type(module).__name__} has a forward of its own (device_map, a "
+                "compiled forward); expected a model as it is built; try converting on one device, "
+                "then save_pretrained and from_pretrained(device_map=...)"
+            )
 
 
 @cache

@@ -223,6 +223,23 @@ def test_capped_scores_are_refused(method):
         converted(method, "gemma2", attn_logit_softcapping=50.0)
 
 
+def test_forwards_that_were_replaced_are_refused():
+    accelerate = pytest.importorskip("accelerate")
+    model = base()
+    accelerate.hooks.add_hook_to_module(
+        model.model.layers[1].self_attn, accelerate.hooks.AlignDevicesHook("cpu")
+    )
+    with pytest.raises(NotImplementedError, match=r"has a forward of its own \(device_map"):
+        hf.convert(model, "infini")
+
+
+def test_loaded_with_a_device_map(tmp_path):
+    model, ids = converted("infini", dtype=torch.float32), tokens(1, 20)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_windows_are_refused():
     with pytest.raises(NotImplementedError, match=r"layer 0 slides over 6 tokens.*segment_len = 8"):
         converted("infini", "mistral", sliding_window=6)
