@@ -175,7 +175,10 @@ class RetrievalState:
         if pending is not None:
             with without_autocast(q.device.type):
                 blocks_k, blocks_v = pending.wait()
-                past = _read(q, blocks_k, blocks_v, pending.index, chosen.positions, rope, scale)
+                past = _read(
+                    q.to(out.dtype), blocks_k, blocks_v, pending.index, chosen.positions, rope,
+                    scale,
+                )  # fmt: skip
             out, _ = merge_attention(out, lse, *past)
         self._keep(k, v, rope)
         return out
