@@ -390,9 +390,6 @@ def test_fused_landmark_attention_refuses(arguments, error, text, no_op_runs):
         lambda: lk.cp.unshard(None, Q, 1, None),
         lambda: lk.cp.shard_positions(None, 0),
         lambda: lk.cp.shift_labels(torch.zeros(1, 3)),
-        lambda: lk.nn.DilatedAttention(8, 2, 1, 4),
-        lambda: lk.hf.convert(None, "infini"),
-        lambda: lk.hf.make_cache(None),
     ],
 )
 def test_parts_that_are_missing_say_so(call):

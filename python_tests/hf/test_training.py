@@ -48,6 +48,23 @@ def test_stock_trainer(method, tmp_path):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_mixed_precision(method, tmp_path):
+    model = converted(method, dtype=torch.float32)
+    args = arguments(tmp_path, bf16=True, gradient_checkpointing=True)
+    trainer = Trainer(model=model, args=args, train_dataset=dataset())
+    trainer.train()
+    assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    ids = tokens(1, 30)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        whole = model.eval()(ids, use_cache=False).logits
+        cache = hf.make_cache(model)
+        parts = [model(part, past_key_values=cache, use_cache=True).logits
+                 for part in ids.split(7, dim=1)]  # fmt: skip
+    torch.testing.assert_close(torch.cat(parts, 1).float(), whole.float(), rtol=0.1, atol=0.1)
+
+
 def test_gates_of_a_stock_trainer_in_a_group_of_their_own(tmp_path):
     model = converted("infini", dtype=torch.float32)
     before = torch.cat(nn.gate_parameters(model)).tolist()
