@@ -1,4 +1,7 @@
-"""The `lctx` command: info, demo, bench. Needs typer (`pip install 'lctx_kernels[cli]'`)."""
+"""The `lctx` command: info, demo, bench, and train, generate, eval, convert for models.
+
+Needs typer (`pip install 'lctx_kernels[cli]'`), the last four also 'lctx_kernels[train]'.
+"""
 
 import sys
 from pathlib import Path
@@ -66,6 +69,10 @@ def build_app() -> "typer.Typer":
         """Benchmark against PyTorch's attention, from a checkout of the repository."""
         load_bench().main(context.args)
 
+    from .commands import convert, evaluate, generate, train
+
+    for command in (train, generate, evaluate, convert):
+        command.add(app)
     return app
 
 

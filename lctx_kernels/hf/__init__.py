@@ -1,38 +1,113 @@
-"""Hugging Face models with the attention of this package. Not built yet; imports nothing of it."""
+"""Hugging Face models with the attention of this package; transformers is imported when needed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["convert", "make_cache"]
+if TYPE_CHECKING:
+    from .context import SegmentMemory as SegmentMemory
+    from .training import SegmentTrainer as SegmentTrainer
 
-
-def _missing(name: str) -> NoReturn:
-    raise NotImplementedError(
-        f"hf.{name}: converting Hugging Face models is not built yet; nearest is calling the ops "
-        "of lctx_kernels from your own attention function"
-    )
+__all__ = ["SegmentMemory", "SegmentTrainer", "convert", "make_cache", "register"]
 
 
 def convert(model: Any, method: str, *, layers: Sequence[int] | None = None, **options: Any) -> Any:
-    """Give a model infini, landmark, dilated or ring attention, in place. Not built yet.
+    """Give a transformers model infini, landmark or dilated attention, in place.
+
+    The model keeps its weights, its class becomes one such as `InfiniLlamaForCausalLM`, which
+    saves, loads (after `register()`), generates and trains like any other. Its attention layers are
+    subclasses of transformers' own: no modeling code is copied. `use_cache=None` means False in a
+    forward of infini and landmark models; `generate` makes their cache by itself.
+
+    Args:
+        model: LlamaForCausalLM, or that of Mistral, Qwen 2 and 3, Gemma 1, 2 and 3 (text).
+        method: "infini", "landmark" or "dilated".
+        layers: Layers to convert; None is all that do not slide over a window shorter than they
+            need. Landmark needs all layers.
+        options: For infini segment_len=2048, update="linear", first="bypass", detach_every=0,
+            gate_init=-4.0 (as in `infini_attention` and `nn.MemoryGate`). For landmark
+            block_size=64, landmark_id=None (a new token), insert=True (the model inserts the
+            landmarks; False: the data has them), and for generation top_k=None (all blocks),
+            select="token_and_head", offload=False, max_blocks=None, chunk_len=None (ordinary
+            tokens that are fed at a time with top_k). For dilated segment_lengths, dilation_rates,
+            head_offset="mod", mix_grad="exact".
+
+    Returns:
+        model.
 
     Raises:
-        NotImplementedError: Always, today.
+        TypeError: An unknown option, or no transformers model.
+        ValueError: A value or layers that do not fit, or a model that is converted already.
+        NotImplementedError: A model or a feature of it that the method cannot serve: another
+            family, soft-capped scores, windows; "ring".
+        ImportError: transformers is missing.
 
-    >>> from lctx_kernels import hf
-    >>> hf.convert(None, "infini")  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    NotImplementedError: hf.convert: converting Hugging Face models is not built yet; ...
+    Source: the papers of the methods; this package.
+    Equivalent to: the same model with lctx_kernels.infini_attention, landmark_attention or
+    dilated_attention in place of its attention.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM  # doctest: +SKIP
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_attention_heads=4,
+    ...     intermediate_size=128, num_hidden_layers=2))  # doctest: +SKIP
+    >>> model = convert(model, "infini", segment_len=1024)  # doctest: +SKIP
     """
-    _missing("convert")
+    from .conversion import convert as run
+
+    return run(model, method, layers=layers, **options)
 
 
 def make_cache(model: Any, **options: Any) -> Any:
-    """Cache for `model.generate(past_key_values=...)` of a converted model. Not built yet.
+    """Cache of a converted model, for `model.generate(..., past_key_values=...)` and for forwards.
+
+    `generate` makes one by itself; make your own to go on after it, or for other options.
+
+    Args:
+        model: A converted model.
+        options: For landmark top_k, select, offload, max_blocks, instead of those of `convert`.
+
+    Returns:
+        A transformers `Cache` whose infini layers have a constant size.
 
     Raises:
-        NotImplementedError: Always, today.
+        TypeError: A model that is not converted, or an unknown option.
+        ValueError: A value that does not fit.
+
+    >>> make_cache(object())
+    Traceback (most recent call last):
+    TypeError: hf.make_cache: object is not converted; expected the result of hf.convert
     """
-    _missing("make_cache")
+    spec = getattr(getattr(model, "config", None), "lctx", None)
+    if spec is None:
+        raise TypeError(
+            f"hf.make_cache: {type(model).__name__} is not converted; expected the result of "
+            "hf.convert"
+        )
+    from .cache import make_cache as run
+
+    return run(model, **options)
+
+
+def register() -> None:
+    """Make converted models known to transformers' Auto classes, once per process.
+
+    `convert` does it too; call it before `AutoModelForCausalLM.from_pretrained` of a saved one.
+
+    Raises:
+        ImportError: transformers is missing.
+    """
+    from .models import register as run
+
+    run()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SegmentMemory":
+        from .context import SegmentMemory
+
+        return SegmentMemory
+    if name == "SegmentTrainer":
+        from .training import SegmentTrainer
+
+        return SegmentTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

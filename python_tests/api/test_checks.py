@@ -379,16 +379,3 @@ def test_fused_landmark_attention_refuses(arguments, error, text, no_op_runs):
     with pytest.raises(error) as raised:
         lk.fused_landmark_attention(**(good | arguments))
     assert text in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: lk.nn.DilatedAttention(8, 2, 1, 4),
-        lambda: lk.hf.convert(None, "infini"),
-        lambda: lk.hf.make_cache(None),
-    ],
-)
-def test_parts_that_are_missing_say_so(call):
-    with pytest.raises(NotImplementedError, match=r"not built yet; nearest is .{20}"):
-        call()

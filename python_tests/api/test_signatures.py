@@ -49,14 +49,19 @@ SIGNATURES = {
     "fused_landmark_attention": "(q, k, v, is_mem, sm_scale=None, block_size=64)",
     "nn.DilatedAttention": (
         "(d_model, num_heads, dilation_rate, segment_size, dropout=0.0, causal=False, "
-        "use_xpos=False, use_rel_pos_bias=False)"
+        "use_xpos=False, use_rel_pos_bias=False, qk_norm=False, *, casual=None, rope_base=None, "
+        "xpos_base=512.0, num_kv_heads=None, head_dim=None, head_offset='mod', mix_grad='exact', "
+        "bias=False)"
     ),
 }
 BUILT = [name for name in SIGNATURES if "." not in name]
 MODULES = (
     "", ".flash", ".infini", ".landmark", ".dilated", ".ring", ".merge", ".blockwise",
     ".supports", ".checkpoint_policy", ".info", ".cp", ".cp.plan", ".cp.shard", ".cp.forecast",
-    ".nn", ".hf",
+    ".hf", ".nn.attention", ".nn.dilated", ".nn.gate", ".nn.llama", ".nn.longnet", ".nn.relative",
+    ".nn.rotary", ".nn.sampling", ".cache.buffer", ".cache.dilated", ".cache.flash",
+    ".cache.infini", ".cache.landmark", ".cache.rows", ".data.landmarks", ".data.corpus",
+    ".data.tokens", ".eval.tasks", ".eval.score", ".hf.context",
 )  # fmt: skip
 
 

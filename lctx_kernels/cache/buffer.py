@@ -1,0 +1,53 @@
+"""A tensor that grows along its second dimension, with copies that are rare as it grows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Buffer:
+    """(B, length, ...) tokens or blocks; `append` writes in place and doubles the room if needed.
+
+    >>> buffer = Buffer()
+    >>> buffer.append(torch.ones(1, 3, 2)), buffer.append(torch.zeros(1, 1, 2))
+    (None, None)
+    >>> buffer.value.shape
+    torch.Size([1, 4, 2])
+    """
+
+    def __init__(self) -> None:
+        self.room: Tensor | None = None
+        self.length = 0
+
+    @property
+    def value(self) -> Tensor:
+        """What was appended so far, as a view."""
+        if self.room is None:
+            raise ValueError("Buffer.value: nothing was appended yet")
+        return self.room[:, : self.length]
+
+    def append(self, x: Tensor) -> None:
+        """Add (B, n, ...) at the end."""
+        end = self.length + x.shape[1]
+        if self.room is None or end > self.room.shape[1]:
+            size = max(end, 2 * self.length, 16)
+            room = x.new_empty(x.shape[0], size, *x.shape[2:])
+            if self.room is not None:
+                room[:, : self.length] = self.value
+            self.room = room
+        self.room[:, self.length : end] = x
+        self.length = end
+
+    def select(self, rows: Tensor) -> Buffer:
+        """The rows `rows` (n,) int64 of the batch, in that order, each as its own copy."""
+        chosen = Buffer()
+        if self.room is not None:
+            chosen.room = self.room.index_select(0, rows.to(self.room.device))
+        chosen.length = self.length
+        return chosen
+
+
+def cut(x: Tensor | None, row: int, start: int, end: int) -> Tensor | None:
+    """Tokens start to end - 1 of one row of (B, T, ...), still with a batch dimension."""
+    return None if x is None else torch.narrow(x[row : row + 1], 1, start, end - start)

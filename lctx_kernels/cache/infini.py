@@ -1,0 +1,148 @@
+"""Infini-attention token by token: a memory of closed segments and the keys of the open one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .._dtypes import stat_dtype, without_autocast
+from ..flash import flash_attention
+from ..infini import InfiniMemory, infini_attention
+
+
+class InfiniState:
+    """What one layer keeps of everything read: constant in size, however much that is.
+
+    Memory: Hkv (Dk Dv + Dk) fp32 numbers per row for the closed segments, and segment_len keys
+    (with and without position embedding) and values of the open one.
+
+    Args:
+        segment_len: Length of a segment (tokens, >= 1).
+        update: "linear" or "delta", as in `infini_attention`.
+        first: "gate" or "bypass", as in `infini_attention`.
+        mem: Memory of what came before; None is the empty memory.
+
+    Source: Munkhdalai et al. 2024 (arXiv 2404.07143), section 2.1.
+    Equivalent to: one call of lctx_kernels.infini_attention on all tokens.
+
+    >>> from lctx_kernels import infini_attention
+    >>> q, k, v = torch.randn(3, 1, 11, 2, 8)
+    >>> state = InfiniState(segment_len=4)
+    >>> parts = [state.attend(*(x[:, i : i + 3] for x in (q, k, v))) for i in range(0, 11, 3)]
+    >>> out, _ = infini_attention(q, k, v, segment_len=4)
+    >>> torch.allclose(torch.cat(parts, dim=1), out, atol=1e-5)
+    True
+    """
+
+    def __init__(
+        self,
+        segment_len: int = 2048,
+        update: str = "linear",
+        first: str = "gate",
+        mem: InfiniMemory | None = None,
+    ) -> None:
+        self.segment_len, self.update, self.first = segment_len, update, first
+        self.mem = mem
+        self.open: list[Tensor] = []  # k, k_mem, v, each (B, segment_len, Hkv, D)
+        self.length = 0  # tokens in the open segment
+        self.seen = 0
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_mem: Tensor | None = None,
+        k_mem: Tensor | None = None,
+        gate: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Output (B, T, Hq, Dv) of the next T tokens; arguments as in `infini_attention`."""
+        q_mem, k_mem = (q if q_mem is None else q_mem), (k if k_mem is None else k_mem)
+        T, N, start = q.shape[1], self.segment_len, 0
+        outs = []
+        while start < T:
+            whole = (T - start) // N * N if self.length == 0 else 0
+            end = start + (whole or min(N - self.length, T - start))
+            piece, k_piece, v_piece, q_mem_piece, k_mem_piece = (
+                x[:, start:end] for x in (q, k, v, q_mem, k_mem)
+            )
+            if whole:
+                out, self.mem = infini_attention(
+                    piece, k_piece, v_piece, self.mem, q_mem=q_mem_piece, k_mem=k_mem_piece,
+                    gate=gate, segment_len=N, update=self.update, first=self.first, scale=scale,
+                )  # fmt: skip
+            else:
+                out = self._in_open_segment(
+                    piece, k_piece, v_piece, q_mem_piece, k_mem_piece, gate, scale
+                )
+            outs.append(out)
+            start = end
+        self.seen += T
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+    def select(self, rows: Tensor) -> InfiniState:
+        """The rows `rows` (n,) int64 of the batch, in that order."""
+        chosen = InfiniState(self.segment_len, self.update, self.first)
+        if self.mem is not None:
+            rows = rows.to(self.mem.M.device)
+            chosen.mem = InfiniMemory(*(x.index_select(0, rows) for x in self.mem))
+        chosen.open = [x.index_select(0, rows.to(x.device)) for x in self.open]
+        chosen.length, chosen.seen = self.length, self.seen
+        return chosen
+
+    def _in_open_segment(
+        self, q: Tensor, k: Tensor, v: Tensor, q_mem: Tensor, k_mem: Tensor, gate: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:  # fmt: skip
+        start, self.length = self.length, self.length + q.shape[1]
+        if not self.open:
+            B, N = q.shape[0], self.segment_len
+            self.open = [x.new_empty(B, N, *x.shape[2:]) for x in (k, k_mem, v)]
+        for room, x in zip(self.open, (k, k_mem, v), strict=True):
+            room[:, start : self.length] = x
+        keys, _, values = (x[:, : self.length] for x in self.open)
+        local = flash_attention(q, keys, values, scale=scale)
+        with without_autocast(q.device.type):
+            out = self._with_memory(local, q_mem, gate)
+            if self.length == self.segment_len:
+                self._close()
+        return out
+
+    def _with_memory(self, local: Tensor, q_mem: Tensor, gate: Tensor | None) -> Tensor:
+        if self.mem is None and self.first == "bypass":
+            return local
+        stat = stat_dtype(local.dtype)
+        logits = local.new_zeros(local.shape[2], dtype=stat) if gate is None else gate
+        g = torch.sigmoid(logits)[:, None]
+        if self.mem is None:
+            return ((1 - g) * local).to(local.dtype)
+        retrieved = _retrieve(_phi(q_mem, stat), self.mem)
+        return (g * retrieved + (1 - g) * local).to(local.dtype)
+
+    def _close(self) -> None:
+        """Fold the open segment into the memory."""
+        _, k_mem, v = self.open
+        stat = stat_dtype(v.dtype)
+        phi, written = _phi(k_mem, stat), v.to(stat)
+        if self.update == "delta" and self.mem is not None:
+            written = written - _retrieve(phi, self.mem)
+        M, z = torch.einsum("bnhd,bnhe->bhde", phi, written), phi.sum(1)
+        if self.mem is not None:
+            M, z = self.mem.M + M, self.mem.z + z
+        self.mem, self.length = InfiniMemory(M, z), 0
+
+
+def _phi(x: Tensor, stat: torch.dtype) -> Tensor:
+    return functional.elu(x.to(stat)) + 1
+
+
+def _retrieve(phi: Tensor, mem: InfiniMemory) -> Tensor:
+    """(B, T, H, Dk) features to the (B, T, H, Dv) that the memory holds for them."""
+    B, T, H, Dk = phi.shape
+    grouped = phi.view(B, T, mem.z.shape[1], -1, Dk)
+    norm = torch.einsum("bthgd,bhd->bthg", grouped, mem.z).clamp(min=1e-6)
+    out = torch.einsum("bthgd,bhde->bthge", grouped, mem.M) / norm.unsqueeze(-1)
+    return out.reshape(B, T, H, -1)

@@ -1,0 +1,1 @@
+"""The `lctx` commands that work on models. Imported by the command line alone: they need typer."""

@@ -1,0 +1,279 @@
+"""`lctx train`: a model from scratch or from a checkpoint, on the text at hand."""
+
+import json
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import (
+    Config,
+    Layers,
+    Method,
+    MethodOptions,
+    load_model,
+    load_tokenizer,
+    plain_errors,
+    write_json,
+)
+from .convert import apply_method
+
+SIZES = {
+    "tiny": (64, 2, 4, 2), "10m": (256, 6, 4, 2), "30m": (512, 8, 8, 4), "100m": (768, 12, 12, 4),
+}  # fmt: skip
+"""Name -> hidden size, layers, query heads, key/value heads of a Llama from scratch."""
+
+
+@dataclass
+class Settings:
+    """What a run is made of; two runs with equal settings take the same steps."""
+
+    model: str
+    method: str | None
+    options: list[str]
+    layers: str | None
+    text: str | None
+    vocab_size: int
+    seq_len: int
+    steps: int
+    batch: int
+    accumulate: int
+    lr: float
+    gate_lr: float | None
+    weight_decay: float
+    warmup: int
+    segmentwise: bool
+    checkpointing: bool
+    bf16: bool
+    lora: int
+    seed: int
+    held_out: float
+    device: str
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @app.command()
+    def train(
+        out: Annotated[Path, typer.Argument(help="Folder for checkpoints, logs and the model.")],
+        model: Annotated[
+            str,
+            typer.Option(help=f"Folder or name of a model, or a new Llama: {', '.join(SIZES)}."),
+        ] = "tiny",
+        method: Method = None,
+        options: MethodOptions = None,
+        layers: Layers = None,
+        text: Annotated[
+            Path | None, typer.Option(help="File, folder or JSONL; default: an installed text.")
+        ] = None,
+        vocab_size: Annotated[int, typer.Option(min=259, help="Of a new model.")] = 4096,
+        seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 1024,
+        steps: Annotated[int, typer.Option(min=1)] = 1000,
+        batch: Annotated[int, typer.Option(min=1, help="Rows per forward.")] = 4,
+        accumulate: Annotated[int, typer.Option(min=1, help="Forwards per step.")] = 1,
+        lr: Annotated[float, typer.Option(min=0)] = 3e-4,
+        gate_lr: Annotated[
+            float | None, typer.Option(min=0, help="Of infini's gates; default: 0.01.")
+        ] = None,
+        weight_decay: Annotated[float, typer.Option(min=0)] = 0.1,
+        warmup: Annotated[int, typer.Option(min=0, help="Steps; then a cosine to 0.")] = 20,
+        segmentwise: Annotated[
+            bool, typer.Option(help="Infini: one backward per segment, memory carried along.")
+        ] = False,
+        checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = False,
+        bf16: Annotated[bool, typer.Option(help="Compute in bfloat16.")] = False,
+        lora: Annotated[int, typer.Option(min=0, help="Rank; 0 trains all parameters.")] = 0,
+        save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+        eval_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 100,
+        held_out: Annotated[float, typer.Option(help="Share of the text to evaluate on.")] = 0.05,
+        report: Annotated[str, typer.Option(help="tensorboard, wandb, none, ...")] = "tensorboard",
+        resume: Annotated[bool, typer.Option("--resume", help="Go on where OUT ended.")] = False,
+        seed: int = 0,
+        device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+        config: Config = None,
+    ) -> None:
+        """Train on text; killed at any moment and resumed, the steps are the same."""
+        with plain_errors("train"):
+            settings = Settings(
+                model, method, options or [], layers, None if text is None else str(text),
+                vocab_size, seq_len, steps, batch, accumulate, lr, gate_lr, weight_decay, warmup,
+                segmentwise, checkpointing, bf16, lora, seed, held_out, device,
+            )  # fmt: skip
+            run(settings, out, save_every, eval_every, report, resume)
+
+
+def run(
+    settings: Settings, out: Path, save_every: int, eval_every: int, report: str, resume: bool
+) -> Any:
+    """Train and save; returns the trainer."""
+    import transformers
+
+    from ..data.corpus import digest, read_corpus, split
+
+    checkpoint = _start_or_resume(settings, out, resume)
+    transformers.set_seed(settings.seed)
+    documents = read_corpus(settings.text)
+    texts, held_out = split(documents, settings.held_out)
+    model, tokenizer = _model(settings, texts)
+    _check_corpus(out, digest(documents), settings)
+    often = {"save_every": save_every, "eval_every": eval_every, "report": report}
+    trainer = _trainer(settings, out, model, tokenizer, texts, held_out, often)
+    print(
+        f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(trainer.train_dataset)} rows of at most {settings.seq_len} tokens from "
+        f"{len(texts)} documents" + (f", resumed from {checkpoint.name}" if checkpoint else "")
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model(str(out))
+    tokenizer.save_pretrained(out)
+    return trainer
+
+
+def _start_or_resume(settings: Settings, out: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None for a new run.
+
+    Raises:
+        typer.BadParameter: A folder with another run in it, or nothing to resume.
+    """
+    record = out / "run.json"
+    if not record.exists():
+        if resume:
+            raise typer.BadParameter(f"no run in {out}", param_hint="--resume")
+        if out.exists() and any(out.iterdir()):
+            raise typer.BadParameter(f"{out} is not empty", param_hint="OUT")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"settings": asdict(settings)})
+        return None
+    if not resume:
+        raise typer.BadParameter(f"{out} holds a run; expected --resume to go on", param_hint="OUT")
+    before = json.loads(record.read_text())["settings"]
+    for name, value in asdict(settings).items():
+        if before.get(name) != value:
+            flag = "--set" if name == "options" else "--" + name.replace("_", "-")
+            raise typer.BadParameter(
+                f"{value!r}; the run in {out} began with {before.get(name)!r}", param_hint=flag
+            )
+    return last_complete_checkpoint(out)
+
+
+def last_complete_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint of which every file was written to its end, None if there is none."""
+    found = sorted(
+        (path for path in out.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()),
+        key=lambda path: int(path.name.rpartition("-")[2]),
+    )
+    return next((path for path in reversed(found) if _complete(path)), None)
+
+
+def _complete(path: Path) -> bool:
+    from safetensors import safe_open
+
+    try:
+        json.loads((path / "trainer_state.json").read_text())
+        weights = list(path.glob("*.safetensors"))
+        for file in weights:
+            with safe_open(file, "pt") as opened:
+                opened.keys()
+        states = [path / "optimizer.pt", path / "scheduler.pt", *path.glob("rng_state*.pth")]
+        return bool(weights) and len(states) > 2 and all(map(zipfile.is_zipfile, states))
+    except Exception:  # whatever a half-written file makes its reader raise
+        return False
+
+
+def _check_corpus(out: Path, found: str, settings: Settings) -> None:
+    """Record the text's digest, or compare it with that of the run's beginning."""
+    record = out / "run.json"
+    content = json.loads(record.read_text())
+    if content.setdefault("text_sha256", found) != found:
+        raise typer.BadParameter(
+            "another text than that of the run's beginning", param_hint="--text"
+        )
+    write_json(record, content | {"settings": asdict(settings)})
+
+
+def _model(settings: Settings, texts: list[Any]) -> tuple[Any, Any]:
+    """The model to train and its tokenizer."""
+    if settings.model in SIZES:
+        from ..data.tokens import train_tokenizer
+
+        tokenizer = train_tokenizer(texts, settings.vocab_size)
+        model = _new_llama(settings, tokenizer)
+    else:
+        tokenizer = load_tokenizer(settings.model)
+        model = load_model(settings.model, "float32")
+    if settings.segmentwise and "infini" not in (
+        settings.method, getattr(model.config, "lctx", None) and model.config.lctx["method"],
+    ):  # fmt: skip
+        raise typer.BadParameter("expected with --method infini", param_hint="--segmentwise")
+    model = apply_method(model, settings.method, settings.options, settings.layers)
+    if settings.lora:
+        model = _with_lora(model, settings.lora)
+    return model, tokenizer
+
+
+def _new_llama(settings: Settings, tokenizer: Any) -> Any:
+    import transformers
+
+    width, depth, heads, kv_heads = SIZES[settings.model]
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 8 // 3,
+            num_hidden_layers=depth, num_attention_heads=heads, num_key_value_heads=kv_heads,
+            max_position_embeddings=max(2048, settings.seq_len), tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("peft is missing, which --lora needs; try: pip install peft") from error
+    gates = [name for name, _ in model.named_modules() if name.endswith("memory_gate")]
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM",
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            modules_to_save=["memory_gate"] if gates else None,
+        ),
+    )  # fmt: skip
+
+
+def _trainer(
+    settings: Settings, out: Path, model: Any, tokenizer: Any, texts: list[Any],
+    held_out: list[Any], often: dict[str, Any],
+) -> Any:  # fmt: skip
+    import transformers
+
+    from ..data.tokens import Collator, pack
+    from ..hf.training import SegmentTrainer, gated_optimizer
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(out), max_steps=settings.steps, seed=settings.seed,
+        per_device_train_batch_size=settings.batch, per_device_eval_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate, learning_rate=settings.lr,
+        weight_decay=settings.weight_decay, warmup_steps=settings.warmup,
+        lr_scheduler_type="cosine", logging_steps=1, save_steps=often["save_every"],
+        save_total_limit=2, eval_strategy="steps", eval_steps=often["eval_every"],
+        report_to=[] if often["report"] == "none" else [often["report"]], bf16=settings.bf16,
+        gradient_checkpointing=settings.checkpointing, use_cpu=settings.device == "cpu",
+        gradient_checkpointing_kwargs={"use_reentrant": False}, remove_unused_columns=False,
+        prediction_loss_only=True, dataloader_pin_memory=settings.device != "cpu",
+    )  # fmt: skip
+    shared: dict[str, Any] = {
+        "model": model, "args": arguments, "data_collator": Collator(tokenizer.pad_token_id or 0),
+        "train_dataset": pack(texts, tokenizer, settings.seq_len),
+        "eval_dataset": pack(held_out, tokenizer, settings.seq_len),
+    }  # fmt: skip
+    gate_lr = 0.01 if settings.gate_lr is None else settings.gate_lr
+    if settings.segmentwise:
+        return SegmentTrainer(**shared, gate_lr=gate_lr)
+    return transformers.Trainer(
+        **shared, optimizers=(gated_optimizer(model, arguments, gate_lr), None)
+    )

@@ -1,0 +1,161 @@
+"""Classes of converted models, one per method and family, for transformers' Auto classes."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any, NoReturn
+
+from torch import nn
+
+from ..nn.gate import MemoryGate
+from . import dilated
+from ._compat import (
+    FAMILIES,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    change_class,
+)
+from .attention import attention_class
+from .backbone import DilatedBackbone, InfiniBackbone, LandmarkBackbone
+from .cache import make_cache
+from .options import OPTIONS
+
+NO_DENSE_LAYERS = "lctx_converted"
+BACKBONES: dict[str, type[Any]] = {
+    "infini": InfiniBackbone, "landmark": LandmarkBackbone, "dilated": DilatedBackbone,
+}  # fmt: skip
+
+
+class ConvertedModel:
+    """Mixed into the ForCausalLM class of a family, before it; `config.lctx` says what to build."""
+
+    _keep_in_fp32_modules_strict = frozenset(["memory_gate"])
+    family: str
+    method: str
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(config, "lctx", None) is None:
+            raise ValueError(
+                f"{type(self).__name__}: config.lctx is missing; expected the result of "
+                "lctx_kernels.hf.convert, or a folder saved from it"
+            )
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        install(self)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        if self.method == "dilated" or given is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, *args, **kwargs
+            )
+            return
+        if generation_config.cache_implementation is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__}.generate: cache_implementation is "
+                f"{generation_config.cache_implementation!r}; expected None: this model has a "
+                "cache of its own (lctx_kernels.hf.make_cache)"
+            )
+        if getattr(generation_config, "is_assistant", False):
+            raise NotImplementedError(
+                f"{type(self).__name__}: as an assistant its cache would have to be rolled back, "
+                "which a memory cannot be; expected an unconverted assistant"
+            )
+        model_kwargs["past_key_values"] = make_cache(self)
+
+    def make_cache(self, **options: Any) -> Any:
+        """See lctx_kernels.hf.make_cache."""
+        return make_cache(self, **options)
+
+
+def install(model: Any) -> None:
+    """Turn the layers of `model`, of a class of this module, into what its config says."""
+    spec, config = model.config.lctx, model.config
+    backbone = model.model
+    _refuse_replaced_forwards(
+        model, backbone, [backbone.layers[i].self_attn for i in spec["layers"]]
+    )
+    change_class(backbone, backbone_class(model.family, model.method))
+    if model.method == "dilated":
+        config._attn_implementation = dilated.NAME
+        return
+    for index in spec["layers"]:
+        attention = backbone.layers[index].self_attn
+        attention.__class__ = attention_class(model.family, model.method)
+        if model.method == "infini" and not hasattr(attention, "memory_gate"):
+            device = attention.q_proj.weight.device
+            gate = MemoryGate(config.num_attention_heads, float(spec["options"]["gate_init"]))
+            attention.memory_gate = gate.to(device)
+    if len(spec["layers"]) == config.num_hidden_layers:
+        config._attn_implementation = NO_DENSE_LAYERS
+
+
+def _refuse_replaced_forwards(model: Any, backbone: Any, attentions: list[Any]) -> None:
+    """A forward on the instance, as of accelerate's hooks, would go on calling the old class."""
+    for module in (model, backbone, *attentions):
+        if "forward" in module.__dict__:
+            raise NotImplementedError(
+                f"hf.convert: {type(module).__name__} has a forward of its own (device_map, a "
+                "compiled forward); expected a model as it is built; try converting on one device, "
+                "then save_pretrained and from_pretrained(device_map=...)"
+            )
+
+
+@cache
+def backbone_class(family: str, method: str) -> type[nn.Module]:
+    """The backbone class of a family with a method in it."""
+    entry = FAMILIES[family]
+    base = entry.load("TextModel" if family == "gemma3_text" else "Model")
+    name = f"{method.capitalize()}{base.__name__}"
+    return type(name, (BACKBONES[method], base), {"__module__": __name__})
+
+
+@cache
+def model_class(family: str, method: str) -> type[Any]:
+    """The ForCausalLM class of a family with a method in it."""
+    entry = FAMILIES[family]
+    base, base_config = entry.load("ForCausalLM"), entry.config_class
+    prefix = method.capitalize()
+    config = type(
+        f"{prefix}{base_config.__name__}", (base_config,),
+        {
+            "__module__": __name__, "model_type": f"lctx_{method}_{family}",
+            "__annotations__": {"lctx": dict[str, Any] | None}, "lctx": None,
+        },
+    )  # fmt: skip
+    names = {"family": family, "method": method, "config_class": config, "config": None}
+    names["__annotations__"] = {"config": config}
+    names.pop("config")
+    model = type(
+        f"{prefix}{base.__name__}", (ConvertedModel, base), {"__module__": __name__} | names
+    )
+    for made in (config, model):
+        setattr(sys.modules[__name__], made.__name__, made)
+    return model
+
+
+def _never(module: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    raise RuntimeError(
+        f"{type(module).__name__}: an unconverted layer in a model whose layers are all converted"
+    )
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """No layer takes a mask."""
+
+
+@cache
+def register() -> None:
+    """See lctx_kernels.hf.register."""
+    dilated.register()
+    AttentionInterface.register(NO_DENSE_LAYERS, _never)
+    AttentionMaskInterface.register(NO_DENSE_LAYERS, _no_mask)
+    for method in OPTIONS:
+        for family in FAMILIES:
+            model = model_class(family, method)
+            AutoConfig.register(model.config_class.model_type, model.config_class)
+            AutoModelForCausalLM.register(model.config_class, model)

@@ -1,0 +1,235 @@
+"""A Llama-style language model whose layers attend in any of the ways of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..blockwise import blockwise_cross_entropy, blockwise_feedforward
+from ..data.landmarks import gather, insertion, spread
+from .attention import FullAttention, InfiniAttention, LandmarkAttention, SelfAttention
+from .dilated import DilatedAttention
+from .sampling import sample
+
+METHODS = ("full", "infini", "landmark", "dilated")
+
+
+@dataclass
+class LlamaConfig:
+    """Shape of a `Llama`.
+
+    Args:
+        vocab_size: Tokens; a landmark model holds one embedding more.
+        d_model, num_layers, num_heads: Width, depth, query heads.
+        num_kv_heads: Key/value heads; None is num_heads.
+        d_ff: Width of the feed-forward layers; None is 8/3 d_model, rounded up to 64.
+        attention: Method of every layer, or one for all: full, infini, landmark, dilated.
+        options: Options of the methods, such as {"infini": {"segment_len": 512}}; for dilated
+            the branches as segment_lengths and dilation_rates.
+        rope_base: Base of the rotary embedding.
+        dropout: Of the outputs of attention and feed-forward layers, in training.
+        tie: Whether the output layer is the embedding.
+        ffn_chunk: Tokens of which feed-forward activations exist at a time; 0 is all.
+        loss_chunk: Tokens of which logits exist at a time in the loss.
+    """
+
+    vocab_size: int
+    d_model: int = 512
+    num_layers: int = 8
+    num_heads: int = 8
+    num_kv_heads: int | None = None
+    d_ff: int | None = None
+    attention: str | Sequence[str] = "full"
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rope_base: float = 10000.0
+    dropout: float = 0.0
+    tie: bool = True
+    ffn_chunk: int = 0
+    loss_chunk: int = 1024
+
+    def methods(self) -> list[str]:
+        """The method of every layer.
+
+        Raises:
+            ValueError: An unknown method, or not one per layer.
+        """
+        one = isinstance(self.attention, str)
+        methods = [self.attention] * self.num_layers if one else list(self.attention)
+        unknown = [m for m in [*methods, *self.options] if m not in METHODS]
+        if unknown or len(methods) != self.num_layers:
+            raise ValueError(
+                f"LlamaConfig: attention is {self.attention!r} with options for "
+                f"{', '.join(self.options) or 'none'} and {self.num_layers} layers; expected one "
+                f"of {', '.join(METHODS)}, or one of them per layer"
+            )
+        return methods  # type: ignore[return-value]
+
+
+class Llama(nn.Module):
+    """Decoder-only transformer: RMS norms before each branch, SwiGLU, rotary positions.
+
+    With a landmark layer, the model inserts the landmark tokens itself and drops their outputs:
+    texts, labels and logits know nothing of them.
+
+    >>> config = LlamaConfig(vocab_size=97, d_model=32, num_layers=2, num_heads=4,
+    ...                      attention=["full", "infini"], options={"infini": {"segment_len": 8}})
+    >>> model, ids = Llama(config), torch.randint(97, (2, 20))
+    >>> model(ids).shape, model.loss(ids, ids).shape, model.generate(ids, 5).shape
+    (torch.Size([2, 20, 97]), torch.Size([]), torch.Size([2, 25]))
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        methods = config.methods()
+        self.config = config
+        block_size = config.options.get("landmark", {}).get("block_size", 64)
+        self.mem_freq = block_size - 1 if "landmark" in methods else None
+        rows = config.vocab_size + (self.mem_freq is not None)
+        self.embedding = nn.Embedding(rows, config.d_model)
+        self.layers = nn.ModuleList(Layer(config, method) for method in methods)
+        self.norm = nn.RMSNorm(config.d_model)
+        self.output = None
+        if not config.tie:
+            self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.apply(_initialize)
+
+    def new_states(self) -> list[Any]:
+        """An empty state per layer for `forward(ids, states)`."""
+        return [layer.attention.new_state() for layer in self.layers]  # type: ignore[union-attr,operator]
+
+    def hidden(self, ids: Tensor, states: list[Any] | None = None, seen: int = 0) -> Tensor:
+        """ids (B, T) to the last hidden states (B, T, d_model); `seen` tokens are in the states."""
+        x = self.embedding(ids)
+        inserted = None
+        if self.mem_freq is not None:
+            inserted = insertion(ids.shape[1], self.mem_freq, [seen], None, ids.device)
+            x = spread(x, inserted, self.embedding.weight[self.config.vocab_size], None)
+        for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
+            x = layer(x, state)
+        x = x if inserted is None else gather(x, inserted)
+        normed: Tensor = self.norm(x)
+        return normed
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, d_model) of the output layer."""
+        if self.output is None:
+            return self.embedding.weight[: self.config.vocab_size]
+        return self.output.weight
+
+    def forward(self, ids: Tensor, states: list[Any] | None = None, seen: int = 0) -> Tensor:
+        """ids (B, T) int64 to logits (B, T, V); with states, ids are the next tokens."""
+        return functional.linear(self.hidden(ids, states, seen), self.output_weight)
+
+    def loss(self, ids: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+        """Mean cross entropy of every token given those before it; token i predicts labels[i + 1].
+
+        ids, labels: (B, T) int64.
+        """
+        hidden, targets = self.hidden(ids)[:, :-1], labels[:, 1:]
+        return blockwise_cross_entropy(
+            hidden, self.output_weight.to(hidden.dtype), targets,
+            chunk_size=self.config.loss_chunk, ignore_index=ignore_index,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos: int | None = None,
+        chunk: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """ids (B, T >= 1) continued to (B, T + max_new_tokens), or less if all rows end with eos.
+
+        Args:
+            ids: Prompts of one length.
+            max_new_tokens: Tokens to add.
+            temperature: 0 takes the likeliest token.
+            top_k, top_p: Sample from the likeliest top_k tokens, or from those that hold top_p of
+                the probability.
+            eos: Token after which a row is filled with eos.
+            chunk: Tokens of the prompt that are read at a time; None is all.
+            generator: Source of randomness.
+        """
+        training = self.training
+        self.eval()
+        states, seen, ended = self.new_states(), 0, torch.zeros_like(ids[:, 0], dtype=torch.bool)
+        for part in ids.split(chunk or ids.shape[1], dim=1):
+            logits = self(part, states, seen)[:, -1]
+            seen += part.shape[1]
+        for step in range(max_new_tokens):
+            token = sample(logits, temperature, top_k, top_p, generator)
+            token = token if eos is None else token.masked_fill(ended, eos)
+            ids = torch.cat([ids, token[:, None]], dim=1)
+            ended |= token == eos if eos is not None else False
+            if bool(ended.all()) or step == max_new_tokens - 1:
+                break
+            logits, seen = self(token[:, None], states, seen)[:, -1], seen + 1
+        self.train(training)
+        return ids
+
+
+class Layer(nn.Module):
+    """Attention and SwiGLU, each after a norm and added to what came in."""
+
+    def __init__(self, config: LlamaConfig, method: str) -> None:
+        super().__init__()
+        d_ff = config.d_ff or -(-config.d_model * 8 // 3 // 64) * 64
+        self.attention_norm = nn.RMSNorm(config.d_model)
+        self.attention = make_attention(config, method)
+        self.ffn_norm = nn.RMSNorm(config.d_model)
+        self.gate_proj = nn.Linear(config.d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, config.d_model, bias=False)
+        self.dropout, self.ffn_chunk = nn.Dropout(config.dropout), config.ffn_chunk
+
+    def forward(self, x: Tensor, state: Any = None) -> Tensor:
+        """x (B, T, d_model) to the same shape; with a state, x are the next tokens."""
+        x = x + self.attention(self.attention_norm(x), state)
+        if self.ffn_chunk:
+            return x + blockwise_feedforward(self.feedforward, x, self.ffn_chunk)
+        return x + self.feedforward(x)
+
+    def feedforward(self, x: Tensor) -> Tensor:
+        """The second branch."""
+        x = self.ffn_norm(x)
+        y: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.dropout(y)  # type: ignore[no-any-return]
+
+
+def make_attention(config: LlamaConfig, method: str) -> nn.Module:
+    """The attention layer of a method, with its options."""
+    shape: dict[str, Any] = {
+        "num_kv_heads": config.num_kv_heads, "rope_base": config.rope_base,
+        "dropout": config.dropout,
+    }  # fmt: skip
+    options = dict(config.options.get(method, {}))
+    if method == "dilated":
+        rates, lengths = options.pop("dilation_rates", 1), options.pop("segment_lengths", 2048)
+        if options.get("use_xpos"):
+            shape["rope_base"] = None
+        return DilatedAttention(
+            config.d_model, config.num_heads, rates, lengths, causal=True, **shape, **options
+        )
+    layers: dict[str, type[SelfAttention]] = {
+        "full": FullAttention,
+        "infini": InfiniAttention,
+        "landmark": LandmarkAttention,
+    }
+    return layers[method](config.d_model, config.num_heads, **shape, **options)
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
