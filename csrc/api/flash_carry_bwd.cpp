@@ -1,15 +1,42 @@
 // lctx::flash_carry_bwd, lctx::attn_delta: tensors -> CarryParams, CarryGrads -> kernels.
 #include "../cpu/cpu_backend.h"
+#include "cuda_call.h"
 #include "flash_carry.h"
 #include "thread_pool.h"
 
 namespace lctx::api {
 namespace {
 
+#ifdef LCTX_WITH_CUDA
+// Pairs of neighbouring floats are added at once.
+void check_sum(const Call& call, const char* name, const TensorView& x) {
+  call.check(reinterpret_cast<uintptr_t>(x.data) % 8 == 0 &&
+                 (x.stride_b | x.stride_t | x.stride_h) % 2 == 0,
+             name, " has strides (", x.stride_b, ", ", x.stride_t, ", ", x.stride_h,
+             ", 1); expected data and strides at multiples of 8 bytes on a GPU");
+}
+
+void launch(const Call& call, const CarryParams& params, const CarryGrads& grads, bool fused) {
+  const AttnShape& s = params.shape;
+  if (s.B * s.Tq * s.Tk == 0) return;
+  check_tma(call, params);
+  call.check(s.Dk <= 128, "the head size is ", s.Dk,
+             "; expected at most 128 for gradients on a GPU");
+  call.check_aligned({{"dout", grads.dout, s.B, s.Tq, s.Hq}});
+  check_sum(call, "dq", grads.dq);
+  check_sum(call, "dk", grads.dk);
+  check_sum(call, "dv", grads.dv);
+  const CudaCall gpu(call);
+  const BwdBuffers buffers(call, s, fused ? cuda::flash_dq_sum_floats(s) : 0);
+  cuda::launch_flash_carry_bwd(params, grads, buffers.scratch, buffers.dq_floats, fused,
+                               gpu.num_sms(), gpu.stream());
+}
+#endif
+
 void flash_carry_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                      const Tensor& lse, const Tensor& delta, const Tensor& dq, const Tensor& dk,
                      const Tensor& dv, bool causal, double scale, int64_t window,
-                     int64_t query_start, int64_t key_start, bool /*deterministic: always*/) {
+                     int64_t query_start, int64_t key_start, bool deterministic) {
   const Call call("lctx::flash_carry_bwd",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(dout), LCTX_ARG(lse),
                    LCTX_ARG(delta), LCTX_ARG(dq), LCTX_ARG(dk), LCTX_ARG(dv)});
@@ -27,6 +54,9 @@ void flash_carry_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const
   grads.dq = call.stat_rows(LCTX_ARG(dq), {s.B, s.Tq, s.Hq, s.Dk});
   grads.dk = call.stat_rows(LCTX_ARG(dk), {s.B, s.Tk, s.Hkv, s.Dk});
   grads.dv = call.stat_rows(LCTX_ARG(dv), {s.B, s.Tk, s.Hkv, s.Dv});
+#ifdef LCTX_WITH_CUDA
+  if (call.is_cuda()) return launch(call, params, grads, !deterministic);
+#endif
   cpu::flash_carry_bwd(params, grads, thread_pool());
 }
 
@@ -40,6 +70,16 @@ Tensor attn_delta(const Tensor& dout, const OptTensor& dlse, const Tensor& out) 
   params.out = call.rows(LCTX_ARG(out), {B, T, H, D});
   grads.dlse = call.stat(LCTX_ARG(dlse), {B, H, T});
   Tensor delta = call.new_stat({B, H, T});
+#ifdef LCTX_WITH_CUDA
+  if (call.is_cuda()) {
+    call.check(call.dtype() == DType::kBFloat16 || call.dtype() == DType::kFloat16,
+               "the tensors are float32 or float64; expected bfloat16 or float16 on a GPU");
+    const CudaCall gpu(call);
+    cuda::launch_attn_delta(params, grads, static_cast<float*>(delta.mutable_data_ptr()),
+                            gpu.stream());
+    return delta;
+  }
+#endif
   cpu::attn_delta(params, grads, delta.mutable_data_ptr(), thread_pool());
   return delta;
 }
@@ -51,3 +91,10 @@ STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) {
   m.impl("flash_carry_bwd", TORCH_BOX(&lctx::api::flash_carry_bwd));
   m.impl("attn_delta", TORCH_BOX(&lctx::api::attn_delta));
 }
+
+#ifdef LCTX_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(lctx, CUDA, m) {
+  m.impl("flash_carry_bwd", TORCH_BOX(&lctx::api::flash_carry_bwd));
+  m.impl("attn_delta", TORCH_BOX(&lctx::api::attn_delta));
+}
+#endif

@@ -49,6 +49,14 @@ void launch_flash_dq(const FlashParams& params, const AttnGrads& grads, const fl
 // `counter` is an int on the device that the launch zeroes and uses.
 void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, Stream stream);
 
+// Its backward; dq, dk and dv are fp32, and added to. Not fused: bitwise reproducible.
+void launch_flash_carry_bwd(const CarryParams& params, const CarryGrads& grads,
+                            const BwdScratch& scratch, int64_t dq_sum_floats, bool fused,
+                            int num_sms, Stream stream);
+// delta (B, Hq, Tq) of grads.dout, grads.dlse and params.out.
+void launch_attn_delta(const AttnParams& params, const AttnGrads& grads, float* delta,
+                       Stream stream);
+
 // `partial`: fp32 (B, T, Hq, D) scratch, not needed for one branch of rate 1 without seqlens;
 // `counters`: an int a branch, on the device.
 void launch_dilated_fwd(const DilatedParams& params, float* partial, int* counters, int num_sms,
