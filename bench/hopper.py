@@ -32,13 +32,13 @@ def hopper_scaling() -> list[Group]:
     for T in SCALING_LENGTHS:
         long = T > DENSE_SCALING_LIMIT
         groups += [
-            Group(_shape(T, 128, B=1), "fwd", dense[3:] if long else dense),
-            Group(_shape(T, 64, B=1, Hq=16), "fwd", (LOCAL if long else CUDNN, "dilated")),
+            Group(shape(T, 128, B=1), "fwd", dense[3:] if long else dense),
+            Group(shape(T, 64, B=1, Hq=16), "fwd", (LOCAL if long else CUDNN, "dilated")),
         ]
     return groups
 
 
-def _shape(
+def shape(
     T: int, D: int, *, B: int | None = None, Hq: int | None = None, Hkv: int | None = None,
     Tq: int | None = None, causal: bool = True,
 ) -> Shape:  # fmt: skip
@@ -63,7 +63,7 @@ def _dense() -> list[Group]:
         label += ", 2k" if lengths == (2048,) else ""
         goal = Goal("flash", CUDNN, speed, aim, label=label)
         groups += [
-            Group(_shape(T, D, causal=causal), "fwd", (CUDNN, "flash"), (goal,)) for T in lengths
+            Group(shape(T, D, causal=causal), "fwd", (CUDNN, "flash"), (goal,)) for T in lengths
         ]
     return groups
 
@@ -81,7 +81,7 @@ def _landmark() -> list[Group]:
         label = f"landmark, D {D}, block {block_size}"
         goal = Goal("landmark", CUDNN, speed, aim, label=label)
         groups += [
-            Group(_shape(T, D), "fwd", (CUDNN, "landmark"), (goal,), (("block_size", block_size),))
+            Group(shape(T, D), "fwd", (CUDNN, "landmark"), (goal,), (("block_size", block_size),))
             for T in LANDMARK_LENGTHS
         ]
     return groups
@@ -93,8 +93,7 @@ def _dilated() -> list[Group]:
         "dilated", LOCAL, 1 / 1.25, 1.0, measure="flops", as_cost=True, label="dilated, D 64"
     )
     return [
-        Group(_shape(T, 64, B=1, Hq=16), "fwd", (LOCAL, "dilated"), (goal,))
-        for T in DILATED_LENGTHS
+        Group(shape(T, 64, B=1, Hq=16), "fwd", (LOCAL, "dilated"), (goal,)) for T in DILATED_LENGTHS
     ]
 
 
@@ -110,7 +109,7 @@ def _infini() -> list[Group]:
             )
             options = (("segment_len", 2048), ("update", update))
             groups += [
-                Group(_shape(T, 128, B=1, Hq=32, Hkv=Hkv), "fwd", (*rivals, "infini"), goals,
+                Group(shape(T, 128, B=1, Hq=32, Hkv=Hkv), "fwd", (*rivals, "infini"), goals,
                       options)
                 for T in INFINI_LENGTHS
             ]  # fmt: skip
@@ -122,8 +121,8 @@ def _carry() -> list[Group]:
     goal = Goal(
         "flash_carry", "flash", 1 / 1.05, 1 / 1.02, as_cost=True, label="fp32 carry of a ring step"
     )
-    shape = _shape(8 * KIBI, 128, B=1, causal=False)
-    return [Group(shape, "fwd", ("flash", "flash_carry"), (goal,))]
+    one = shape(8 * KIBI, 128, B=1, causal=False)
+    return [Group(one, "fwd", ("flash", "flash_carry"), (goal,))]
 
 
 def _decode() -> list[Group]:
@@ -138,6 +137,6 @@ def _decode() -> list[Group]:
         for B, T, speed, aim in table:
             label = f"one token, Hq {Hq}, {B} x {T // KIBI}k keys"
             goal = Goal("flash", "copy", speed, aim, measure="bytes", label=label)
-            shape = _shape(T, 128, B=B, Hq=Hq, Hkv=8, Tq=1)
-            groups.append(Group(shape, "fwd", ("copy", CUDNN, "flash"), (goal,)))
+            one = shape(T, 128, B=B, Hq=Hq, Hkv=8, Tq=1)
+            groups.append(Group(one, "fwd", ("copy", CUDNN, "flash"), (goal,)))
     return groups

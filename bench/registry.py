@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Pass = Literal["fwd", "fwd_bwd"]
+Pass = Literal["fwd", "fwd_bwd", "bwd"]
 Measure = Literal["time", "flops", "bytes"]
-PASSES: tuple[Pass, ...] = ("fwd", "fwd_bwd")
+PASSES: tuple[Pass, ...] = ("fwd", "fwd_bwd")  # of most suites; "bwd" is the second half alone
 DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -168,7 +168,7 @@ def flops(op: str, shape: Shape, pass_: Pass, options: Mapping[str, Any]) -> flo
     B, T, Hq, Hkv, D = shape.B, shape.T, shape.Hq, shape.Hkv, shape.D
     memory = 0.0
     if op == "merge":
-        return 6.0 * B * T * Hq * D * (1 if pass_ == "fwd" else 3)
+        return 6.0 * B * T * Hq * D * {"fwd": 1, "bwd": 2, "fwd_bwd": 3}[pass_]
     if op == "copy":
         return 0.0
     if op == "local":
@@ -184,9 +184,8 @@ def flops(op: str, shape: Shape, pass_: Pass, options: Mapping[str, Any]) -> flo
         local = 2.0 * B * Hq * T * T * D
     else:  # the last Tq positions, each of which sees nearly all keys
         local = 4.0 * B * Hq * shape.queries * T * D
-    if pass_ == "fwd":
-        return local + memory
-    return local * (1 + BACKWARD_FACTOR) + memory * 3
+    forward, backward = pass_ != "bwd", pass_ != "fwd"
+    return local * (forward + BACKWARD_FACTOR * backward) + memory * (forward + 2 * backward)
 
 
 def min_bytes(op: str, shape: Shape, pass_: Pass) -> int:
@@ -196,9 +195,9 @@ def min_bytes(op: str, shape: Shape, pass_: Pass) -> int:
     size = {"fp64": 8, "fp32": 4}.get(shape.dtype, 2)
     query_row = shape.B * shape.queries * shape.Hq * shape.D * size
     if op == "merge":
-        return query_row * (3 if pass_ == "fwd" else 9)
+        return query_row * {"fwd": 3, "bwd": 6, "fwd_bwd": 9}[pass_]
     key_row = shape.B * shape.T * shape.Hkv * shape.D * size
-    return (2 if pass_ == "fwd" else 6) * (query_row + key_row)
+    return {"fwd": 2, "bwd": 4, "fwd_bwd": 6}[pass_] * (query_row + key_row)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lctx_kernels._measure import write_json
 
 from .machine import ROOT
-from .registry import PASSES, Group, Shape
+from .registry import Group, Pass, Shape
 
 SCHEMA = 1
 RESULTS = ROOT / "bench" / "results"
@@ -140,7 +140,8 @@ def parse(data: dict[str, Any]) -> Document:
     )
     for row in document.rows:
         _require(
-            row.status in STATUSES and row.pass_ in PASSES, f"status or pass of {row.candidate}"
+            row.status in STATUSES and row.pass_ in get_args(Pass),
+            f"status or pass of {row.candidate}",
         )
         _require(
             (row.status == "ok") == (row.median_s is not None),
@@ -150,7 +151,7 @@ def parse(data: dict[str, Any]) -> Document:
         Shape(**row.shape)
     for memory in document.memory:
         _require(
-            memory.status in STATUSES and memory.pass_ in PASSES,
+            memory.status in STATUSES and memory.pass_ in get_args(Pass),
             f"status or pass of {memory.candidate}",
         )
         complete = len(memory.extra_bytes) == len(memory.lengths)

@@ -1,6 +1,7 @@
 """The suites: groups of candidates, by device and name."""
 
 from .hopper import hopper, hopper_scaling
+from .hopper_backward import hopper_backward
 from .registry import PASSES, Goal, Group, Shape
 
 METHODS = ("infini", "dilated", "landmark")
@@ -72,6 +73,7 @@ TIMED_SUITES = {
     "cpu": {"reach": cpu_reach, "scaling": cpu_scaling},
     "cuda": {
         "hopper": hopper,
+        "backward": hopper_backward,
         "scaling": hopper_scaling,
         "dense": gpu_dense,
         "methods": gpu_methods,

@@ -60,9 +60,17 @@ struct FlashParams : AttnParams {
 // One step of a ring: continues from (carry_out, lse) over other keys of the same queries.
 struct CarryParams : FlashParams {
   int64_t query_start = 0, key_start = 0;  // positions of query 0 and of key 0
-  // stat (B, Tq, Hq, Dv) contiguous, read, and written unless `out` is given. `lse` is read and
-  // written; -inf: nothing is carried for the row.
-  void* carry_out = nullptr;
+  // stat (B, Tq, Hq, Dv), read, and written unless `out` is given. `lse` is read and written; -inf:
+  // nothing is carried for the row.
+  TensorView carry_out;
+  int64_t lse_stride_b = 0, lse_stride_h = 0;  // of lse (B, Hq, Tq), which may be a slice
+  int64_t state_rows = 0;  // CUDA: rows of the tensors whose rows carry_out and lse are
+};
+
+// The backward of one step, where lse and delta are those of all keys. dq, dk and dv are stat, and
+// the step's gradients are added to what they hold; dlse is not used.
+struct CarryGrads : AttnGrads {
+  const void* delta = nullptr;  // stat, laid out like lse
 };
 
 struct LandmarkParams : AttnParams {

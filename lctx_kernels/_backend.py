@@ -16,6 +16,7 @@ FAMILY = {
     "landmark_attention": "landmark",
     "dilated_attention": "dilated",
     "merge_attention": "merge",
+    "ring_attention": "ring",
 }
 """Ops that exist: public function -> family of `lctx::` ops."""
 
@@ -45,7 +46,9 @@ def unavailable(op: str, where: str, device: torch.device, needs_grad: bool) -> 
     if where == "reference":
         return None
     nearest = (
-        f"lctx_kernels.reference.{op}" if op == "merge_attention" else 'backend="reference"'
+        f"lctx_kernels.reference.{op}"
+        if op in ("merge_attention", "ring_attention")
+        else 'backend="reference"'
     ) + " (plain PyTorch)"
     if where not in ("cpu", "cuda"):
         return f"no kernels for device type {where}; expected cpu or cuda; nearest is {nearest}"

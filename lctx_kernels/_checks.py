@@ -12,6 +12,7 @@ from . import _backend
 from ._dtypes import autocast_dtype
 from ._operands import OPERANDS, Call, Reason, check_operands, describe, values_readable
 from ._options import OPTIONS
+from .cp.checks import ring_rules
 
 
 def _heads(call: Call) -> None:
@@ -103,10 +104,6 @@ def _memory(call: Call) -> None:
         call.refuse(TypeError, f"mem is {describe(mem)}; expected InfiniMemory(M, z) or None")
 
 
-def _not_built(call: Call) -> None:
-    call.refuse(NotImplementedError, RING_MISSING)
-
-
 def _available(call: Call) -> None:
     backend = call.arguments.get("backend", "auto")
     tensors = [call.arguments[operand.name] for operand in OPERANDS[call.op]]
@@ -190,11 +187,12 @@ def _hopper_gradient_limits(call: Call) -> None:
         )
 
 
-HOPPER_OPS = ("flash_attention", "infini_attention", "landmark_attention", "dilated_attention")
-RING_MISSING = (
-    "the ring communicator (lctx_kernels._ring) and context-parallel plans (lctx_kernels.cp) are "
-    "not built yet; nearest is flash_attention on one device; the definition is "
-    "lctx_kernels.reference.ring_attention"
+HOPPER_OPS = (
+    "flash_attention",
+    "infini_attention",
+    "landmark_attention",
+    "dilated_attention",
+    "ring_attention",
 )
 RULES: dict[str, tuple[Callable[[Call], None], ...]] = {
     "flash_attention": (check_operands, _heads, _head_dims, _documents),
@@ -202,7 +200,7 @@ RULES: dict[str, tuple[Callable[[Call], None], ...]] = {
     "landmark_attention": (check_operands, _heads, _head_dims, _landmarks),
     "dilated_attention": (check_operands, _heads, _head_dims, _branches, _true_lengths),
     "merge_attention": (check_operands, _head_dims),
-    "ring_attention": (_not_built,),
+    "ring_attention": (check_operands, _heads, _head_dims, ring_rules),
 }
 
 
@@ -211,11 +209,10 @@ def reasons(op: str, arguments: dict[str, Any]) -> list[Reason]:
     call = Call(op, dict(arguments))
     for rule in RULES[op]:
         rule(call)
-    if op != "ring_attention":
-        for name in arguments:
-            if name in OPTIONS:
-                OPTIONS[name](call, name)
-        _available(call)
+    for name in arguments:
+        if name in OPTIONS and (op != "ring_attention" or name not in ("group", "plan")):
+            OPTIONS[name](call, name)
+    _available(call)
     return call.reasons
 
 

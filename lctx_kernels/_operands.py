@@ -63,6 +63,12 @@ OPERANDS: dict[str, tuple[Operand, ...]] = {
         Operand("q_mem", ("B", "T", "Hq", "Dk"), optional=True),
         Operand("k_mem", ("B", "T", "Hkv", "Dk"), optional=True),
     ),
+    "ring_attention": (
+        Operand("q", ("B", "L", "Hq", "Dk")),
+        Operand("k", ("B", "L", "Hkv", "Dk")),
+        Operand("v", ("B", "L", "Hkv", "Dv")),
+        Operand("cu_seqlens", ("documents + 1",), "int32", True),
+    ),
     "landmark_attention": (Q, K, V, Operand("is_landmark", ("B", "Tk"), "bool", True)),
     "dilated_attention": (*SAME_LENGTH_QKV, Operand("seqlens", ("B",), "int32", True)),
     "merge_attention": (

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 
 from ._operands import Call, describe
+from .cp.groups import process_group
+from .cp.plan import Plan
 
 
 def _is_int(value: object) -> bool:
@@ -70,13 +72,37 @@ def _choice(*choices: str) -> Callable[[Call, str], None]:
     return check
 
 
-def _context_parallel(call: Call, name: str) -> None:
-    if call.arguments[name] is not None:
+def _group(call: Call, name: str) -> None:
+    value, plan = call.arguments[name], call.arguments.get("plan")
+    if value is None and plan is None:
+        return
+    try:
+        process_group(value, call.op)
+    except (TypeError, ValueError) as error:
+        call.refuse(type(error), str(error).removeprefix(f"{call.op}: "))
+    if call.arguments["backend"] == "reference":
         call.refuse(
             NotImplementedError,
-            f"{name} is given, but context parallelism (lctx_kernels.cp) is not built yet; "
-            f"nearest is {name}=None, the whole sequence on one device",
+            'backend is "reference" with a sequence over ranks; expected "auto", "cpu" or "cuda"; '
+            "nearest is the whole sequence on one device with group=None, plan=None",
         )
+    if call.arguments.get("seqlens") is not None:
+        call.refuse(
+            NotImplementedError,
+            "seqlens is given with a sequence over ranks; expected None; nearest is the whole "
+            "sequence on one device with group=None, plan=None",
+        )
+
+
+def _plan(call: Call, name: str) -> None:
+    value = call.arguments[name]
+    if value is None and call.arguments["group"] is not None:
+        call.refuse(
+            ValueError,
+            "group is given without a plan; expected plan=cp.make_plan(seq_len, world_size)",
+        )
+    elif value is not None and not isinstance(value, Plan):
+        call.refuse(TypeError, f"plan is {describe(value)}; expected cp.Plan or None")
 
 
 OPTIONS: dict[str, Callable[[Call, str], None]] = {
@@ -94,7 +120,7 @@ OPTIONS: dict[str, Callable[[Call, str], None]] = {
     "mix_grad": _choice("exact", "detached"),
     "segment_lengths": _integers,
     "dilation_rates": _integers,
-    "group": _context_parallel,
-    "plan": _context_parallel,
+    "group": _group,
+    "plan": _plan,
     "backend": _choice("auto", "cuda", "cpu", "reference"),
 }

@@ -10,6 +10,9 @@ from torch import Tensor
 from . import _ops, reference
 from ._checks import require
 from ._dtypes import autocast, without_autocast
+from .cp.dilated import dilated_over_ranks
+from .cp.plan import Plan
+from .ring import ring_attention
 
 
 @overload
@@ -64,7 +67,11 @@ def dilated_attention(
         seqlens: (B,) int32, true lengths of right-padded rows; pads give 0 and are never seen.
         return_lse: Return the logarithm of the denominators over all branches too. Differentiable.
         deterministic: Bitwise equal gradients from run to run.
-        group, plan: Context parallelism; not built yet, None only.
+        group: ProcessGroup or 1-D DeviceMesh whose ranks share the sequence; None with a plan is
+            the default group.
+        plan: `cp.Plan` of consecutive tokens ("zigzag", "contiguous"): q, k, v are this rank's
+            rows of it. Nothing travels for segments that lie inside ranks of a contiguous
+            plan, else 1 / rate of the keys.
         backend: "auto" (that of the tensors' device), "cpu", "cuda" or "reference".
 
     Returns:
@@ -74,7 +81,8 @@ def dilated_attention(
     Raises:
         TypeError: An argument of the wrong type or dtype.
         ValueError: Shapes, strides, devices or values that do not fit.
-        NotImplementedError: Legal, but no kernel for this device; or context parallelism.
+        NotImplementedError: Legal, but no kernel for this device; or `seqlens` over ranks.
+        cp.RingError: With a plan, a rank that is late, gone, or called with other arguments.
 
     Source: Ding et al. 2023 (arXiv 2307.02486), sections 2.2 and 2.3.
     Equivalent to: lctx_kernels.reference.dilated_attention.
@@ -92,6 +100,25 @@ def dilated_attention(
         group=group, plan=plan, backend=backend,
     )  # fmt: skip
     q, k, v = autocast(q), autocast(k), autocast(v)
+    if plan is not None:
+
+        def local(lengths: list[int], rates: list[int]) -> tuple[Tensor, Tensor]:
+            return dilated_attention(
+                q, k, v, lengths, rates, causal=causal, scale=scale, head_offset=head_offset,
+                mix_grad=mix_grad, deterministic=deterministic, backend=backend, return_lse=True,
+            )  # fmt: skip
+
+        def ring(a: Tensor, b: Tensor, c: Tensor, own: Plan) -> tuple[Tensor, Tensor]:
+            return ring_attention(
+                a, b, c, group=group, plan=own, causal=causal, scale=scale, return_lse=True
+            )  # fmt: skip
+
+        branches = list(zip(segment_lengths, dilation_rates, strict=True))
+        out, lse = dilated_over_ranks(
+            local, ring, q, k, v, branches, head_offset=head_offset, mix_grad=mix_grad,
+            group=group, plan=plan,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
     if where == "reference":
         with without_autocast(q.device.type):
             out, lse = reference.dilated_attention(

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _ops, reference
 from ._checks import require
 from ._dtypes import autocast, without_autocast
+from .cp.infini import infini_over_ranks
 
 
 class InfiniMemory(NamedTuple):
@@ -59,7 +60,9 @@ def infini_attention(
         detach_every: n > 0 cuts the gradient through the memory every n segments; 0 never.
         scale: Factor on the scores; None is Dk**-0.5.
         deterministic: Bitwise equal gradients from run to run.
-        group: Context parallelism; not built yet, None only.
+        group: ProcessGroup or 1-D DeviceMesh whose ranks hold consecutive pieces of the sequence,
+            rank by rank, whole segments but for the last; `mem` is the same on all of them, and the
+            returned memory is that after the last rank. What travels does not depend on T.
         backend: "auto" (that of the tensors' device), "cpu", "cuda" or "reference".
 
     Returns:
@@ -68,7 +71,8 @@ def infini_attention(
     Raises:
         TypeError: An argument of the wrong type or dtype.
         ValueError: Shapes, strides, devices or values that do not fit.
-        NotImplementedError: Legal, but no kernel for this device; or context parallelism.
+        NotImplementedError: Legal, but no kernel for this device.
+        cp.RingError: With a group, a rank that is late, gone, or called with other arguments.
 
     Source: Munkhdalai et al. 2024 (arXiv 2404.07143), section 2.1, eq. 3 to 10.
     Equivalent to: lctx_kernels.reference.infini_attention.
@@ -90,6 +94,20 @@ def infini_attention(
     q, k, v = autocast(q), autocast(k), autocast(v)
     q_mem = None if q_mem is None else autocast(q_mem)
     k_mem = None if k_mem is None else autocast(k_mem)
+    if group is not None:
+
+        def local(values: Tensor, state: tuple[Tensor, Tensor] | None) -> Any:
+            return infini_attention(
+                q, k, values, state, gate=gate, q_mem=q_mem, k_mem=k_mem, segment_len=segment_len,
+                update=update, first=first, detach_every=detach_every, scale=scale,
+                deterministic=deterministic, backend=backend,
+            )  # fmt: skip
+
+        out, state = infini_over_ranks(
+            local, k if k_mem is None else k_mem, v, mem, segment_len=segment_len, update=update,
+            detach_every=detach_every, group=group,
+        )  # fmt: skip
+        return out, InfiniMemory(*state)
     if where == "reference":
         with without_autocast(q.device.type):
             out, (M, z) = reference.infini_attention(

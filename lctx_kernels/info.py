@@ -105,12 +105,10 @@ def _ops() -> dict[str, dict[str, str]]:
             return "yes"
         return "forward only" if forward else "no kernel"
 
-    table = {
+    return {
         op: {"reference": "yes", "cpu": state(op, "cpu"), "cuda": state(op, "cuda")}
         for op in _backend.FAMILY
     }
-    table["ring_attention"] = {"reference": "yes", "cpu": "not built yet", "cuda": "not built yet"}
-    return table
 
 
 def collect() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from . import _ops, reference
 from ._checks import require
 from ._dtypes import autocast, without_autocast
 from ._operands import describe, values_readable
+from .cp.landmark import landmark_over_ranks
 
 
 @overload
@@ -57,7 +58,10 @@ def landmark_attention(
         scale: Factor on the scores; None is Dk**-0.5.
         return_lse: Return the logarithm of the first softmax's denominators too. Differentiable.
         deterministic: Bitwise equal gradients from run to run.
-        group, plan: Context parallelism; not built yet, None only.
+        group: ProcessGroup or 1-D DeviceMesh whose ranks share the sequence; None with a plan is
+            the default group.
+        plan: `cp.Plan` of consecutive tokens ("zigzag", "contiguous"): q, k, v are this rank's
+            rows of it. Every rank gathers the keys of the whole sequence.
         backend: "auto" (that of the tensors' device), "cpu", "cuda" or "reference".
 
     Returns:
@@ -67,7 +71,7 @@ def landmark_attention(
     Raises:
         TypeError: An argument of the wrong type or dtype.
         ValueError: Shapes, strides, devices or values that do not fit.
-        NotImplementedError: Legal, but no kernel for this device; or context parallelism.
+        NotImplementedError: Legal, but no kernel for this device.
 
     Source: Mohtashami and Jaggi 2023 (arXiv 2305.16300), section 3.1.
     Equivalent to: lctx_kernels.reference.landmark_attention.
@@ -85,6 +89,16 @@ def landmark_attention(
         backend=backend,
     )  # fmt: skip
     q, k, v = autocast(q), autocast(k), autocast(v)
+    if plan is not None:
+
+        def attend(a: Tensor, b: Tensor, c: Tensor, marks: Tensor | None) -> Any:
+            return landmark_attention(
+                a, b, c, block_size=block_size, is_landmark=marks, scale=scale, return_lse=True,
+                deterministic=deterministic, backend=backend,
+            )  # fmt: skip
+
+        out, lse = landmark_over_ranks(attend, q, k, v, is_landmark, group=group, plan=plan)
+        return (out, lse) if return_lse else out
     if where == "reference":
         with without_autocast(q.device.type):
             out, lse = reference.landmark_attention(

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
+from . import _ops
 from ._checks import require
+from ._dtypes import autocast
+from .cp import ops as _ring_ops  # registers lctx::ring_fwd, lctx::ring_bwd
+from .cp.checks import plan_spec
+from .cp.groups import SIM, process_group
+from .cp.plan import Plan
+from .cp.process_group import has_backend, transport_of
+
+assert _ring_ops
 
 
+@overload
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, group: Any = ..., plan: Plan | None = ...,
+    layout: str = ..., causal: bool = ..., scale: float | None = ..., window: int | None = ...,
+    cu_seqlens: Tensor | None = ..., deterministic: bool = ..., transport: str = ...,
+    timeout: float | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, group: Any = ..., plan: Plan | None = ...,
+    layout: str = ..., causal: bool = ..., scale: float | None = ..., window: int | None = ...,
+    cu_seqlens: Tensor | None = ..., deterministic: bool = ..., transport: str = ...,
+    timeout: float | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def ring_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     group: Any = None,
-    plan: Any = None,
+    plan: Plan | None = None,
     layout: str = "zigzag",
     causal: bool = True,
     scale: float | None = None,
@@ -28,40 +52,87 @@ def ring_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention over a sequence that is split over the ranks of a group.
 
-    Not built yet: raises NotImplementedError, whose message says what is missing.
+    Keys and values travel from rank to rank; every rank keeps fp32 (out, lse) of its own queries,
+    and in the backward fp32 dk, dv travel with their keys. Forward and backward are one op each.
 
     Args:
-        q: (B, L, Hq, Dk) queries of this rank, laid out by the plan; L may differ between ranks.
+        q: (B, L, Hq, Dk) queries of this rank, its rows of the plan (`cp.shard`); L may differ
+            between ranks, 0 too. fp32, fp64, bf16 or fp16, any strides with stride(-1) == 1.
         k: (B, L, Hkv, Dk) keys of this rank; query head h reads key/value head h // (Hq // Hkv).
         v: (B, L, Hkv, Dv) values of this rank.
         group: ProcessGroup, 1-D DeviceMesh, or None for the default group.
-        plan: `cp.Plan`; None makes one from `layout` and equal local lengths.
-        layout: "zigzag", "striped" or "contiguous".
+        plan: `cp.Plan`; None makes one from `layout` and the equal lengths of all ranks.
+        layout: "zigzag", "striped" or "contiguous": which positions of the whole sequence the rows
+            have, without a plan.
         causal: A query sees the keys up to its own position in the whole sequence.
         scale: Factor on the scores; None is Dk**-0.5.
-        window: Position i sees key j only if |i - j| < window (tokens); None is no limit.
-        cu_seqlens: (documents + 1,) int32, starts of packed documents in the whole sequence.
+        window: Position i sees key j only if |i - j| < window (tokens); None is no limit. Hops that
+            no rank needs are left out.
+        cu_seqlens: (documents + 1,) int32, starts of packed documents in the whole sequence, which
+            do not see each other; needs B = 1. None: the documents of the plan, in every row of
+            the batch.
         deterministic: Bitwise equal gradients from run to run.
-        transport: How shards travel; "auto" chooses.
-        timeout: Seconds until a stuck hop becomes an exception; None is the group's own.
-        return_lse: Return the natural logarithm of the softmax denominators too.
+        transport: How shards travel: "pg" by torch.distributed; "sim" computes all ranks in this
+            process, where q, k, v hold the rows of all ranks one after another (`cp.shard` with
+            rank=None) and a plan says how many there are; "auto" chooses.
+        timeout: Seconds until a hop that does not happen is a RingError; None is the group's own.
+        return_lse: Return the natural logarithm of the softmax denominators too. Differentiable.
 
     Returns:
-        out (B, L, Hq, Dv) of this rank, or (out, lse) with lse (B, Hq, L).
+        out (B, L, Hq, Dv) of this rank in q's dtype, or (out, lse) with lse (B, Hq, L) fp32 (fp64
+        for fp64). A row that sees no key has out 0, lse -inf and gradients 0.
 
     Raises:
-        NotImplementedError: Always, today.
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: Shapes, strides, plans, groups or values that do not fit, on this rank or on
+            another one; nothing has been sent then.
+        NotImplementedError: Legal, but not built or no kernel for this device.
+        cp.RingError: A rank that is late, gone, or called with other arguments. It names rank,
+            step, phase, peers and bytes; the group is given up.
 
     Source: Liu et al. 2023 (arXiv 2310.01889), algorithm 1.
     Equivalent to: lctx_kernels.reference.ring_attention, which loops over simulated ranks.
 
-    >>> from lctx_kernels import supports
-    >>> len(supports("ring_attention"))
-    1
+    >>> import torch
+    >>> from lctx_kernels import cp, flash_attention, ring_attention
+    >>> q, k, v = torch.randn(3, 1, 100, 4, 16)
+    >>> plan = cp.make_plan(100, 4)
+    >>> parts = (cp.shard(plan, x, 1, None) for x in (q, k, v))
+    >>> out = cp.unshard(plan, ring_attention(*parts, plan=plan, transport="sim"), 1, "sim")
+    >>> torch.allclose(out, flash_attention(q, k, v), atol=1e-5)
+    True
     """
-    require(
-        "ring_attention", q=q, k=k, v=v, group=group, plan=plan, layout=layout, causal=causal,
-        scale=scale, window=window, cu_seqlens=cu_seqlens, deterministic=deterministic,
-        transport=transport, timeout=timeout, return_lse=return_lse,
-    )  # fmt: skip
-    raise AssertionError("unreachable: require() refuses ring_attention")
+    try:
+        require(
+            "ring_attention", q=q, k=k, v=v, group=group, plan=plan, layout=layout, causal=causal,
+            scale=scale, window=window, cu_seqlens=cu_seqlens, deterministic=deterministic,
+            transport=transport, timeout=timeout, return_lse=return_lse,
+        )  # fmt: skip
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if not torch.compiler.is_compiling():
+            _announce_refusal(q, group, transport, str(error))
+        raise
+    members = None if transport == SIM else process_group(group, "ring_attention")
+    world_size = 1 if members is None else members.size()
+    out, lse = _ops.call("ring_fwd", {
+        "q": autocast(q), "k": autocast(k), "v": autocast(v),
+        "plan": plan_spec(plan, layout, q.shape[1] * world_size, world_size, cu_seqlens),
+        "group": "" if members is None else members.group_name,
+        "transport": "pg" if transport == "auto" else transport, "causal": causal,
+        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+        "window": 0 if window is None else window,
+        "timeout": 0.0 if timeout is None else float(timeout), "deterministic": deterministic,
+    })  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _announce_refusal(q: Any, group: Any, transport: str, error: str) -> None:
+    """Let the other ranks know of a call that this one refuses: they would wait for it."""
+    if transport not in ("auto", "pg") or not isinstance(q, Tensor):
+        return
+    try:
+        members = process_group(group, "ring_attention")
+    except (TypeError, ValueError):
+        return
+    if has_backend(members, q.device):
+        transport_of(members, q.device).announce(error)

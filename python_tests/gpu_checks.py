@@ -54,7 +54,7 @@ def gradient_baseline(q, k, v, dout, *, causal=False, scale=None):
 
 
 def _measured_gradients(q, k, v, dout, options):
-    """PyTorch's errors for dense attention, causal and not, and for as many keys as a window has."""
+    """PyTorch's errors for dense attention, causal and not; also of as many keys as a window has."""
     scale, window = options.get("scale"), options.get("window")
     n = min(q.shape[1], k.shape[1])
     lengths = {n, min(n, 2 * window)} if window else {n}

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
-FOLDERS = ("lctx_kernels", "python_tests", "bench", "tools", "third_party")
+FOLDERS = ("lctx_kernels", "python_tests", "bench", "tools", "third_party", "examples")
 PYTHON = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 PYTHON.append(ROOT / "setup.py")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 TARGET = Path(__file__).resolve().parent.parent / "csrc" / "common" / "wgmma_shapes.cuh"
 # Columns of the accumulator: key blocks and head sizes of the kernels, and what the tests cover.
-SHAPES = [32, 48, 64, 80, 96, 112, 128, 176, 256]
+SHAPES = [8, 32, 48, 64, 80, 96, 112, 128, 176, 256]
 TYPES = {"__nv_bfloat16": "bf16", "__half": "f16"}
 TF32_SHAPES = [32]  # for a product of fp32 states
 

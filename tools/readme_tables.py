@@ -51,7 +51,7 @@ CPU_PLOT = Plot(Path("docs/img/cpu.png"), CPU_SOURCES, plot_cpu)
 HOPPER_PLOT = Plot(Path("docs/img/h200.png"), (RESULTS / GPU / "scaling.json",), plot_hopper)
 PLOTS = (CPU_PLOT, HOPPER_PLOT)
 MISSING = "_Not measured yet: `python -m bench.run --save` measures it._"
-PASS_NAMES = {"fwd": "forward", "fwd_bwd": "forward + backward"}
+PASS_NAMES = {"fwd": "forward", "fwd_bwd": "forward + backward", "bwd": "backward"}
 MARKERS = re.compile(r"(<!-- bench:([a-z-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
 
 

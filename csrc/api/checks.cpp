@@ -94,15 +94,35 @@ void Call::check_tensor(const Arg& arg, ScalarType type, const Shape& wanted) co
         args_.front().name);
 }
 
-TensorView Call::rows(const Arg& arg, const Shape& wanted) const {
-  check_tensor(arg, scalar_type_, wanted);
+void Call::check_innermost(const Arg& arg) const {
   const Tensor& x = *arg.tensor;
-  check(x.numel() == 0 || x.size(3) == 1 || x.stride(3) == 1, arg.name, " has stride ", x.stride(3),
+  const int64_t stride = x.stride(x.dim() - 1);
+  check(x.numel() == 0 || x.size(x.dim() - 1) == 1 || stride == 1, arg.name, " has stride ", stride,
         " in its last dimension; expected 1: call .contiguous() on it");
+}
+
+TensorView Call::rows_of_type(const Arg& arg, ScalarType type, const Shape& wanted) const {
+  check_tensor(arg, type, wanted);
+  check_innermost(arg);
+  const Tensor& x = *arg.tensor;
   for (const int64_t size : {x.size(0), x.size(1), x.size(2), x.size(3)}) {
     check(size <= std::numeric_limits<int32_t>::max(), arg.name, " has a dimension over 2^31 - 1");
   }
   return {data_of(x), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+TensorView Call::rows(const Arg& arg, const Shape& wanted) const {
+  return rows_of_type(arg, scalar_type_, wanted);
+}
+
+TensorView Call::stat_rows(const Arg& arg, const Shape& wanted) const {
+  return rows_of_type(arg, stat_type_, wanted);
+}
+
+void* Call::stat_slice(const Arg& arg, const Shape& wanted) const {
+  check_tensor(arg, stat_type_, wanted);
+  check_innermost(arg);
+  return data_of(*arg.tensor);
 }
 
 TensorView Call::rows_or_null(const Arg& arg, const Shape& wanted) const {

@@ -62,6 +62,9 @@ class Call {
   // A contiguous statistic or state: float64 for float64 inputs, else float32. nullptr where not
   // given.
   void* stat(const Arg& arg, const Shape& wanted) const;
+  // The same as a (B, T, H, D) tensor or a (B, H, T) statistic whose outer strides are free.
+  TensorView stat_rows(const Arg& arg, const Shape& wanted) const;
+  void* stat_slice(const Arg& arg, const Shape& wanted) const;
   // A contiguous tensor of another type (lengths, flags). nullptr where not given.
   const void* plain(const Arg& arg, ScalarType type, const Shape& wanted) const;
 
@@ -83,6 +86,8 @@ class Call {
 
  private:
   void check_tensor(const Arg& arg, ScalarType type, const Shape& wanted) const;
+  TensorView rows_of_type(const Arg& arg, ScalarType type, const Shape& wanted) const;
+  void check_innermost(const Arg& arg) const;
 
   const char* op_;
   std::vector<Arg> args_;

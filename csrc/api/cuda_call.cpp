@@ -40,11 +40,11 @@ bool zero_if_empty(const AttnParams& params, const AttnGrads& grads, cuda::Strea
 
 BwdBuffers::BwdBuffers(const Call& call, const AttnShape& s, int64_t dq)
     : dq_floats(dq),
-      rows_(call.new_stat({2, s.B, s.Hq, s.Tq})),
+      rows_(call.new_stat({2, s.B, s.Hq, cuda::bwd_pitch(s)})),
       dq_sum_(call.new_stat({dq})),
       counter_(call.new_plain(ScalarType::Int, {1})) {
   scratch.lse2 = static_cast<float*>(rows_.mutable_data_ptr());
-  scratch.delta = scratch.lse2 + s.B * s.Hq * s.Tq;
+  scratch.delta = scratch.lse2 + s.B * s.Hq * cuda::bwd_pitch(s);
   scratch.dq_sum = static_cast<float*>(dq_sum_.mutable_data_ptr());
   scratch.counter = static_cast<int*>(counter_.mutable_data_ptr());
 }

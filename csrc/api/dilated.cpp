@@ -99,9 +99,11 @@ void launch_bwd(const Call& call, const DilatedParams& params, const AttnGrads& 
   call.check(!params.mix_detached, "mix_grad is \"detached\"; expected \"exact\" on a GPU");
   const BwdBuffers buffers(call, s, cuda::dilated_dq_floats(params));
   Tensor sums = call.new_stat({2, s.B, s.Tk, s.Hkv, s.Dk});
+  Tensor statistics = call.new_stat({cuda::dilated_statistics_floats(params)});
   float* dk_sum = static_cast<float*>(sums.mutable_data_ptr());
   cuda::launch_bwd_rows(params, grads, buffers.scratch, buffers.dq_floats, gpu.stream());
-  cuda::launch_dilated_bwd(params, grads, buffers.scratch, dk_sum,
+  cuda::launch_dilated_bwd(params, grads, buffers.scratch,
+                           static_cast<float*>(statistics.mutable_data_ptr()), dk_sum,
                            dk_sum + s.B * s.Tk * s.Hkv * s.Dk, gpu.num_sms(), gpu.stream());
 }
 #endif

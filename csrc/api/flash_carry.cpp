@@ -1,19 +1,16 @@
 // lctx::flash_carry: tensors -> CarryParams -> kernels.
-#include "checks.h"
+#include "flash_carry.h"
+#include "../cpu/cpu_backend.h"
 #include "cuda_call.h"
+#include "thread_pool.h"
 
-#ifdef LCTX_WITH_CUDA
 namespace lctx::api {
-namespace {
 
-Tensor flash_carry(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& carry_out,
-                   const Tensor& lse, bool causal, double scale, int64_t window,
-                   int64_t query_start, int64_t key_start, bool last) {
-  const Call call("lctx::flash_carry",
-                  {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(carry_out), LCTX_ARG(lse)});
+CarryParams carry_params(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v,
+                         const Tensor& lse, bool causal, double scale, int64_t window,
+                         int64_t query_start, int64_t key_start) {
   CarryParams params;
   set_attention(call, q, k, v, causal, scale, params);
-  check_tma(call, params);
   const AttnShape& s = params.shape;
   call.check(window >= 0, "window = ", window, "; expected at least 1, or 0 for none");
   const int64_t span = query_start - key_start;
@@ -22,21 +19,67 @@ Tensor flash_carry(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   params.window = window;
   params.query_start = query_start;
   params.key_start = key_start;
-  params.carry_out = call.stat(LCTX_ARG(carry_out), {s.B, s.Tq, s.Hq, s.Dv});
-  params.lse = call.stat(LCTX_ARG(lse), {s.B, s.Hq, s.Tq});
+  params.lse = call.stat_slice(LCTX_ARG(lse), {s.B, s.Hq, s.Tq});
+  params.lse_stride_b = lse.stride(0);
+  params.lse_stride_h = lse.stride(1);
+  return params;
+}
 
-  const CudaCall gpu(call);
+namespace {
+
+#ifdef LCTX_WITH_CUDA
+// The CUDA kernel takes rows [a, b) of contiguous tensors (B, rows, Hq, Dv) and (B, Hq, rows).
+void set_state_rows(const Call& call, CarryParams& params) {
+  const AttnShape& s = params.shape;
+  const int64_t from_batch = s.B > 1 ? params.lse_stride_b / s.Hq : s.Tq;
+  params.state_rows = s.Hq > 1 ? params.lse_stride_h : from_batch;
+  const TensorView& x = params.carry_out;
+  const auto fits = [](int64_t size, int64_t stride, int64_t wanted) {
+    return size <= 1 || stride == wanted;
+  };
+  call.check(params.state_rows >= s.Tq &&
+                 fits(s.B, params.lse_stride_b, s.Hq * params.state_rows) &&
+                 fits(s.B, x.stride_b, params.state_rows * s.Hq * s.Dv) &&
+                 fits(s.Tq, x.stride_t, s.Hq * s.Dv) && fits(s.Hq, x.stride_h, s.Dv),
+             "carry_out and lse are no rows of contiguous tensors of equal length; expected "
+             "x[:, a:b] and lse[:, :, a:b] of such tensors on a GPU");
+}
+#endif
+
+Tensor flash_carry(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& carry_out,
+                   const Tensor& lse, bool causal, double scale, int64_t window,
+                   int64_t query_start, int64_t key_start, bool last) {
+  const Call call("lctx::flash_carry",
+                  {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(carry_out), LCTX_ARG(lse)});
+  CarryParams params =
+      carry_params(call, q, k, v, lse, causal, scale, window, query_start, key_start);
+  const AttnShape& s = params.shape;
+  params.carry_out = call.stat_rows(LCTX_ARG(carry_out), {s.B, s.Tq, s.Hq, s.Dv});
   Tensor out = call.new_rows(last ? Shape{s.B, s.Tq, s.Hq, s.Dv} : Shape{0, 0, 0, 0});
   if (last) params.out = view(out);
-  Tensor counter = call.new_plain(ScalarType::Int, {1});
-  cuda::launch_flash_carry(params, static_cast<int*>(counter.mutable_data_ptr()), gpu.num_sms(),
-                           gpu.stream());
+#ifdef LCTX_WITH_CUDA
+  if (call.is_cuda()) {
+    check_tma(call, params);
+    set_state_rows(call, params);
+    const CudaCall gpu(call);
+    Tensor counter = call.new_plain(ScalarType::Int, {1});
+    cuda::launch_flash_carry(params, static_cast<int*>(counter.mutable_data_ptr()), gpu.num_sms(),
+                             gpu.stream());
+    return out;
+  }
+#endif
+  cpu::flash_carry(params, thread_pool());
   return out;
 }
 
 }  // namespace
 }  // namespace lctx::api
 
+STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) {
+  m.impl("flash_carry", TORCH_BOX(&lctx::api::flash_carry));
+}
+
+#ifdef LCTX_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(lctx, CUDA, m) {
   m.impl("flash_carry", TORCH_BOX(&lctx::api::flash_carry));
 }

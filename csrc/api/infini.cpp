@@ -43,8 +43,6 @@ void set_state(const OptTensor& source, Tensor target) {
   source ? torch::stable::copy_(target, *source) : torch::stable::zero_(target);
 }
 
-namespace {
-
 #ifdef LCTX_WITH_CUDA
 void check_limits(const Call& call, const InfiniParams& params) {
   const AttnShape& s = params.shape;
@@ -56,7 +54,11 @@ void check_limits(const Call& call, const InfiniParams& params) {
     call.check_aligned({{"k_mem", params.k_mem, s.B, s.Tk, s.Hkv}});
   }
 }
+#endif
 
+namespace {
+
+#ifdef LCTX_WITH_CUDA
 void launch(const Call& call, const InfiniParams& params, const OptTensor& M, const OptTensor& z) {
   const CudaCall gpu(call);
   const AttnShape& s = params.shape;

@@ -20,6 +20,11 @@ struct InfiniOptions {
 
 InfiniParams make_params(const Call& call, const InfiniInputs& in, const InfiniOptions& options);
 
+#ifdef LCTX_WITH_CUDA
+// What the Hopper kernels take beyond that.
+void check_limits(const Call& call, const InfiniParams& params);
+#endif
+
 int64_t num_segments(const InfiniParams& params);
 
 // target = source, or zeros where there is none.

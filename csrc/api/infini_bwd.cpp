@@ -1,11 +1,53 @@
 // lctx::infini_bwd, the backward of lctx::infini_fwd: tensors -> InfiniParams, InfiniGrads ->
 // kernels.
 #include "../cpu/cpu_backend.h"
+#include "cuda_call.h"
 #include "infini.h"
 #include "thread_pool.h"
 
 namespace lctx::api {
 namespace {
+
+#ifdef LCTX_WITH_CUDA
+void launch(const Call& call, const InfiniParams& params, const InfiniGrads& grads,
+            bool deterministic) {
+  const CudaCall gpu(call);
+  const AttnShape& s = params.shape;
+  const cuda::InfiniBwdPlan plan = cuda::plan_infini_bwd(params, gpu.num_sms());
+  const int64_t S = num_segments(params);
+  const int64_t key_parts = params.update == InfiniUpdate::kDelta ? plan.key_splits : 0;
+  const bool own_q = params.q_mem.data == nullptr, own_k = params.k_mem.data == nullptr;
+  Tensor norms = call.new_stat({s.B, s.Hkv, S, 4 + s.Dk});
+  Tensor dM = call.new_stat({plan.splits, s.B, s.Hkv, S, s.Dk, s.Dv});
+  Tensor dz = call.new_stat({plan.splits, s.B, s.Hkv, S, s.Dk});
+  Tensor decay = call.new_stat({key_parts, s.B, s.Hkv, S, s.Dk, s.Dk});
+  Tensor dz_keys = call.new_stat({key_parts, s.B, s.Hkv, S, s.Dk});
+  Tensor rows = call.new_stat({3, s.B, s.Hq, s.Tq});
+  Tensor dgate_parts = call.new_stat({s.Hq, s.B, plan.row_blocks});
+  Tensor dq_sum = call.new_stat({own_q || !deterministic ? cuda::flash_dq_sum_floats(s) : 0});
+  if (!own_q) torch::stable::zero_(dq_sum);
+  Tensor counters = call.new_plain(ScalarType::Int, {2});
+  Tensor dk_add = call.new_rows(own_k ? Shape{s.B, s.Tk, s.Hkv, s.Dk} : Shape{0});
+  Tensor dv_add = call.new_rows({s.B, s.Tk, s.Hkv, s.Dv});
+  const auto stat = [](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
+  cuda::InfiniBwdScratch scratch;
+  scratch.norms = stat(norms);
+  scratch.dM = stat(dM);
+  scratch.dz = stat(dz);
+  scratch.decay = stat(decay);
+  scratch.dz_keys = stat(dz_keys);
+  scratch.retrieved = stat(rows);
+  scratch.lse2 = scratch.retrieved + s.B * s.Hq * s.Tq;
+  scratch.delta = scratch.lse2 + s.B * s.Hq * s.Tq;
+  scratch.dgate_parts = stat(dgate_parts);
+  scratch.dq_sum = stat(dq_sum);
+  scratch.counters = static_cast<int*>(counters.mutable_data_ptr());
+  if (own_k) scratch.dk_add = view(dk_add);
+  scratch.dv_add = view(dv_add);
+  cuda::launch_infini_memory_bwd(params, grads, plan, scratch, gpu.num_sms(), gpu.stream());
+  cuda::launch_infini_local_bwd(params, grads, scratch, deterministic, gpu.num_sms(), gpu.stream());
+}
+#endif
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infini_bwd(
     const Tensor& dout, const OptTensor& dM_out, const OptTensor& dz_out, const Tensor& q,
@@ -13,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infin
     const OptTensor& M, const OptTensor& z, const OptTensor& gate, const Tensor& out_local,
     const Tensor& lse, const Tensor& M_states, const Tensor& z_states, int64_t segment_len,
     const std::string& update, const std::string& first, int64_t detach_every, double scale,
-    bool /*deterministic: always*/) {
+    bool deterministic) {
   const Call call(
       "lctx::infini_bwd",
       {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(q_mem), LCTX_ARG(k_mem), LCTX_ARG(M),
@@ -42,6 +84,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infin
   if (M) grads.dM_in = dM.mutable_data_ptr();
   if (z) grads.dz_in = dz.mutable_data_ptr();
   if (gate) grads.dgate = dgate.mutable_data_ptr();
+#ifdef LCTX_WITH_CUDA
+  if (call.is_cuda()) {
+    AttnParams local = params;
+    local.out = params.out_local;
+    check_bwd(call, local, grads);
+    check_limits(call, params);
+  }
+  if (call.is_cuda() && S > 0) {
+    launch(call, params, grads, deterministic);
+    return {dq, dk, dv, dq_mem, dk_mem, dM, dz, dgate};
+  }
+#else
+  static_cast<void>(deterministic);  // always
+#endif
   if (S > 0) {
     cpu::infini_bwd(params, grads, thread_pool());
   } else {
@@ -56,3 +112,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infin
 }  // namespace lctx::api
 
 STABLE_TORCH_LIBRARY_IMPL(lctx, CPU, m) { m.impl("infini_bwd", TORCH_BOX(&lctx::api::infini_bwd)); }
+
+#ifdef LCTX_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(lctx, CUDA, m) {
+  m.impl("infini_bwd", TORCH_BOX(&lctx::api::infini_bwd));
+}
+#endif

@@ -17,10 +17,28 @@ STABLE_TORCH_LIBRARY(lctx, m) {
 
   // One step of a ring: (carry_out, lse) in fp32 takes in attention over k, v, whose first position
   // is key_start; lse = -inf where nothing is carried yet. The last step returns the result in the
-  // dtype of q (else an empty tensor) and leaves carry_out as it was. CUDA only.
+  // dtype of q (else an empty tensor) and leaves carry_out as it was.
   m.def(
       "flash_carry(Tensor q, Tensor k, Tensor v, Tensor(a!) carry_out, Tensor(b!) lse, bool "
       "causal, float scale, int window, int query_start, int key_start, bool last) -> Tensor out");
+  // Its backward: lse and delta are those of all keys of the ring; the step's gradients are added
+  // to dq, dk and dv, which are fp32 too. All of carry_out, lse, delta, dq, dk and dv may be slices
+  // of larger tensors.
+  m.def(
+      "flash_carry_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, "
+      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, bool causal, float scale, int window, "
+      "int query_start, int key_start, bool deterministic) -> ()");
+  // rowsum(dout * out) - dlse, (B, H, T).
+  m.def("attn_delta(Tensor dout, Tensor? dlse, Tensor out) -> Tensor delta");
+  // All steps of a ring: q, k, v are this rank's rows, those of all ranks with transport "sim".
+  // Implemented in lctx_kernels/cp/ops.py, by the ops above and a transport.
+  m.def(
+      "ring_fwd(Tensor q, Tensor k, Tensor v, str plan, str group, str transport, bool causal, "
+      "float scale, int window, float timeout, bool deterministic) -> (Tensor out, Tensor lse)");
+  m.def(
+      "ring_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "str plan, str group, str transport, bool causal, float scale, int window, float timeout, "
+      "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
 
   m.def(
       "landmark_fwd(Tensor q, Tensor k, Tensor v, Tensor? is_landmark, int block_size, float "

@@ -24,17 +24,11 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, int offse
   return descriptor;
 }
 
-// Operands of 16-deep step `t`.
-__device__ __forceinline__ uint64_t k_major_step(uint32_t tile, int rows, int t) {
-  return wgmma_descriptor(tile, t / 4 * chunk_bytes(rows) + t % 4 * 32, 0);
-}
-__device__ __forceinline__ uint64_t mn_major_step(uint32_t tile, int rows, int t) {
-  return wgmma_descriptor(tile, t * 16 * kChunkRowBytes, chunk_bytes(rows));
-}
-
+// Operand of 16-deep step `t`.
 template <int kMajor>
 __device__ __forceinline__ uint64_t operand_step(uint32_t tile, int rows, int t) {
-  return kMajor == kMajorK ? k_major_step(tile, rows, t) : mn_major_step(tile, rows, t);
+  return kMajor == kMajorK ? wgmma_descriptor(tile, t / 4 * chunk_bytes(rows) + t % 4 * 32, 0)
+                           : wgmma_descriptor(tile, t * 16 * kChunkRowBytes, chunk_bytes(rows));
 }
 
 // Between the last ordinary access to accumulators or A registers and the first wgmma on them.

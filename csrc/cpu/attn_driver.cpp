@@ -64,6 +64,7 @@ Problem make_problem(const AttnParams& params, const AttnLaunch& launch, int64_t
   p.Tq = static_cast<int32_t>(s.Tq);
   p.Tk = static_cast<int32_t>(s.Tk);
   p.G = static_cast<int32_t>(G);
+  p.query_offset = s.Tk - s.Tq;
   p.q = rows_of(params.q, s.dtype, b, h);
   p.k = rows_of(params.k, s.dtype, b, kv);
   p.v = rows_of(params.v, s.dtype, b, kv);
@@ -83,6 +84,7 @@ Problem slice_problem(Problem p, const AttnLaunch& launch, int64_t t0, int64_t c
                       int64_t step) {
   const DType stat = stat_dtype(launch.dtype);
   p.Tq = p.Tk = static_cast<int32_t>(count);
+  p.query_offset = 0;
   for (Rows* rows : {&p.q, &p.k, &p.v, &p.dout}) *rows = advance(*rows, launch.dtype, t0, step);
   for (Rows* rows : {&p.out, &p.dq, &p.dk, &p.dv})
     *rows = advance(*rows, launch.out_dtype, t0, step);
@@ -104,9 +106,10 @@ void run_forward(AttnLaunch launch, const std::vector<Problem>& problems, const 
     const int64_t rows = num_rows(p);
     for (int64_t tile = 0; tile * kernel.rows_per_tile < rows; ++tile) {
       const int64_t last_row = std::min(rows, (tile + 1) * kernel.rows_per_tile) - 1;
-      const int64_t reach = launch.causal ? last_row / p.G + 1 + p.Tk - p.Tq : p.Tk;
+      const int64_t reach = launch.causal ? last_row / p.G + 1 + p.query_offset : p.Tk;
       tasks.push_back({static_cast<int32_t>(i), static_cast<int32_t>(tile)});
-      cost.push_back(std::max<int64_t>(reach, 0) * (last_row + 1 - tile * kernel.rows_per_tile));
+      cost.push_back(std::clamp<int64_t>(reach, 0, p.Tk) *
+                     (last_row + 1 - tile * kernel.rows_per_tile));
     }
   }
   const std::vector<int64_t> order = longest_first(cost);
@@ -148,18 +151,24 @@ void run_backward(AttnLaunch launch, const std::vector<Problem>& problems, const
   });
 }
 
-Buffer make_delta(const AttnParams& params, const AttnGrads& grads, const ThreadPool& pool) {
+void write_delta(const AttnParams& params, const AttnGrads& grads, void* delta,
+                 const ThreadPool& pool) {
   const AttnShape& s = params.shape;
-  Buffer delta(s.B * s.Hq * s.Tq * dtype_size(stat_dtype(s.dtype)));
   const AttnLaunch launch = make_launch(params);
   constexpr int64_t kChunk = 256;
   const int64_t chunks = (s.Tq + kChunk - 1) / kChunk;
   parallel_tasks(pool, s.B * chunks, 0, [&](int64_t i, char*) {
     const int64_t b = i / chunks, t0 = i % chunks * kChunk;
-    Problem p = make_problem(params, launch, b, 0, s.Hq, &grads, delta.get());
+    Problem p = make_problem(params, launch, b, 0, s.Hq, &grads, delta);
     const Rows dlse = stat_rows(grads.dlse, s.dtype, s.Hq, s.Tq, b, 0);
     kernels(s.dtype).attn.delta_rows(launch, p, dlse, t0, std::min(t0 + kChunk, s.Tq));
   });
+}
+
+Buffer make_delta(const AttnParams& params, const AttnGrads& grads, const ThreadPool& pool) {
+  const AttnShape& s = params.shape;
+  Buffer delta(s.B * s.Hq * s.Tq * dtype_size(stat_dtype(s.dtype)));
+  write_delta(params, grads, delta.get(), pool);
   return delta;
 }
 

@@ -38,6 +38,9 @@ void run_forward(AttnLaunch launch, const std::vector<Problem>& problems, const 
 // Problems of one call must not share rows of dq, dk or dv.
 void run_backward(AttnLaunch launch, const std::vector<Problem>& problems, const ThreadPool& pool);
 
+// Writes rowsum(dout * out) - dlse, stat (B, Hq, Tq).
+void write_delta(const AttnParams& params, const AttnGrads& grads, void* delta,
+                 const ThreadPool& pool);
 // rowsum(dout * out) - dlse as stat (B, Hq, Tq), the row constant of every softmax backward.
 Buffer make_delta(const AttnParams& params, const AttnGrads& grads, const ThreadPool& pool);
 

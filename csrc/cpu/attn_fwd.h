@@ -50,14 +50,21 @@ void write_out_row(const AttnLaunch& launch, const Problem& p, int64_t t, int64_
   if (launch.write == Write::kMerge) {
     const C old = *lse_slot;
     const C top = max_of(old, lse);
-    if (top == kNegInf<C>) return;
+    if (top == kNegInf<C>) {
+      for (int64_t d = 0; d < launch.Dv; ++d) O[d] = C(0);
+      store_row(launch.out_dtype, O, launch.Dv, C(1), out);
+      return;
+    }
     const C w_old = static_cast<C>(__builtin_exp(old - top)),
             w_new = static_cast<C>(__builtin_exp(lse - top));
     lse = top + static_cast<C>(__builtin_log(w_old + w_new));
     factor *= w_new / (w_old + w_new);
-    const C* held = reinterpret_cast<const C*>(out);
-    for (int64_t d = 0; d < launch.Dv; ++d)
-      O[d] = O[d] * factor + held[d] * (w_old / (w_old + w_new));
+    const C* held = p.held.data != nullptr ? stat_at<C>(p.held, t, g) : reinterpret_cast<C*>(out);
+    const C held_factor = w_old / (w_old + w_new);
+    for (int64_t d = 0; d < launch.Dv; ++d) {
+      O[d] *= factor;
+      if (old != kNegInf<C>) O[d] += held[d] * held_factor;  // else `held` may be anything
+    }
     factor = C(1);
   }
   *lse_slot = lse;

@@ -32,8 +32,10 @@ struct Groups {
 
 struct Problem {
   int32_t Tq = 0, Tk = 0, G = 1;
+  int64_t query_offset = 0;  // position of query 0 among the keys; negative: before them all
   Rows q, k, v, out;
-  Rows lse;  // stat
+  Rows held;  // stat, Write::kMerge: what the rows hold so far where that is not in `out`
+  Rows lse;   // stat
   Groups groups;
   // Backward only.
   Rows dout, delta;  // delta (stat, laid out like lse) = rowsum(dout * out) - dlse

@@ -57,22 +57,21 @@ struct PanelRows {
     end_key = 0;
     full_lo = 0;
     full_hi = p.Tk - 1;
-    const int64_t offset = p.Tk - p.Tq;
     for (int64_t i = 0; i < lanes; ++i) {
       if (i >= count) {
         lo[i] = 0;
         hi[i] = -1;
         continue;
       }
-      const int64_t position = (r0 + i) / p.G + offset;
+      const int64_t position = (r0 + i) / p.G + p.query_offset;
       int64_t low = 0, high = p.Tk - 1;
       if (launch.causal) high = min_of(high, position);
       if (launch.window > 0) {
         low = max_of(low, position - launch.window + 1);
         high = min_of(high, position + launch.window - 1);
       }
-      lo[i] = static_cast<Int>(low);
-      hi[i] = static_cast<Int>(high);
+      lo[i] = static_cast<Int>(min_of<int64_t>(low, p.Tk));
+      hi[i] = static_cast<Int>(max_of<int64_t>(high, -1));
       if (high >= low) {
         first_key = min_of(first_key, low);
         end_key = max_of(end_key, high + 1);

@@ -16,6 +16,12 @@ struct ThreadPool {
 void flash_fwd(const FlashParams& params, const ThreadPool& pool);
 void flash_bwd(const FlashParams& params, const AttnGrads& grads, const ThreadPool& pool);
 
+void flash_carry(const CarryParams& params, const ThreadPool& pool);
+void flash_carry_bwd(const CarryParams& params, const CarryGrads& grads, const ThreadPool& pool);
+// delta (B, Hq, T) = rowsum(dout * out) - dlse, the row constant of every softmax backward.
+void attn_delta(const AttnParams& params, const AttnGrads& grads, void* delta,
+                const ThreadPool& pool);
+
 void landmark_fwd(const LandmarkParams& params, const ThreadPool& pool);
 void landmark_bwd(const LandmarkParams& params, const AttnGrads& grads, const ThreadPool& pool);
 

@@ -1,8 +1,12 @@
 // Math: none; shared memory, pipelines and producers of attn_bwd_sm90.cuh.
-// Tile map: a producer warpgroup of four warps with a task each: queries, values and dO by the copy
-//       engine, lse2 and delta by 32 threads each. With 24 registers none can do more.
+// Tile map: two threads of the producer warpgroup give the copy engine its orders: one for K, Q and
+//       lse2, one for V, dO and delta; two more for the statistics of groups. With 24 registers a
+//       thread can do no more.
 // Pipeline: K and V are waited for once a tile; Q with lse2, dO with delta in kStages stages.
-// Memory: what attn_bwd_sm90.cuh says; statistics of a strided view are gathered 4 bytes at a time.
+//       Statistics come by bulk copies too: gathered by 32 threads they cost 15 % of the kernel.
+// Memory: what attn_bwd_sm90.cuh says. Statistics lie in blocks of kBlockM rows, numbered as those
+// of
+//       dQ (dq_sum.cuh), so that a block is one copy.
 // Limits: those of attn_bwd_sm90.cuh.
 #pragma once
 
@@ -11,6 +15,9 @@
 #include "dq_sum.cuh"
 
 namespace lctx::cuda {
+
+// Statistics of rows that no key of a group is seen by.
+static __device__ __align__(16) float zero_statistics[64];
 
 // kGroups_: each warpgroup has statistics of its own, those of the group of keys that its keys are
 // in (LandmarkKeys).
@@ -35,9 +42,9 @@ struct BwdTile {
   static constexpr int kDelta = kLse2 + kVectorBytes;
   static constexpr int kLandmark = kDelta + kVectorBytes;  // gradients of the landmark's scores
   static constexpr int kSeen = kLandmark + (kGroups ? kVectorBytes : 0);
-  static constexpr int kAsideBytes = 32;  // per warp
+  static constexpr int kAsideBytes = 32;  // per consumer warp; as much for the producers
   static constexpr int kAside = kSeen + kBlockN * 8;
-  static constexpr int kBarriers = kAside + 4 * kConsumers * kAsideBytes;
+  static constexpr int kBarriers = kAside + (4 * kConsumers + 1) * kAsideBytes;
   static constexpr int kSharedBytes = kBarriers + 256 + 1024;  // and alignment
 };
 
@@ -88,9 +95,9 @@ struct BwdLoads {
   __device__ __forceinline__ void init() const {
     k_pipe.init(kConsumerWarps);
     v_pipe.init(kConsumerWarps);
-    q_pipe.init(kConsumerWarps, 32);
-    dout_pipe.init(kConsumerWarps, 32);
-    queue.pipeline.init(kConsumerWarps + 3);
+    q_pipe.init(kConsumerWarps, Traits::kGroups ? 1 : 0);
+    dout_pipe.init(kConsumerWarps, Traits::kGroups ? 1 : 0);
+    queue.pipeline.init(kConsumerWarps + (Traits::kGroups ? 3 : 1));
     ptx::mbarrier_init(smem + kDsBarrier, kConsumerWarps);
     ptx::fence_mbarrier_init();
   }
@@ -119,8 +126,19 @@ struct BwdLoads {
   // there is one turn for each tile.
   __device__ __forceinline__ KeyState key_state() const { return {queue.state.step - 1}; }
 
-  // ---- producers: of each of the two pipelines a thread that gives the copy engine its orders and
-  // a warp that loads statistics. With 24 registers none can do more. ----
+  // ---- producers ----
+
+  // The place in the queue, while a tile is loaded: registers are scarce.
+  __device__ __forceinline__ uint32_t place_aside() const {
+    return smem + Traits::kAside + 4 * Traits::kConsumers * Traits::kAsideBytes +
+           static_cast<uint32_t>(warpgroup_thread()) / 32 * 4;
+  }
+  __device__ __forceinline__ void put_aside() const {
+    ptx::store_shared_4(place_aside(), queue.state.step);
+  }
+  __device__ __forceinline__ void take_back() {
+    queue.state.step = ptx::load_shared_4(place_aside());
+  }
 
   // kOfQ: keys and queries, else values and dO.
   template <bool kOfQ>
@@ -143,17 +161,30 @@ struct BwdLoads {
       }
     }
   }
+  // lse2 or delta of a block of queries.
+  template <bool kOfQ>
+  __device__ __forceinline__ void load_statistics(uint32_t full, const QueryState& state,
+                                                  const KeyWork& work, int head, int m) const {
+    const uint32_t dst =
+        smem + (kOfQ ? Traits::kLse2 : Traits::kDelta) + state.stage() * kBlockM * 4;
+    const int block = (work.batch * p.Hq + head) * p.blocks_per_head + work.block0 + m;
+    ptx::bulk_load(dst, (kOfQ ? p.lse2 : p.delta) + int64_t{block} * kBlockM, full, kBlockM * 4);
+  }
+
   template <bool kOfQ>
   __device__ __forceinline__ void load_queries(const QueryState& state, const KeyWork& work,
-                                               int head, int row) const {
-    const uint32_t full = (kOfQ ? q_pipe : dout_pipe).acquire(state, Traits::kQueryBytes);
+                                               int head, int m) const {
+    constexpr int kStatistics = Traits::kGroups ? 0 : kBlockM * 4;
+    const uint32_t full =
+        (kOfQ ? q_pipe : dout_pipe).acquire(state, Traits::kQueryBytes + kStatistics);
     const uint32_t dst =
         smem + (kOfQ ? Traits::kQ : Traits::kDout) + state.stage() * Traits::kQueryBytes;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       ptx::tma_load_5d(dst + c * chunk_bytes(kBlockM), &(kOfQ ? p.q : p.dout)[work.map], full,
-                       c * kChunkColumns, row, work.phase, head, work.batch);
+                       c * kChunkColumns, work.origin + m * kBlockM, work.phase, head, work.batch);
     }
+    if constexpr (!Traits::kGroups) load_statistics<kOfQ>(full, state, work, head, m);
   }
 
   template <bool kOfQ>
@@ -170,97 +201,63 @@ struct BwdLoads {
         continue;
       }
       load_keys<kOfQ>(work);
+      put_aside();
 #pragma unroll 1
       for (int head = work.first_head; head < work.end_head; head += p.head_step) {
 #pragma unroll 1
         for (int m = range.begin; m < range.end; ++m) {
-          load_queries<kOfQ>(state, work, head, work.origin + m * kBlockM);
+          load_queries<kOfQ>(state, work, head, m);
           state.advance();
         }
       }
+      take_back();
     }
   }
 
+  // The statistics of the groups of both warpgroups (landmark_bwd.h), 64 rows at a time, by a
+  // thread of their own. What is not written, since none of 64 rows sees the group, is 0.
   template <bool kOfQ>
-  __device__ __forceinline__ void load_row_statistics(QueryState& state, const KeyWork& work,
-                                                      const QueryRange& range) const {
-    const QueryPipeline& pipe = kOfQ ? q_pipe : dout_pipe;
-    const int lane = static_cast<int>(threadIdx.x % 32);
+  __device__ __forceinline__ void load_group_statistics(const QueryState& state,
+                                                        const KeyWork& work, int head,
+                                                        int m) const {
+    constexpr int kLoads = 2 * kHalves * (kOfQ ? 1 : 2);  // lam; dsum and w
+    const uint32_t full = (kOfQ ? q_pipe : dout_pipe).acquire(state, kLoads * 256);
 #pragma unroll 1
-    for (int head = work.first_head; head < work.end_head; head += p.head_step) {
-      const float* from =
-          (kOfQ ? p.lse2 : p.delta) + (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq;
-#pragma unroll 1
-      for (int m = range.begin; m < range.end; ++m) {
-        ptx::mbarrier_wait(pipe.empty + state.stage() * 8, state.phase() ^ 1);
-        const uint32_t to =
-            smem + (kOfQ ? Traits::kLse2 : Traits::kDelta) + (state.stage() * kBlockM + lane) * 4;
-#pragma unroll
-        for (int i = 0; i < kBlockM / 32; ++i) {
-          const int at = position(work, work.origin + m * kBlockM + lane + 32 * i);
-          ptx::cp_async_4(to + i * 128, from + (at < p.Tq ? at : 0), at < p.Tq);
-        }
-        ptx::cp_async_arrive(pipe.full + state.stage() * 8);
-        state.advance();
+    for (int i = 0; i < kLoads; ++i) {
+      const int piece = work.piece + i / kHalves % 2, row = m * kBlockM + i % kHalves * 64;
+      const int first = p.tiles[piece].begin() - work.shift;  // that sees the group
+      const float* from = zero_statistics;
+      if (min(row + 63, p.Tq - 1) >= max(first, row)) {
+        from = (kOfQ ? p.vectors.lam : p.vectors.dsum) + row +
+               static_cast<int64_t>((work.batch * p.Hq + head) * p.vectors.num_groups +
+                                    p.groups[piece]) *
+                   p.vectors.pitch;
+        if (i >= 2 * kHalves) from += p.vectors.to_w;
       }
+      const uint32_t dst = smem + (kOfQ ? Traits::kLse2 : Traits::kDelta) +
+                           state.stage() * (Traits::kVectors * kBlockM * 4) +
+                           i / (2 * kHalves) * Traits::kVectorBytes + i % (2 * kHalves) * 256;
+      ptx::bulk_load(dst, from, full, 256);
     }
   }
-
-  // Those of the groups of both warpgroups (landmark_bwd.h), by half a warp each. What is not
-  // written, since no row of 64 sees the group, is 0.
   template <bool kOfQ>
-  __device__ __forceinline__ void load_group_statistics(QueryState& state, const KeyWork& work,
-                                                        const QueryRange& range) const {
-    const QueryPipeline& pipe = kOfQ ? q_pipe : dout_pipe;
-    const int lane = static_cast<int>(threadIdx.x % 32), piece = work.piece + lane / 16;
-    const int first = p.tiles[piece].begin() - work.shift;  // that sees the group
-    const int group = first < p.Tq ? p.groups[piece] : 0;
-    const float* from =
-        (kOfQ ? p.vectors.lam : p.vectors.dsum) +
-        static_cast<int64_t>((work.batch * p.Hq + work.first_head) * p.vectors.num_groups + group) *
-            p.vectors.pitch +
-        lane % 16 * 4 + range.begin * kBlockM;
-    int heads = p.per_group;
-#pragma unroll 1
-    do {
-      // 64 rows at a time.
-#pragma unroll 1
-      for (int row = range.begin * kBlockM; row < range.end * kBlockM; row += 64, from += 64) {
-        const int half = row % kBlockM;
-        if (half == 0) ptx::mbarrier_wait(pipe.empty + state.stage() * 8, state.phase() ^ 1);
-        const uint32_t to = smem + (kOfQ ? Traits::kLse2 : Traits::kDelta) +
-                            (state.stage() * Traits::kVectors * kBlockM + half +
-                             lane / 16 * kBlockM + lane % 16 * 4) *
-                                4;
-        const bool valid = min(row + 63, p.Tq - 1) >= max(first, row);
-        ptx::cp_async_16(to, from, valid);
-        if constexpr (!kOfQ) {
-          ptx::cp_async_16(to + Traits::kVectorBytes, from + p.vectors.to_w, valid);
-        }
-        if (half + 64 < kBlockM) continue;
-        ptx::cp_async_arrive(pipe.full + state.stage() * 8);
-        state.advance();
-      }
-      from += static_cast<int64_t>(p.vectors.num_groups) * p.vectors.pitch -
-              (range.end - range.begin) * kBlockM;
-    } while (--heads > 0);
-  }
-
-  // lse2 or delta, by a warp.
-  template <bool kOfQ>
-  __device__ __forceinline__ void produce_statistics() {
+  __device__ __forceinline__ void produce_group_statistics() {
     QueryState state;
     while (true) {
-      const int index = queue.take();
+      const int index = queue.take_alone();
       if (index >= p.order.num_tiles) break;
       const KeyWork work = Tiles::find(p, index);
       const QueryRange range = queries(work, 0, kBlockN);
-      if (range.end <= range.begin) continue;
-      if constexpr (Traits::kGroups) {
-        load_group_statistics<kOfQ>(state, work, range);
-      } else {
-        load_row_statistics<kOfQ>(state, work, range);
+      put_aside();
+#pragma unroll 1
+      for (int head = work.first_head; head < work.end_head; ++head) {
+#pragma unroll 1
+        for (int m = range.begin; m < range.end; ++m) {
+          load_group_statistics<kOfQ>(state, work, head, m);
+          state.advance();
+        }
       }
+      take_back();
     }
   }
 };

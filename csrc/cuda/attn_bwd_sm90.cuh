@@ -1,7 +1,8 @@
 // Math: with P_ij = exp(scale q_i . k_j - lse_i), dP_ij = dO_i . v_j, dS_ij = P_ij (dP_ij -
 // delta_i):
 //       dV_j = sum_i P_ij dO_i,  dK_j = scale sum_i dS_ij q_i,  dQ_i = scale sum_j dS_ij k_j.
-// Tile map: persistent blocks of one producer warp and two warpgroups of 64 keys; a tile is (batch,
+// Tile map: persistent blocks of a producer warpgroup (two threads) and two warpgroups of 64 keys;
+// a tile is (batch,
 //       key/value head, 128 keys), its queries are walked in blocks of kBlockM, head by head of the
 //       group. Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T are A operands as
 //       they stand in the registers. Policies: Tiles (attn_bwd_tiles.cuh: which keys and queries)
@@ -27,6 +28,7 @@ struct BwdKernel : BwdLoads<Traits_> {
   using Base = BwdLoads<Traits_>;
   using Traits = Traits_;
   using Base::BwdLoads;
+  static constexpr int kTurnBarrier = 1;
   using Base::k_pipe, Base::v_pipe, Base::q_pipe, Base::dout_pipe;
   using Base::kBlockM, Base::kBlockN, Base::kHalves, Base::kHeadDim;
   using Base::kDsBarrier;
@@ -309,6 +311,9 @@ struct BwdKernel : BwdLoads<Traits_> {
     const auto buffer_of = [](uint32_t step) { return step % Traits::kDsBuffers; };
     bool started = false;
     float s[kHalves][32], dq[32];
+    // The second warpgroup starts half a step behind the first: then one computes weights while the
+    // other has the tensor cores.
+    if (warpgroup == 1) ptx::named_barrier_sync(kTurnBarrier, 256);
     q_pipe.wait(state);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
@@ -325,6 +330,7 @@ struct BwdKernel : BwdLoads<Traits_> {
                       __syncwarp();
                       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
                     });
+      if (!started && warpgroup == 0) ptx::named_barrier_sync(kTurnBarrier, 256);
       issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
       // Under the products: what follows them is on nobody else's time.
       float* to = dq_of(warpgroup, last_block());
@@ -398,8 +404,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::setmaxnreg_dec<24>();
     if (threadIdx.x == 0) kernel.template produce<true>();
     if (threadIdx.x == 32) kernel.template produce<false>();
-    if (threadIdx.x / 32 == 2) kernel.template produce_statistics<true>();
-    if (threadIdx.x / 32 == 3) kernel.template produce_statistics<false>();
+    if constexpr (Traits::kGroups) {
+      if (threadIdx.x == 64) kernel.template produce_group_statistics<true>();
+      if (threadIdx.x == 96) kernel.template produce_group_statistics<false>();
+    }
   } else {
     ptx::setmaxnreg_inc<240>();
     // Through a shuffle, so that the compiler knows it is the same for the whole warp.

@@ -35,9 +35,9 @@ struct BwdParams {
   // [1] is for phases that have one row less than phase 0.
   CUtensorMap q[2], dout[2], k[2], v[2];
   TensorView dk, dv;
-  const float *lse2, *delta;  // (B, Hq, Tq), see bwd_rows.h
+  const float *lse2, *delta;  // in blocks, as dq_sum
   float* dq_sum;              // see dq_sum.cuh
-  int blocks_per_head;        // of dq_sum
+  int blocks_per_head;        // of these three
   int* counter;               // zero at launch
   KeyOrder order;
   int per_group;  // query heads per key/value head
@@ -129,14 +129,15 @@ struct DenseKeys {
   }
 };
 
-template <int kBlockN>
-struct PackedKeys {
-  using Params = typename PackedTiles<kBlockN>::Params;
+// Blocks of what a policy of the forward lists: keys are the rows there, and their queries too.
+template <class Tiles>
+struct ListedKeys {
+  using Params = typename Tiles::Params;
   static constexpr bool kStrided = false;
 
   template <class P>
   static __device__ __forceinline__ KeyWork find(const P& p, int index) {
-    const Work rows = PackedTiles<kBlockN>::find(p, index);
+    const Work rows = Tiles::find(p, index);
     KeyWork work;
     work.head = rows.head;
     work.batch = rows.batch;
@@ -149,6 +150,8 @@ struct PackedKeys {
     return work;
   }
 };
+template <int kBlockN>
+using PackedKeys = ListedKeys<PackedTiles<kBlockN>>;
 
 template <int kBlockN>
 struct SegmentKeys {

@@ -62,6 +62,7 @@ void set_dq(const char* op, const AttnParams& params, const DqInputs& inputs, Pa
   p.dout[0] = make_rows_map(inputs.dout, s.dtype, s.B, std::max<int64_t>(s.Tq, 1), s.Hq, s.Dv, 64);
   p.lse2 = inputs.lse2;
   p.delta = inputs.delta;
+  p.stat_pitch = static_cast<int>(bwd_pitch(s));
   p.scale = static_cast<float>(params.scale);
   p.row_shift = row_shift<Tile>(s.Tq);
   p.order =

@@ -4,7 +4,7 @@
 //       - dlse_i.
 // Tile map: as attn_fwd_scores.cuh.
 // Pipeline: the two numbers of a row are read while the tile before ends.
-// Memory: lse2 and delta once, fp32 (B, Hq, Tq) contiguous.
+// Memory: lse2 and delta once, fp32 (B, Hq, stat_pitch).
 // Limits: as attn_fwd_scores.cuh.
 #pragma once
 
@@ -15,6 +15,7 @@ namespace lctx::cuda {
 struct DqParams {
   CUtensorMap dout[2];
   const float *lse2, *delta;
+  int stat_pitch;
   float scale;
 };
 
@@ -29,7 +30,8 @@ struct DqRows {
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(warpgroup_thread()) + 8 * i;
       const bool inside = row >= work.row_begin && row < work.row_end;
-      const int64_t at = kernel.lse_offset(work, inside ? row : work.row_begin);
+      const int64_t at = (static_cast<int64_t>(work.batch) * p.Hq + work.head) * p.stat_pitch +
+                         kernel.position(work, inside ? row : work.row_begin);
       lse2[i] = inside ? p.lse2[at] : INFINITY;
       delta[i] = inside ? p.delta[at] : 0.f;
     }

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../common/dtype.cuh"
 #include "../common/launch.h"
@@ -63,6 +64,19 @@ void set_maps(const AttnParams& params, FwdParams& p, int64_t step = 1) {
     if (params.out.data == nullptr) continue;  // the rows go elsewhere
     p.out[i] = make_rows_map(params.out, s.dtype, s.B, rows(s.Tq), s.Hq, s.Dv, 64, step);
   }
+}
+
+// The parameters of a kernel but for its order and its policies' own.
+template <class Traits, class OpParams>
+typename Traits::Params fwd_params(const OpParams& params, int* counter) {
+  typename Traits::Params p{};
+  if constexpr (std::is_base_of_v<FlashParams, OpParams>) {
+    set_flash(params, counter, p);
+  } else {
+    set_attention(params, counter, p);
+  }
+  set_maps<Traits>(params, p);
+  return p;
 }
 
 // Query heads per section for keys and values of `keys` rows.

@@ -148,6 +148,7 @@ struct CarryRows : StoreRows {
     const float* carry_lse;
     float* partial_out;
     float inverse_scale;  // 1 / scale
+    int state_rows;       // rows of the tensors that the carried ones and lse are slices of
     bool sparse;          // most rows carry nothing: look before reading them
   };
   static constexpr bool kCarries = true, kRetrieves = false;
@@ -158,7 +159,14 @@ struct CarryRows : StoreRows {
                                                     int row) {
     const auto& p = kernel.p;
     const int64_t position = kernel.position(work, row);
-    return ((work.batch * int64_t{p.Tq} + position) * p.Hq + work.head) * p.D;
+    return ((work.batch * int64_t{p.state_rows} + position) * p.Hq + work.head) * p.D;
+  }
+  template <class Kernel>
+  static __device__ __forceinline__ int64_t lse_offset(const Kernel& kernel, const Work& work,
+                                                       int row) {
+    const auto& p = kernel.p;
+    return (static_cast<int64_t>(work.batch) * p.Hq + work.head) * p.state_rows +
+           kernel.position(work, row);
   }
 
   // Puts the carried rows into the accumulators and the row state.
@@ -172,7 +180,7 @@ struct CarryRows : StoreRows {
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
       const bool inside = p.carry_out != nullptr && row < work.row_end;
-      const float lse = inside ? p.carry_lse[kernel.lse_offset(work, row)] : -INFINITY;
+      const float lse = inside ? p.carry_lse[lse_offset(kernel, work, row)] : -INFINITY;
       const float* from =
           p.carry_out + (inside ? element(kernel, work, row) : 0) + fragment_column(thread);
       // Where all rows carry something, they are read without waiting for lse.

@@ -53,8 +53,7 @@ struct FwdTile {
   static constexpr int kBarriers = kO + (kStagesO ? tile_bytes(kBlockM, kValueDim) : 0);
   static constexpr int kBarrierBytes = 512;
   static constexpr int kSharedBytes = kBarriers + kBarrierBytes + 1024;  // and alignment
-  static_assert(2 * Pipeline<kStages>::kBytes + Pipeline<kQStages>::kBytes +
-                        TileQueue::kBytes <=
+  static_assert(2 * Pipeline<kStages>::kBytes + Pipeline<kQStages>::kBytes + TileQueue::kBytes <=
                     kBarrierBytes,
                 "no room for the barriers of so many stages");
 };

@@ -71,6 +71,14 @@ struct OneHeadTiles {
   static __device__ __forceinline__ int end(const P& p) {
     return p.order.num_tiles;
   }
+  // Row block `m_block` of the num_keys positions that start at row key0.
+  template <int kBlockM, class P>
+  static __device__ __forceinline__ void set_rows(const P& p, int m_block, Work& work) {
+    work.position0 = m_block * kBlockM - p.row_shift;
+    work.row0 = work.key0 + work.position0;
+    work.row_begin = work.key0;
+    work.row_end = work.key0 + work.num_keys;
+  }
   // Position of row `row` of a tile, relative to row 0.
   template <class P>
   static __device__ __forceinline__ int position_of(const P&, int row) {
@@ -177,10 +185,7 @@ struct SegmentTiles : OneHeadTiles {
     work.phase = p.per_phase.modulo(begin + offset);
     work.map = work.phase < p.long_phases ? 0 : 1;
     work.num_keys = p.per_phase.divide(max(positions, 0) + p.rate - 1);
-    work.position0 = tile.m_block * kBlockM - p.row_shift;
-    work.row0 = work.key0 + work.position0;
-    work.row_begin = work.key0;
-    work.row_end = work.key0 + work.num_keys;
+    set_rows<kBlockM>(p, tile.m_block, work);
     return work;
   }
 };

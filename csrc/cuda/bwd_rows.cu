@@ -26,7 +26,7 @@ struct RowsParams {
   int64_t num_zeros;
   int* counter;
   int64_t rows;
-  int T, D;
+  int T, D, pitch;
   FastDivisor per_t, per_b;  // heads, heads and rows: of a row's number
 };
 
@@ -56,10 +56,16 @@ __global__ void __launch_bounds__(kThreads) bwd_rows_kernel(const __grid_constan
   }
   sum = sum_over_lanes(sum, blockDim.x);
   if (threadIdx.x != 0) return;
-  const int64_t stat = (static_cast<int64_t>(b) * p.per_t.divisor + h) * p.T + t;
-  const float lse = p.lse[stat];
-  p.lse2[stat] = lse == -INFINITY ? INFINITY : lse * 1.4426950408889634f;
-  p.delta[stat] = sum - (p.dlse != nullptr ? p.dlse[stat] : 0.f);
+  const int64_t head = static_cast<int64_t>(b) * p.per_t.divisor + h;
+  const int64_t from = head * p.T + t, to = head * p.pitch + t;
+  const float lse = p.lse[from];
+  p.lse2[to] = lse == -INFINITY ? INFINITY : lse * 1.4426950408889634f;
+  p.delta[to] = sum - (p.dlse != nullptr ? p.dlse[from] : 0.f);
+  // Rows that do not exist weigh nothing.
+  for (int i = 1; t == p.T - 1 && i < p.pitch - t; ++i) {
+    p.lse2[to + i] = INFINITY;
+    p.delta[to + i] = 0.f;
+  }
 }
 
 }  // namespace
@@ -85,6 +91,7 @@ void launch_bwd_rows(const AttnParams& params, const AttnGrads& grads, const Bwd
   LCTX_CHECK(p.rows <= INT32_MAX, "bwd_rows_kernel: ", p.rows, " rows; expected at most 2^31 - 1");
   p.T = static_cast<int>(s.Tq);
   p.D = static_cast<int>(s.Dv);
+  p.pitch = static_cast<int>(bwd_pitch(s));
   p.per_t = FastDivisor(static_cast<int>(s.Hq));
   p.per_b = FastDivisor(std::max(p.T, 1));
   const int lanes = std::min(next_power_of_two(ceil_div(s.Dv, 8)), 32);

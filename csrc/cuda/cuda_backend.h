@@ -22,14 +22,16 @@ void launch_flash_fwd(const FlashParams& params, void* scratch, int num_sms, Str
 
 // Scratch memory of a backward, on the device.
 struct BwdScratch {
-  float* lse2 = nullptr;    // (B, Hq, Tq): lse in units of log 2, +inf where a row sees no key
-  float* delta = nullptr;   // (B, Hq, Tq): sum of dout * out over the columns, minus dlse
+  float* lse2 = nullptr;    // (B, Hq, pitch): lse / log 2, +inf where a row sees no key
+  float* delta = nullptr;   // (B, Hq, pitch): sum of dout * out over the columns, minus dlse
   float* dq_sum = nullptr;  // dq_sum_floats (dq_sum.cuh), fused only
   int* counter = nullptr;   // one int
 };
 
 // Floats of dq_sum.
 int64_t flash_dq_sum_floats(const AttnShape& shape);
+// Rows of lse2 and delta per head: those of dq_sum, a multiple of 64.
+int64_t bwd_pitch(const AttnShape& shape);
 
 // Fills lse2 and delta, and zeroes dq_sum where there is one, and the counter.
 void launch_bwd_rows(const AttnParams& params, const AttnGrads& grads, const BwdScratch& scratch,
@@ -39,8 +41,8 @@ void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const B
                       bool fused, int num_sms, Stream stream);
 void launch_unpack_dq(const AttnParams& params, const AttnGrads& grads, const float* dq_sum,
                       Stream stream);
-// The backward's gradient of the queries: writes grads.dq. `lse2` and `delta` are fp32 (B, Hq, Tq)
-// contiguous: lse log2 e, +inf where lse is -inf, and rowsum(dout out) - dlse. `counter` as below.
+// The backward's gradient of the queries: writes grads.dq. `lse2` and `delta` are fp32 (B, Hq,
+// bwd_pitch): lse log2 e, +inf where lse is -inf, and rowsum(dout out) - dlse. `counter` as below.
 void launch_flash_dq(const FlashParams& params, const AttnGrads& grads, const float* lse2,
                      const float* delta, int* counter, int num_sms, Stream stream);
 
@@ -55,9 +57,10 @@ void launch_dilated_fwd(const DilatedParams& params, float* partial, int* counte
 // The backward sums dq in scratch.dq_sum, of dilated_dq_floats, and dk and dv in `dk_sum` and
 // `dv_sum`, fp32 (B, T, Hkv, D), which the launch zeroes.
 int64_t dilated_dq_floats(const DilatedParams& params);
+int64_t dilated_statistics_floats(const DilatedParams& params);
 void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
-                        const BwdScratch& scratch, float* dk_sum, float* dv_sum, int num_sms,
-                        Stream stream);
+                        const BwdScratch& scratch, float* statistics, float* dk_sum, float* dv_sum,
+                        int num_sms, Stream stream);
 
 // `scratch`: landmark_scratch_ints ints on the device.
 void launch_landmark_fwd(const LandmarkParams& params, int* scratch, int num_sms, Stream stream);
@@ -93,6 +96,40 @@ struct InfiniScratch {
 // bf16 and fp16; writes everything that the parameters name, state 0 of the memory too.
 void launch_infini_fwd(const InfiniParams& params, const InfiniPlan& plan,
                        const InfiniScratch& scratch, int num_sms, Stream stream);
+
+// How the backward shares out its work: parts of a segment's query rows and of its keys.
+struct InfiniBwdPlan {
+  int splits = 1, key_splits = 1;
+  int64_t row_blocks = 0;
+};
+InfiniBwdPlan plan_infini_bwd(const InfiniParams& params, int num_sms);
+
+// Scratch memory of the backward, on the device. Sizes are counted in elements.
+struct InfiniBwdScratch {
+  float* norms = nullptr;      // (B, Hkv, S, 4 + D)
+  float* dM = nullptr;         // (splits, B, Hkv, S, D, D)
+  float* dz = nullptr;         // (splits, B, Hkv, S, D)
+  float* decay = nullptr;      // (key_splits, B, Hkv, S, D, D), delta rule only
+  float* dz_keys = nullptr;    // (key_splits, B, Hkv, S, D), delta rule only
+  float* retrieved = nullptr;  // (B, Hq, T), as the next two
+  float* lse2 = nullptr;
+  float* delta = nullptr;
+  float* dgate_parts = nullptr;  // (Hq, B, row_blocks)
+  float* dq_sum = nullptr;       // dq_sum_floats
+  int* counters = nullptr;       // 2
+  TensorView dk_add, dv_add;     // (B, T, Hkv, D) of the inputs' type
+};
+
+// What the memory contributes to all gradients, and what the local part's backward reads: lse2,
+// delta; dq_sum starts with the memory's part (zero where q_mem is given).
+void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& grads,
+                              const InfiniBwdPlan& plan, const InfiniBwdScratch& scratch,
+                              int num_sms, Stream stream);
+
+// The rest, after that: dq, dk, dv.
+void launch_infini_local_bwd(const InfiniParams& params, const InfiniGrads& grads,
+                             const InfiniBwdScratch& scratch, bool deterministic, int num_sms,
+                             Stream stream);
 
 void launch_merge_fwd(const MergeParams& params, Stream stream);
 void launch_merge_bwd(const MergeParams& params, const MergeGrads& grads, Stream stream);

@@ -7,8 +7,8 @@
 // its
 //       rate is 1. dq of each branch is summed apart, since rows of different branches lie apart,
 //       and dilated_dq_kernel adds up the branches that select a row.
-// Memory: fp32 dk and dv (B, T, Hkv, D); fp32 dq of the rows that each branch selects; as
-//       flash_bwd.cu for each branch.
+// Memory: fp32 dk and dv (B, T, Hkv, D); fp32 dq of the rows that each branch selects; their
+//       statistics, gathered into blocks; as flash_bwd.cu for each branch.
 // Limits: those of attn_bwd_sm90.cuh; any w, r, T.
 #include "attn_bwd_launch.cuh"
 #include "dilated_branches.h"
@@ -87,6 +87,72 @@ __global__ void __launch_bounds__(256) dilated_dq_kernel(const __grid_constant__
   }
   T* to = static_cast<T*>(p.dq.data) + b * p.dq.stride_b + t * p.dq.stride_t + h * p.dq.stride_h;
   *reinterpret_cast<uint4*>(to + column) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+}
+
+// lse2 and delta of the rows that a branch selects, in the blocks of its dQ.
+struct StatisticsParams {
+  const float *lse2, *delta;  // of all rows
+  float *branch_lse2, *branch_delta;
+  int T, pitch, segment_len, rate, rows_per_segment;
+  int64_t count;
+  FastDivisor per_head, per_segment;  // rows of a head, of a segment
+  FastDivisor per_batch, per_offset;  // query heads; rate, or ceil(Hq / rate)
+  bool offset_block;
+  const int32_t* seqlens;
+};
+
+__global__ void __launch_bounds__(256)
+    branch_statistics_kernel(const __grid_constant__ StatisticsParams p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (i >= p.count) return;
+  const int head = static_cast<int>(i / p.per_head.divisor);  // batch * Hq + head
+  const int row = static_cast<int>(i - int64_t{head} * p.per_head.divisor);
+  const int segment = p.per_segment.divide(row), j = p.per_segment.modulo(row);
+  const int batch = p.per_batch.divide(head), h = p.per_batch.modulo(head);
+  const int offset = p.offset_block ? p.per_offset.divide(h) : p.per_offset.modulo(h);
+  const int64_t in_segment = offset + int64_t{j} * p.rate;
+  const int64_t position = int64_t{segment} * p.segment_len + in_segment;
+  const int length = p.seqlens != nullptr ? min(p.seqlens[batch], p.T) : p.T;
+  const bool exists = in_segment < p.segment_len && position < length;
+  p.branch_lse2[i] = exists ? p.lse2[int64_t{head} * p.pitch + position] : INFINITY;
+  p.branch_delta[i] = exists ? p.delta[int64_t{head} * p.pitch + position] : 0.f;
+}
+
+// Rows of a branch, padding too.
+int64_t branch_rows(const AttnShape& s, const Branch& branch) {
+  const int head_dim = s.Dk <= 64 ? 64 : 128;
+  return s.B * s.Hq * ceil_div(s.Tq, branch.length) * branch_blocks(branch, head_dim) *
+         dq_block_rows(head_dim);
+}
+
+// Points `scratch` at the statistics of a branch, which it makes in `to`.
+void launch_statistics(const DilatedParams& params, const Branch& branch, float* to,
+                       BwdScratch& scratch, Stream stream) {
+  const AttnShape& s = params.shape;
+  const int head_dim = s.Dk <= 64 ? 64 : 128;
+  StatisticsParams p{};
+  p.count = branch_rows(s, branch);
+  p.lse2 = scratch.lse2;
+  p.delta = scratch.delta;
+  p.branch_lse2 = to;
+  p.branch_delta = to + p.count;
+  p.T = static_cast<int>(s.Tq);
+  p.pitch = static_cast<int>(bwd_pitch(s));
+  p.segment_len = static_cast<int>(branch.length);
+  p.rate = static_cast<int>(branch.rate);
+  p.rows_per_segment = static_cast<int>(branch_blocks(branch, head_dim)) * dq_block_rows(head_dim);
+  p.per_segment = FastDivisor(p.rows_per_segment);
+  p.per_head = FastDivisor(static_cast<int>(p.count / (s.B * s.Hq)));
+  p.per_batch = FastDivisor(static_cast<int>(s.Hq));
+  p.offset_block = params.head_offset_block;
+  p.per_offset =
+      FastDivisor(static_cast<int>(p.offset_block ? ceil_div(s.Hq, branch.rate) : branch.rate));
+  p.seqlens = params.seqlens;
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.count, 256)));
+  branch_statistics_kernel<<<grid, 256, 0, stream>>>(p);
+  check_launch("branch_statistics_kernel", grid, dim3(256), stream);
+  scratch.lse2 = p.branch_lse2;
+  scratch.delta = p.branch_delta;
 }
 
 template <class Tile>
@@ -210,9 +276,17 @@ int64_t dilated_dq_floats(const DilatedParams& params) {
   return floats;
 }
 
+int64_t dilated_statistics_floats(const DilatedParams& params) {
+  int64_t most = 0;
+  for (const Branch& branch : ordered_branches(params)) {
+    most = std::max(most, 2 * branch_rows(params.shape, branch));
+  }
+  return most;
+}
+
 void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
-                        const BwdScratch& scratch, float* dk_sum, float* dv_sum, int num_sms,
-                        Stream stream) {
+                        const BwdScratch& scratch, float* statistics, float* dk_sum, float* dv_sum,
+                        int num_sms, Stream stream) {
   const AttnShape& s = params.shape;
   if (s.B * s.Tq * s.Hq == 0) return;
   const std::vector<Branch> branches = ordered_branches(params);
@@ -228,9 +302,11 @@ void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
   float* dq_sum = scratch.dq_sum;
   for (size_t m = 0; m < branches.size(); ++m) {
     cudaMemsetAsync(scratch.counter, 0, sizeof(int), stream);
+    BwdScratch own = scratch;
+    launch_statistics(params, branches[m], statistics, own, stream);
     choose_bwd_tile(params, /*fused=*/true, [&](auto tag) {
       launch_branch<typename decltype(tag)::type>(
-          params, grads, scratch, branches[m], dq_sum, contiguous(dk_sum), contiguous(dv_sum),
+          params, grads, own, branches[m], dq_sum, contiguous(dk_sum), contiguous(dv_sum),
           last_covers && m + 1 == branches.size(), num_sms, stream);
     });
     dq_sum += branch_floats(s, branches[m]);

@@ -20,8 +20,23 @@ LCTX_HOST_DEVICE constexpr int dq_block_rows(int head_dim) { return head_dim <= 
 LCTX_HOST_DEVICE constexpr int dq_blocks(int64_t Tq, int head_dim) {
   return static_cast<int>((Tq + dq_block_rows(head_dim) - 1) / dq_block_rows(head_dim));
 }
+// Rows that statistics have room for, per head.
+constexpr int64_t stat_pitch(int64_t Tq, int head_dim) {
+  return int64_t{dq_blocks(Tq, head_dim)} * dq_block_rows(head_dim);
+}
 constexpr int64_t dq_sum_floats(int64_t batches, int64_t heads, int64_t Tq, int head_dim) {
   return batches * heads * dq_blocks(Tq, head_dim) * 2 * kDqPartFloats;
 }
+
+// Where columns 2 place + {0, 1} (place 0 .. 3) of row `row` of a (batch, query head) lie; those of
+// the j-th eight columns dq_sum_columns(j) behind.
+template <int kHeadDim>
+LCTX_HOST_DEVICE constexpr int64_t dq_sum_place(int64_t head, int Tq, int row, int place) {
+  const int64_t block = head * dq_blocks(Tq, kHeadDim) + row / dq_block_rows(kHeadDim);
+  const int part = kHeadDim == 64 ? row / 64 % 2 : 0;
+  return (2 * block + part) * kDqPartFloats + (row % 64 / 16 * 32 + row % 8 * 4 + place) * 4 +
+         row / 8 % 2 * 2;
+}
+LCTX_HOST_DEVICE constexpr int dq_sum_columns(int j) { return j / 8 * kDqPartFloats + j % 8 * 512; }
 
 }  // namespace lctx::cuda

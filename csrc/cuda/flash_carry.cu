@@ -20,14 +20,14 @@ void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, St
     using Tile = typename decltype(tag)::type;
     using Traits =
         FwdTraits<Tile, DenseTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN>, CarryRows>;
-    typename Traits::Params p{};
-    set_flash(params, counter, p);
-    set_maps<Tile>(params, p);
+    auto p = fwd_params<Traits>(params, counter);
     p.query_offset = static_cast<int>(params.query_start - params.key_start);
-    p.carry_out = static_cast<const float*>(params.carry_out);
+    p.carry_out = static_cast<const float*>(params.carry_out.data);
     p.carry_lse = p.lse;
+    p.state_rows = static_cast<int>(params.state_rows);
     p.inverse_scale = static_cast<float>(1 / params.scale);
-    p.partial_out = params.out.data == nullptr ? static_cast<float*>(params.carry_out) : nullptr;
+    p.partial_out =
+        params.out.data == nullptr ? static_cast<float*>(params.carry_out.data) : nullptr;
     p.row_shift = row_shift<Tile>(s.Tq);
     p.order = make_order("lctx::flash_carry", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
                          heads_per_section(s, s.Tk, 16));

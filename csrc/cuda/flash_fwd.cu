@@ -19,9 +19,7 @@ void launch_dense(const FlashParams& params, int* counter, int num_sms, Stream s
   using Traits =
       FwdTraits<Tile, DenseTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN, kWindowed>, StoreRows>;
   const AttnShape& s = params.shape;
-  typename Traits::Params p{};
-  set_flash(params, counter, p);
-  set_maps<Tile>(params, p);
+  auto p = fwd_params<Traits>(params, counter);
   p.row_shift = row_shift<Tile>(s.Tq);
   p.order = make_order("lctx::flash_fwd", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
                        heads_per_section(s, s.Tk, 16));
@@ -32,9 +30,7 @@ template <class Tile>
 void launch_packed(const FlashParams& params, int* counter, int num_sms, Stream stream) {
   using Traits = FwdTraits<Tile, PackedTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN>, StoreRows>;
   const AttnShape& s = params.shape;
-  typename Traits::Params p{};
-  set_flash(params, counter, p);
-  set_maps<Tile>(params, p);
+  auto p = fwd_params<Traits>(params, counter);
   p.cu_seqlens = params.cu_seqlens;
   p.num_docs = static_cast<int>(params.num_docs);
   p.order = make_order("lctx::flash_fwd", s.Tq / Tile::kBlockM + params.num_docs, s.Hq, s.B,

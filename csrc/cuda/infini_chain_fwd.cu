@@ -11,9 +11,8 @@
 // Limits: D 64 or 128; 2048 rows of a chain take 32 us: infini_fwd.cu chooses this form where
 //       attention takes longer, else the one that is parallel over segments (infini_sums_fwd.cu).
 //       infini_bwd does not use it.
-#include "../common/launch.h"
-#include "../common/pipeline.cuh"
 #include "../common/tensor_map.h"
+#include "infini_kernel.cuh"
 #include "infini_keys.cuh"
 #include "infini_states.h"
 
@@ -229,9 +228,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     infini_chain_kernel(const __grid_constant__ ChainParams p) {
   ptx::grid_dependents_launch();
-  extern __shared__ char shared[];
-  char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
-  ChainKernel<Traits> kernel(p, base);
+  ChainKernel<Traits> kernel(p, aligned_shared());
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kStages; ++i) ptx::mbarrier_init(kernel.barrier(i), 1);
     ptx::fence_mbarrier_init();
@@ -247,11 +244,8 @@ void launch(const InfiniParams& params, const InfiniStates& states, int blocks, 
   const ChainParams p{make_rows_map(k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, Traits::kRows),
                       make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, Traits::kRows),
                       states, params.has_mem};
-  const auto kernel = infini_chain_kernel<Traits>;
-  const dim3 grid(blocks), block(Traits::kThreads);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
-  kernel<<<grid, block, Traits::kSharedBytes, stream>>>(p);
-  check_launch("infini_chain_kernel", grid, block, stream);
+  launch_memory_kernel<Traits>("infini_chain_kernel", infini_chain_kernel<Traits>, p, dim3(blocks),
+                               stream);
 }
 
 template <class T>

@@ -4,7 +4,7 @@
 //       and the memory after the last segment, by the linear or the delta rule.
 // Tile map: attn_fwd_sm90.cuh over the segments, with MemoryRows at the end of a tile; before it
 //       the memory's kernels: infini_chain_fwd.cu, or infini_sums_fwd.cu, infini_scan_fwd.cu and
-//       infini_delta_fwd.cu.
+//       infini_delta_scan.cu.
 // Pipeline: the memory is made in one of two ways (plan_infini). Chains (linear rule): a few
 //       multiprocessors walk through the segments of one head each while attention runs on the
 //       others, a few segments behind. Parallel: sums of every segment, a scan over D x D states,
@@ -30,9 +30,7 @@ void launch_rows(const InfiniParams& params, const InfiniPlan& plan, const Infin
   using Traits =
       FwdTraits<Tile, LocalTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN, false>, MemoryRows>;
   const AttnShape& s = params.shape;
-  typename Traits::Params p{};
-  set_attention(params, counter, p);
-  set_maps<Tile>(params, p);
+  auto p = fwd_params<Traits>(params, counter);
   p.segment_len = states.segment_len;
   p.per_segment = FastDivisor(static_cast<int>(s.Hq));
   p.row_shift = row_shift<Tile>(states.segment_len);

@@ -32,10 +32,7 @@ struct LocalTiles : OneHeadTiles {
     work.batch = tile.batch;
     work.key0 = work.segment * p.segment_len;
     work.num_keys = min(p.segment_len, p.Tq - work.key0);
-    work.position0 = tile.m_block * kBlockM - p.row_shift;
-    work.row0 = work.key0 + work.position0;
-    work.row_begin = work.key0;
-    work.row_end = work.key0 + work.num_keys;
+    set_rows<kBlockM>(p, tile.m_block, work);
     return work;
   }
 };
@@ -262,13 +259,6 @@ struct MemoryRows : StoreRows {
       kernel.v_pipe.release(blocks);
       blocks.advance();
     }
-  }
-
-  template <class Kernel>
-  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
-                                                const Work& work, float (&o)[Kernel::kHeadDim / 2],
-                                                const float (&factor)[2]) {
-    StoreRows::finish(kernel, warpgroup, work, o, factor);
   }
 };
 

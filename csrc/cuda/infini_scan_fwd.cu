@@ -37,9 +37,27 @@ __device__ __forceinline__ float4 load_gain(const InfiniStates& x, int chain, in
   return sum;
 }
 
+// What the retrieval reads of z of states first, first + step, ..., by a warp.
+__device__ __forceinline__ void store_norms(const InfiniStates& x, int chain, int first, int step) {
+  for (int s = first; s < x.S; s += step) {
+    const float* z = x.z(chain, s);
+    float* norm = x.norm(chain, s);
+    float sum = 0.f;
+    for (int i = threadIdx.x % 32; i < x.D; i += 32) sum += fabsf(z[i]);
+    const float scale = memory_scale(sum_over_lanes(sum, 32) / static_cast<float>(x.D));
+    for (int i = threadIdx.x % 32; i < x.D; i += 32) norm[kNormOffset + i] = z[i] * scale;
+    if (threadIdx.x % 32 < kNormOffset) norm[threadIdx.x % 32] = scale;
+  }
+}
+
+// The same where the states are there already.
+__global__ void __launch_bounds__(256) infini_norms_kernel(const __grid_constant__ InfiniStates x) {
+  store_norms(x, blockIdx.x, blockIdx.y * 8 + threadIdx.x / 32, gridDim.y * 8);
+}
+
 __global__ void __launch_bounds__(256)
     infini_z_scan_kernel(const __grid_constant__ InfiniStates x) {
-  const int chain = blockIdx.x, column = threadIdx.x, warp = threadIdx.x / 32;
+  const int chain = blockIdx.x, column = threadIdx.x;
   if (column < x.D) {
     float z = x.z_in != nullptr ? x.z_in[int64_t{chain} * x.D + column] : 0.f;
     for (int s0 = 0; s0 < x.S; s0 += kAhead) {
@@ -57,15 +75,7 @@ __global__ void __launch_bounds__(256)
     x.z(chain, x.S)[column] = z;
   }
   __syncthreads();
-  for (int s = warp; s < x.S; s += blockDim.x / 32) {
-    const float* z = x.z(chain, s);
-    float* norm = x.norm(chain, s);
-    float sum = 0.f;
-    for (int i = threadIdx.x % 32; i < x.D; i += 32) sum += fabsf(z[i]);
-    const float scale = memory_scale(sum_over_lanes(sum, 32) / static_cast<float>(x.D));
-    for (int i = threadIdx.x % 32; i < x.D; i += 32) norm[kNormOffset + i] = z[i] * scale;
-    if (threadIdx.x % 32 < kNormOffset) norm[threadIdx.x % 32] = scale;
-  }
+  store_norms(x, chain, threadIdx.x / 32, blockDim.x / 32);
 }
 
 template <class T>
@@ -117,6 +127,12 @@ void launch_infini_z_scan(const InfiniStates& states, Stream stream) {
   const dim3 grid(states.chains()), block(256);
   infini_z_scan_kernel<<<grid, block, 0, stream>>>(states);
   check_launch("infini_z_scan_kernel", grid, block, stream);
+}
+
+void launch_infini_norms(const InfiniStates& states, Stream stream) {
+  const dim3 grid(states.chains(), static_cast<unsigned>(ceil_div(states.S, 8))), block(256);
+  infini_norms_kernel<<<grid, block, 0, stream>>>(states);
+  check_launch("infini_norms_kernel", grid, block, stream);
 }
 
 void launch_infini_linear_scan(const InfiniStates& states, DType dtype, Stream stream) {

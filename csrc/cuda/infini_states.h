@@ -98,6 +98,7 @@ void launch_infini_gains(const InfiniParams& params, const InfiniStates& states,
 void launch_infini_decays(const InfiniParams& params, const InfiniStates& states, int num_sms,
                           Stream stream);
 void launch_infini_z_scan(const InfiniStates& states, Stream stream);
+void launch_infini_norms(const InfiniStates& states, Stream stream);  // of z that is there already
 void launch_infini_linear_scan(const InfiniStates& states, DType dtype, Stream stream);
 void launch_infini_delta_scan(const InfiniStates& states, DType dtype, Stream stream);
 

@@ -13,9 +13,8 @@
 // unit: memory's speed.
 //       Floor at D 128, segment 2048: 4 N D bytes a head for the gain, 2 N D for the decay.
 // Limits: used by infini_fwd alone, csrc/api/infini.cpp checks; infini_bwd may use the same sums.
-#include "../common/launch.h"
-#include "../common/pipeline.cuh"
 #include "../common/tensor_map.h"
+#include "infini_kernel.cuh"
 #include "infini_keys.cuh"
 #include "infini_states.h"
 
@@ -74,8 +73,9 @@ struct Unit {
   }
 };
 
-template <class Traits>
+template <class Traits_>
 struct SumKernel {
+  using Traits = Traits_;
   using T = typename Traits::T;
   static constexpr int kRows = Traits::kRows, kTile = Traits::kTile;
   using Keys = typename Traits::Keys;
@@ -252,19 +252,7 @@ struct SumKernel {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
     infini_sums_kernel(const __grid_constant__ SumParams p) {
-  extern __shared__ char shared[];
-  char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
-  SumKernel<Traits> kernel(p, base);
-  if (threadIdx.x == 0) {
-    kernel.pipe.init(Traits::kConsumerThreads / 32);
-    ptx::fence_mbarrier_init();
-  }
-  __syncthreads();
-  if (threadIdx.x < Traits::kConsumerThreads) {
-    kernel.consume();
-  } else if (threadIdx.x == Traits::kConsumerThreads) {
-    kernel.produce();
-  }
+  run_pipelined<SumKernel<Traits>>(p);
 }
 
 template <class Traits>
@@ -278,12 +266,9 @@ void launch(const InfiniParams& params, const InfiniStates& states, int num_sms,
   const SumParams p{make_rows_map(k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, Traits::kRows),
                     make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, Traits::kRows), states,
                     static_cast<int>(units)};
-  const auto kernel = infini_sums_kernel<Traits>;
   const int64_t blocks = (Traits::kTile == 64 ? 2 : 1) * int64_t{num_sms};
-  const dim3 grid(static_cast<unsigned>(std::min(blocks, units))), block(Traits::kThreads);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
-  kernel<<<grid, block, Traits::kSharedBytes, stream>>>(p);
-  check_launch("infini_sums_kernel", grid, block, stream);
+  launch_memory_kernel<Traits>("infini_sums_kernel", infini_sums_kernel<Traits>, p,
+                               dim3(static_cast<unsigned>(std::min(blocks, units))), stream);
 }
 
 template <bool kDecay, class T>

@@ -20,9 +20,7 @@ void launch_blocks(const LandmarkParams& params, int* scratch, int num_sms, Stre
   using Tiles = ValuePartTiles<Tile::kBlockM, kParts, Tile::kValueDim>;
   using Traits = FwdTraits<Tile, Tiles, BlockScores<Tile::kBlockN>, StoreRows>;
   const AttnShape& s = params.shape;
-  typename Traits::Params p{};
-  set_attention(params, scratch, p);
-  set_maps<Tile>(params, p);
+  auto p = fwd_params<Traits>(params, scratch);
   const LandmarkTables tables(scratch + 2, s, Tile::kBlockN);
   p.rows = tables.rows;
   p.tiles = tables.tiles;

@@ -66,7 +66,7 @@ struct Part {
       : params(all), grads(all_grads) {
     AttnShape& s = params.shape;
     const int64_t per_group = s.Hq / s.Hkv;
-    const int64_t rows = (batch * s.Hq + head * per_group) * s.Tq;
+    const int64_t rows = (batch * s.Hq + head * per_group) * bwd_pitch(s);
     params.lse2 += rows;
     params.delta += rows;
     if (params.is_landmark != nullptr) params.is_landmark += batch * s.Tk;

@@ -75,9 +75,7 @@ void launch_groups(const LandmarkParams& params, int* scratch, int num_sms, Stre
         params, plan, reinterpret_cast<float*>(scratch), num_sms, stream);
   }
   cudaMemsetAsync(scratch, 0, sizeof(int), stream);
-  typename Traits::Params p{};
-  set_attention(params, scratch, p);
-  set_maps<Tile>(params, p);
+  auto p = fwd_params<Traits>(params, scratch);
   set_groups<Scores, kWidth>(params, p);
   p.row_shift = row_shift<Tile>(s.Tq);
   p.order = make_order("lctx::landmark_fwd", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,

@@ -54,6 +54,8 @@ __global__ void __launch_bounds__(256) unpack_dq_kernel(const __grid_constant__ 
 
 }  // namespace
 
+int64_t bwd_pitch(const AttnShape& s) { return stat_pitch(s.Tq, s.Dk <= 64 ? 64 : 128); }
+
 int64_t flash_dq_sum_floats(const AttnShape& s) {
   return dq_sum_floats(s.B, s.Hq, s.Tq, s.Dk <= 64 ? 64 : 128);
 }

@@ -248,15 +248,15 @@ def test_refused_documents_by_shape(no_op_runs):
     check_refusal("flash_attention", one | {"cu_seqlens": [0, 19]}, TypeError, text)
 
 
-@pytest.mark.parametrize("name", ["group", "plan"])
 @pytest.mark.parametrize("op", EVERY[1:])
-def test_context_parallel_arguments_are_not_built(op, name):
-    if name not in inspect.signature(getattr(lk, op)).parameters:
-        pytest.skip("no such argument")
-    text = f"{name} is given, but context parallelism (lctx_kernels.cp) is not built yet"
-    with pytest.raises(NotImplementedError) as raised:
-        getattr(lk, op)(**complete(op, {name: object()}))
-    assert text in str(raised.value)
+def test_context_parallel_arguments_are_checked(op):
+    parameters = inspect.signature(getattr(lk, op)).parameters
+    for name, given in (("group", 5), ("plan", 7)):
+        if name in parameters:
+            check_refusal(op, {name: given}, TypeError, f"{name} is {given}")
+    if "plan" in parameters:
+        plan = {"plan": lk.cp.make_plan(19, 1)}
+        check_refusal(op, plan, ValueError, "there is no default process group")
 
 
 def test_all_reasons_at_once():
@@ -292,10 +292,10 @@ def test_supports_refuses_unknown_names():
         lk.supports("merge_attention", Q, Q, Q, Q, Q)
 
 
-def test_ring_attention_names_what_is_missing():
+def test_ring_attention_without_a_group_names_what_is_missing():
     (text,) = lk.supports("ring_attention", Q, K, V)
-    assert "lctx_kernels._ring" in text and "flash_attention on one device" in text
-    with pytest.raises(NotImplementedError) as raised:
+    assert "no default process group" in text and 'transport="sim"' in text
+    with pytest.raises(ValueError) as raised:
         lk.ring_attention(Q, K, V)
     assert text in str(raised.value)
 
@@ -384,12 +384,6 @@ def test_fused_landmark_attention_refuses(arguments, error, text, no_op_runs):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: lk.cp.make_plan(100, 4),
-        lambda: lk.cp.Plan(),
-        lambda: lk.cp.shard(None, Q, 1, 0),
-        lambda: lk.cp.unshard(None, Q, 1, None),
-        lambda: lk.cp.shard_positions(None, 0),
-        lambda: lk.cp.shift_labels(torch.zeros(1, 3)),
         lambda: lk.nn.DilatedAttention(8, 2, 1, 4),
         lambda: lk.hf.convert(None, "infini"),
         lambda: lk.hf.make_cache(None),

@@ -41,7 +41,8 @@ SIGNATURES = {
     "cp.shard": "(plan, x, dim, rank)",
     "cp.unshard": "(plan, x_local, dim, group)",
     "cp.shard_positions": "(plan, rank)",
-    "cp.shift_labels": "(labels, *, dim=1, ignore_index=-100)",
+    "cp.shift_labels": "(labels, *, dim=1, ignore_index=-100, cu_seqlens=None)",
+    "cp.roll": "(plan, x_local, shifts, dim, group)",
     "hf.convert": "(model, method, *, layers=None, **options)",
     "hf.make_cache": "(model, **options)",
     "supports": "(op_name, *tensors, **options)",
@@ -54,7 +55,8 @@ SIGNATURES = {
 BUILT = [name for name in SIGNATURES if "." not in name]
 MODULES = (
     "", ".flash", ".infini", ".landmark", ".dilated", ".ring", ".merge", ".blockwise",
-    ".supports", ".checkpoint_policy", ".info", ".cp", ".nn", ".hf",
+    ".supports", ".checkpoint_policy", ".info", ".cp", ".cp.plan", ".cp.shard", ".cp.forecast",
+    ".nn", ".hf",
 )  # fmt: skip
 
 

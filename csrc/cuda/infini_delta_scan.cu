@@ -1,7 +1,9 @@
 // Math: the delta rule's recurrence (eq. 5 of arXiv 2404.07143) over segments,
 //         M_{s+1} = M_s + G_s - T_s M_s,
 //       with the gains G and decays T of infini_sums_fwd.cu. M and its sums are fp32; the product
-//       takes TF32 operands (11 bits), as many as fp16 inputs have.
+//       takes TF32 operands (11 bits), as many as fp16 inputs have. T is symmetric, so that the
+//       backward is the same recurrence from the last segment to the first, dM_s = dM_{s+1} + R_s -
+//       T_s dM_{s+1}, with what retrieval adds (infini_retrieve_bwd.cu).
 // Tile map: columns of M do not meet: a block is (batch, key/value head, 32 columns); warpgroup w
 //       holds rows 64 w .. of M as the accumulator of the product. A producer warp loads T.
 // Pipeline: T arrives in stages of 32 of its columns. Per segment: the warpgroups write -M
@@ -9,20 +11,19 @@
 //       loaded a segment ahead.
 // Memory: per segment and head reads T (each of D / 32 blocks, once from HBM) and G, writes M and
 //       its 16-bit copy: 14 D^2 bytes. A chain of S dependent steps of under 1 us each.
-// Limits: used by infini_fwd alone, D a multiple of 8 up to 256; infini_bwd has its own scan.
-#include "../common/launch.h"
-#include "../common/pipeline.cuh"
+// Limits: D a multiple of 8 up to 256.
 #include "../common/ptx_words.cuh"
 #include "../common/tensor_map.h"
 #include "../common/wgmma.cuh"
-#include "infini_states.h"
+#include "infini_grads.h"
+#include "infini_kernel.cuh"
 
 namespace lctx::cuda {
 namespace {
 
-template <class T_, int kHeadDim_>
+template <class Walk_, int kHeadDim_>
 struct DeltaTraits {
-  using T = T_;
+  using Walk = Walk_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kColumns = 32;  // of M, and of T in a stage: one row of 128 bytes
   static constexpr int kChunks = kHeadDim / kColumns;
@@ -39,11 +40,76 @@ struct DeltaTraits {
 struct DeltaParams {
   CUtensorMap decay;  // column, row, 1, state, part
   InfiniStates states;
+  InfiniGradStates grads;  // backward
 };
 
-template <class Traits>
+// What step i of the recurrence reads and leaves; element `at` of a matrix, two of a row at once.
+template <class T>
+struct ForwardWalk {
+  static __device__ __forceinline__ int segment(const DeltaParams&, int i) { return i; }
+  static __device__ __forceinline__ float2 first(const DeltaParams& p, int chain, int at) {
+    const float* M = p.states.M_in;
+    if (M == nullptr) return {0.f, 0.f};
+    M += chain * p.states.matrix() + at;  // perhaps not aligned
+    return {M[0], M[1]};
+  }
+  static __device__ __forceinline__ int splits(const DeltaParams& p) { return p.states.splits; }
+  static __device__ __forceinline__ const float* gain(const DeltaParams& p, int part, int chain,
+                                                      int s) {
+    return p.states.gain(part, chain, s);
+  }
+  static __device__ __forceinline__ bool cuts(const DeltaParams&, int) { return false; }
+  // State s, and the copy that the retrieval reads.
+  template <class Values>
+  static __device__ __forceinline__ void store(const DeltaParams& p, int chain, int i,
+                                               Values&& for_pairs) {
+    const InfiniStates& x = p.states;
+    const int s = i;
+    float* full = x.M(chain, s);
+    uint32_t* half = static_cast<uint32_t*>(x.half) + x.state(chain, s) * x.matrix() / 2;
+    const bool read = s < x.S;
+    const float scale = read ? x.norm(chain, s)[0] : 0.f;
+    for_pairs([&](int at, const float2& M) {
+      *reinterpret_cast<float2*>(full + at) = M;
+      if (read) half[at / 2] = pack2<T>(M.x * scale, M.y * scale);
+    });
+  }
+};
+
+struct BackwardWalk {
+  static __device__ __forceinline__ int segment(const DeltaParams& p, int i) {
+    return p.states.S - 1 - i;
+  }
+  static __device__ __forceinline__ float2 first(const DeltaParams& p, int chain, int at) {
+    const InfiniGradStates& x = p.grads;
+    if (x.dM_out == nullptr || x.detached(x.S)) return {0.f, 0.f};
+    const float* dM = x.dM_out + chain * x.matrix() + at;
+    return {dM[0], dM[1]};
+  }
+  static __device__ __forceinline__ int splits(const DeltaParams& p) { return p.grads.splits; }
+  static __device__ __forceinline__ const float* gain(const DeltaParams& p, int part, int chain,
+                                                      int s) {
+    return p.grads.empty(s) ? nullptr : p.grads.dM_of(part, chain, s);
+  }
+  static __device__ __forceinline__ bool cuts(const DeltaParams& p, int i) {
+    return p.grads.detached(segment(p, i));
+  }
+  // The gradient of the state that segment S - 1 - i leaves, then that of the memory in.
+  template <class Values>
+  static __device__ __forceinline__ void store(const DeltaParams& p, int chain, int i,
+                                               Values&& for_pairs) {
+    const InfiniGradStates& x = p.grads;
+    float* to = i < x.S ? x.dM_of(0, chain, x.S - 1 - i)
+                        : (x.dM_in != nullptr ? x.dM_in + chain * x.matrix() : nullptr);
+    if (to == nullptr) return;
+    for_pairs([&](int at, const float2& dM) { *reinterpret_cast<float2*>(to + at) = dM; });
+  }
+};
+
+template <class Traits_>
 struct DeltaKernel {
-  using T = typename Traits::T;
+  using Traits = Traits_;
+  using Walk = typename Traits::Walk;
   using StagePipeline = Pipeline<Traits::kStages>;
   static constexpr int kColumns = Traits::kColumns;
   static constexpr int kPairs = kColumns / 4;  // pairs of neighbouring columns that a thread holds
@@ -64,7 +130,8 @@ struct DeltaKernel {
         pipe(smem + Traits::kBarriers) {}
 
   __device__ __forceinline__ void produce() {
-    for (int s = 0; s < x.S; ++s) {
+    for (int step = 0; step < x.S; ++step) {
+      const int s = Walk::segment(p, step);
       for (int i = 0; i < x.splits * Traits::kChunks; ++i) {
         const uint32_t full = pipe.acquire(state, Traits::kStageBytes);
         ptx::tma_load_5d(smem + state.stage() * Traits::kStageBytes, &p.decay, full,
@@ -88,33 +155,31 @@ struct DeltaKernel {
     return row < x.D && column < x.D ? row * x.D + column : -1;
   }
 
-  __device__ __forceinline__ void load_gain(int s, float2 (&gain)[kPairs]) const {
+  __device__ __forceinline__ void load_gain(int step, float2 (&gain)[kPairs]) const {
+    const int s = Walk::segment(p, step);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       gain[j] = {0.f, 0.f};
       const int at = place(j);
       if (at < 0) continue;
-      for (int part = 0; part < x.splits; ++part) {
-        const float2 g = *reinterpret_cast<const float2*>(x.gain(part, chain, s) + at);
+      for (int part = 0; part < Walk::splits(p); ++part) {
+        const float* from = Walk::gain(p, part, chain, s);
+        if (from == nullptr) continue;
+        const float2 g = *reinterpret_cast<const float2*>(from + at);
         gain[j].x += g.x;
         gain[j].y += g.y;
       }
     }
   }
 
-  // State s, and the copy that the retrieval reads.
-  __device__ __forceinline__ void store_state(int s, const float (&M)[2 * kPairs],
-                                              bool with_half) const {
-    float* full = x.M(chain, s);
-    uint32_t* half = static_cast<uint32_t*>(x.half) + x.state(chain, s) * x.matrix() / 2;
-    const float scale = with_half ? x.norm(chain, s)[0] : 0.f;
+  __device__ __forceinline__ void store_state(int step, const float (&M)[2 * kPairs]) const {
+    Walk::store(p, chain, step, [&](auto&& use) {
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const int at = place(j);
-      if (at < 0) continue;
-      *reinterpret_cast<float2*>(full + at) = {M[2 * j], M[2 * j + 1]};
-      if (with_half) half[at / 2] = pack2<T>(M[2 * j] * scale, M[2 * j + 1] * scale);
-    }
+      for (int j = 0; j < kPairs; ++j) {
+        const int at = place(j);
+        if (at >= 0) use(at, make_float2(M[2 * j], M[2 * j + 1]));
+      }
+    });
   }
 
   // -M as the product's B: row = column of M, in chunks of 32 of M's rows.
@@ -163,9 +228,9 @@ struct DeltaKernel {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       const int at = place(j);
-      const bool given = at >= 0 && x.M_in != nullptr;
-      M[2 * j] = given ? x.M_in[chain * x.matrix() + at] : 0.f;
-      M[2 * j + 1] = given ? x.M_in[chain * x.matrix() + at + 1] : 0.f;
+      const float2 pair = at >= 0 ? Walk::first(p, chain, at) : make_float2(0.f, 0.f);
+      M[2 * j] = pair.x;
+      M[2 * j + 1] = pair.y;
     }
     load_gain(0, next);
     for (int s = 0; s < x.S; ++s) {
@@ -173,7 +238,7 @@ struct DeltaKernel {
       store_operand(tile, M);
       ptx::fence_async_proxy();
       ptx::named_barrier_sync(1, Traits::kConsumerThreads);
-      store_state(s, M, true);
+      store_state(s, M);
       float2 gain[kPairs];
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) gain[j] = next[j];
@@ -184,53 +249,42 @@ struct DeltaKernel {
         M[2 * j] += gain[j].x;
         M[2 * j + 1] += gain[j].y;
       }
+      if (Walk::cuts(p, s)) {
+#pragma unroll
+        for (float& element : M) element = 0.f;
+      }
     }
-    store_state(x.S, M, false);
+    store_state(x.S, M);
   }
 };
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
     infini_delta_scan_kernel(const __grid_constant__ DeltaParams p) {
-  extern __shared__ char shared[];
-  char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
-  DeltaKernel<Traits> kernel(p, base);
-  if (threadIdx.x == 0) {
-    kernel.pipe.init(Traits::kConsumerThreads / 32);
-    ptx::fence_mbarrier_init();
-  }
-  __syncthreads();
-  if (threadIdx.x < Traits::kConsumerThreads) {
-    kernel.consume();
-  } else if (threadIdx.x == Traits::kConsumerThreads) {
-    kernel.produce();
-  }
+  run_pipelined<DeltaKernel<Traits>>(p);
 }
 
 template <class Traits>
-void launch(const InfiniStates& states, Stream stream) {
+void launch(const InfiniStates& states, const InfiniGradStates& grads, Stream stream) {
   const int64_t num_states = int64_t{states.chains()} * states.S;
   const int64_t D = states.D, matrix = states.matrix();
   const MapLayout layout{{D, D, 1, num_states, states.splits},
                          {D, 0, matrix, num_states * matrix},
                          {Traits::kColumns, Traits::kHeadDim, 1, 1, 1}};
-  const DeltaParams p{make_map(states.decay, DType::kFloat32, layout), states};
-  const auto kernel = infini_delta_scan_kernel<Traits>;
+  const DeltaParams p{make_map(states.decay, DType::kFloat32, layout), states, grads};
   const dim3 grid(states.chains(), static_cast<unsigned>(ceil_div(states.D, Traits::kColumns)));
-  const dim3 block(Traits::kThreads);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
-  kernel<<<grid, block, Traits::kSharedBytes, stream>>>(p);
-  check_launch("infini_delta_scan_kernel", grid, block, stream);
+  launch_memory_kernel<Traits>("infini_delta_scan_kernel", infini_delta_scan_kernel<Traits>, p,
+                               grid, stream);
 }
 
-template <class T>
-void choose(const InfiniStates& states, Stream stream) {
+template <class Walk>
+void choose(const InfiniStates& states, const InfiniGradStates& grads, Stream stream) {
   if (states.D <= 64) {
-    launch<DeltaTraits<T, 64>>(states, stream);
+    launch<DeltaTraits<Walk, 64>>(states, grads, stream);
   } else if (states.D <= 128) {
-    launch<DeltaTraits<T, 128>>(states, stream);
+    launch<DeltaTraits<Walk, 128>>(states, grads, stream);
   } else {
-    launch<DeltaTraits<T, 256>>(states, stream);
+    launch<DeltaTraits<Walk, 256>>(states, grads, stream);
   }
 }
 
@@ -238,10 +292,15 @@ void choose(const InfiniStates& states, Stream stream) {
 
 void launch_infini_delta_scan(const InfiniStates& states, DType dtype, Stream stream) {
   if (dtype == DType::kBFloat16) {
-    choose<__nv_bfloat16>(states, stream);
+    choose<ForwardWalk<__nv_bfloat16>>(states, {}, stream);
   } else {
-    choose<__half>(states, stream);
+    choose<ForwardWalk<__half>>(states, {}, stream);
   }
+}
+
+void launch_infini_delta_scan_bwd(const InfiniGradStates& states, const InfiniStates& forward,
+                                  Stream stream) {
+  choose<BackwardWalk>(forward, states, stream);
 }
 
 }  // namespace lctx::cuda

@@ -1,0 +1,93 @@
+// Math: the backward of infini_fwd.cu: the memory's part here and in infini_*_bwd.cu.
+// Tile map: that of its parts.
+// Pipeline: gradients of the rows through retrieval, and its share of dM and dz of every segment
+//       (infini_retrieve_bwd.cu); row statistics and the gate (infini_stats_bwd.cu); the scans from
+//       the last segment to the first (infini_scan_bwd.cu, infini_delta_scan.cu); gradients of keys
+//       and values (infini_update_bwd.cu).
+// Memory: D x D floats per segment and key/value head for dM, as many for the delta rule's decays.
+// Limits: those of its parts.
+#include <algorithm>
+
+#include "infini_grads.h"
+
+namespace lctx::cuda {
+namespace {
+
+InfiniGradStates make_states(const InfiniParams& params, const InfiniGrads& grads,
+                             const InfiniBwdPlan& plan, const InfiniBwdScratch& scratch) {
+  const AttnShape& s = params.shape;
+  InfiniGradStates x{};
+  x.B = static_cast<int>(s.B);
+  x.Hq = static_cast<int>(s.Hq);
+  x.Hkv = static_cast<int>(s.Hkv);
+  x.S = static_cast<int>(ceil_div(s.Tq, params.segment_len));
+  x.D = static_cast<int>(s.Dk);
+  x.T = static_cast<int>(s.Tq);
+  x.segment_len = static_cast<int>(std::min(params.segment_len, s.Tq));
+  x.detach_every = static_cast<int>(std::min<int64_t>(params.detach_every, INT32_MAX));
+  const int64_t blocks = ceil_div(x.segment_len, kGradRows);
+  x.splits = plan.splits;
+  x.part_blocks = static_cast<int>(ceil_div(blocks * x.group(), plan.splits));
+  x.key_splits = plan.key_splits;
+  x.key_part_blocks = static_cast<int>(ceil_div(blocks, plan.key_splits));
+  x.has_mem = params.has_mem;
+  x.first_bypass = params.first_bypass;
+  x.M_states = static_cast<const float*>(params.M_states);
+  x.z_states = static_cast<const float*>(params.z_states);
+  x.norms = scratch.norms;
+  x.gate = static_cast<const float*>(params.gate);
+  x.dM_out = static_cast<const float*>(grads.dM_out);
+  x.dz_out = static_cast<const float*>(grads.dz_out);
+  x.dM_in = static_cast<float*>(grads.dM_in);
+  x.dz_in = static_cast<float*>(grads.dz_in);
+  x.dM = scratch.dM;
+  x.dz = scratch.dz;
+  x.dz_keys = params.update == InfiniUpdate::kDelta ? scratch.dz_keys : nullptr;
+  x.retrieved = scratch.retrieved;
+  x.lse2 = scratch.lse2;
+  x.delta = scratch.delta;
+  x.dgate_parts = scratch.dgate_parts;
+  x.dgate = static_cast<float*>(grads.dgate);
+  return x;
+}
+
+}  // namespace
+
+InfiniBwdPlan plan_infini_bwd(const InfiniParams& params, int num_sms) {
+  const AttnShape& s = params.shape;
+  const int64_t units = s.B * s.Hkv * ceil_div(s.Tq, params.segment_len);
+  const int64_t blocks = ceil_div(std::min(params.segment_len, s.Tq), kGradRows);
+  const auto splits = [&](int64_t most) {
+    return static_cast<int>(
+        std::clamp<int64_t>(num_sms / std::max<int64_t>(units, 1), 1, std::max<int64_t>(most, 1)));
+  };
+  return {splits(blocks * (s.Hq / s.Hkv)), splits(blocks), infini_row_blocks(s.Tq)};
+}
+
+void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& grads,
+                              const InfiniBwdPlan& plan, const InfiniBwdScratch& scratch,
+                              int num_sms, Stream stream) {
+  const InfiniGradStates states = make_states(params, grads, plan, scratch);
+  InfiniScratch again;
+  again.decay = scratch.decay;
+  again.norms = scratch.norms;
+  InfiniPlan key_plan;
+  key_plan.splits = plan.key_splits;
+  const InfiniStates forward(params, key_plan, again);
+  const bool delta = params.update == InfiniUpdate::kDelta;
+  launch_infini_norms(forward, stream);
+  launch_infini_retrieve_bwd(params, grads, states, scratch.dq_sum, num_sms, stream);
+  launch_infini_row_stats(params, grads, states, stream);
+  if (delta) {
+    launch_infini_decays(params, forward, num_sms, stream);
+    launch_infini_delta_scan_bwd(states, forward, stream);
+    launch_infini_key_norms_bwd(params, states, num_sms, stream);
+  } else {
+    launch_infini_linear_scan_bwd(states, stream);
+  }
+  launch_infini_z_scan_bwd(states, stream);
+  const TensorView& dk = grads.dk_mem.data != nullptr ? grads.dk_mem : scratch.dk_add;
+  launch_infini_update_bwd(params, states, dk, scratch.dv_add, num_sms, stream);
+}
+
+}  // namespace lctx::cuda

@@ -1,0 +1,163 @@
+// Math: the backward of Infini-attention's local part, causal attention inside segments, with the
+//       weight of A_dot in lse2 (infini_stats_bwd.cu). What the memory adds to dq, dk and dv, and
+//       was written before, is added to the sums before they are rounded.
+// Tile map: attn_bwd_sm90.cuh over the segments; deterministic: dK and dV by it, dQ by
+//       attn_dq_sm90.cuh.
+// Pipeline: as those of flash_bwd.cu.
+// Memory: as flash_bwd.cu, and the memory's part of dk and dv once, in the inputs' type. That of dq
+//       is what dq_sum starts with.
+// Limits: those of flash_bwd.cu; D up to 128.
+#include "attn_bwd_launch.cuh"
+#include "attn_dq_launch.cuh"
+#include "infini_rows.cuh"
+
+namespace lctx::cuda {
+namespace {
+
+struct MemoryKeys : StoreKeys {
+  struct Params {
+    TensorView dk_add, dv_add;  // data nullptr: nothing
+  };
+
+  template <class Kernel, int N>
+  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
+                                                const KeyWork& work, float (&dk)[N],
+                                                float (&dv)[N]) {
+    add(kernel, warpgroup, work, kernel.p.dv_add, 1.f, dv);
+    store(kernel, warpgroup, work, dv, 1.f, kernel.p.dv);
+    add(kernel, warpgroup, work, kernel.p.dk_add, kernel.p.scale, dk);
+    store(kernel, warpgroup, work, dk, 1.f, kernel.p.dk);
+  }
+
+  // d = factor * d + rows of `view`, 16 bytes a thread.
+  template <class Kernel, int N>
+  static __device__ __forceinline__ void add(const Kernel& kernel, int warpgroup,
+                                             const KeyWork& work, const TensorView& view,
+                                             float factor, float (&d)[N]) {
+    using T = typename Kernel::T;
+    const int thread = warpgroup_thread(), column0 = 8 * (thread % 4);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int key = work.key0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
+      const int columns = view.data != nullptr && key < work.key_end ? kernel.p.D - column0 : 0;
+      const T* row = static_cast<const T*>(view.data) + work.batch * view.stride_b +
+                     key * view.stride_t + work.head * view.stride_h + column0;
+#pragma unroll
+      for (int a = 0; a < N / 16; ++a) {
+        const uint4 words = 32 * a < columns ? *reinterpret_cast<const uint4*>(row + 32 * a)
+                                             : make_uint4(0, 0, 0, 0);
+        uint32_t x[4] = {words.x, words.y, words.z, words.w};
+        quad_transpose(x);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int at = 4 * (4 * a + j) + 2 * i;
+          const float2 pair = unpack2<T>(x[j]);
+          d[at] = factor * d[at] + pair.x;
+          d[at + 1] = factor * d[at + 1] + pair.y;
+        }
+      }
+    }
+  }
+};
+
+// dQ starts with the memory's part, which is in dq_sum.
+struct MemoryQueries : StoreRows {
+  struct Params {
+    const float* dq_sum;  // nullptr: nothing
+  };
+
+  template <class Kernel>
+  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
+                                                const Work& work, float (&o)[Kernel::kValueDim / 2],
+                                                const float (&factor)[2]) {
+    const auto& p = kernel.p;
+    if (p.dq_sum != nullptr) {
+      const int thread = warpgroup_thread();
+      const int64_t head = int64_t{work.batch} * p.Hq + work.head;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
+        if (row >= work.row_end) continue;
+        const float* from = p.dq_sum + dq_sum_place<Kernel::kHeadDim>(head, p.Tq, row, thread % 4);
+#pragma unroll
+        for (int j = 0; j < Kernel::kValueDim / 8; ++j) {
+          const float2 x = *reinterpret_cast<const float2*>(from + dq_sum_columns(j));
+          o[4 * j + 2 * i] += x.x;
+          o[4 * j + 2 * i + 1] += x.y;
+        }
+      }
+    }
+    StoreRows::finish(kernel, warpgroup, work, o, factor);
+  }
+};
+
+template <class P>
+void set_segments(const InfiniParams& params, int64_t heads, P& p) {
+  p.segment_len = static_cast<int>(std::min(params.segment_len, params.shape.Tq));
+  p.per_segment = FastDivisor(static_cast<int>(heads));
+}
+
+template <class Tile>
+void launch_keys(const InfiniParams& params, const InfiniGrads& grads,
+                 const InfiniBwdScratch& scratch, int num_sms, Stream stream) {
+  using Traits = BwdTraits<Tile, ListedKeys<LocalTiles<Tile::kBlockN>>, MemoryKeys, false>;
+  const AttnShape& s = params.shape;
+  BwdScratch rows;
+  rows.lse2 = scratch.lse2;
+  rows.delta = scratch.delta;
+  rows.dq_sum = scratch.dq_sum;
+  rows.counter = scratch.counters;
+  typename Traits::Params p{};
+  set_attention_bwd<Tile>(params, grads, rows, p);
+  set_segments(params, s.Hkv, p);
+  p.dk_add = scratch.dk_add;
+  p.dv_add = scratch.dv_add;
+  const int64_t segments = ceil_div(s.Tq, params.segment_len);
+  p.order = KeyOrder(make_order("lctx::infini_bwd", ceil_div(p.segment_len, Tile::kBlockN),
+                                s.Hkv * segments, s.B, bwd_section(s, p.segment_len)));
+  launch_bwd<Traits>(p, num_sms, stream);
+}
+
+template <class Tile>
+void launch_queries(const InfiniParams& params, const InfiniGrads& grads,
+                    const InfiniBwdScratch& scratch, int num_sms, Stream stream) {
+  using Traits =
+      FwdTraits<Tile, LocalTiles<Tile::kBlockM>, DenseGrads<Tile::kBlockN, false>, MemoryQueries>;
+  const AttnShape& s = params.shape;
+  AttnParams to_dq = params;
+  to_dq.out = grads.dq;
+  typename Traits::Params p{};
+  set_attention(to_dq, scratch.counters + 1, p);
+  set_dq<Tile>("lctx::infini_bwd", to_dq, {grads.dout, scratch.lse2, scratch.delta}, p);
+  set_segments(params, s.Hq, p);
+  p.dq_sum = params.q_mem.data != nullptr ? nullptr : scratch.dq_sum;
+  p.row_shift = row_shift<Tile>(p.segment_len);
+  p.order = make_order("lctx::infini_bwd", ceil_div(p.segment_len, Tile::kBlockM),
+                       s.Hq * ceil_div(s.Tq, params.segment_len), s.B,
+                       heads_per_section(s, p.segment_len, 256));
+  launch_dq<Traits>(p, num_sms, stream);
+}
+
+}  // namespace
+
+void launch_infini_local_bwd(const InfiniParams& params, const InfiniGrads& grads,
+                             const InfiniBwdScratch& scratch, bool deterministic, int num_sms,
+                             Stream stream) {
+  cudaMemsetAsync(scratch.counters, 0, 2 * sizeof(int), stream);
+  choose_bwd_tile(params, !deterministic, [&](auto tile) {
+    launch_keys<typename decltype(tile)::type>(params, grads, scratch, num_sms, stream);
+  });
+  if (deterministic) {
+    choose_type_and_dim(params.shape, [&](auto type, auto dim) {
+      using T = typename decltype(type)::type;
+      if constexpr (dim.value <= 128) {
+        launch_queries<typename DqTiles<T, dim.value>::type>(params, grads, scratch, num_sms,
+                                                             stream);
+      }
+    });
+  } else {
+    launch_unpack_dq(params, grads, scratch.dq_sum, stream);
+  }
+}
+
+}  // namespace lctx::cuda

@@ -1,0 +1,128 @@
+"""`lctx::ring_fwd` and `lctx::ring_bwd`: the whole ring as one op each.
+
+One op is what selective checkpointing can save and what `torch.compile` does not look into. Plan,
+group and transport are text, because an op takes no Python objects.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _load, _ops
+from .._dtypes import dtype_name
+from . import steps
+from .groups import SIM
+from .plan import plan_of
+from .process_group import transport_of
+from .schedule import Schedule, schedule_of
+from .transport import Simulator, run_alone
+
+NEEDED = {"fwd": ("flash_carry",), "bwd": ("flash_carry_bwd", "attn_delta")}
+"""The kernels that each direction is made of."""
+
+
+class _Options(NamedTuple):
+    plan: str
+    group: str
+    transport: str
+    causal: bool
+    scale: float
+    window: int
+    timeout: float
+    deterministic: bool
+
+    @property
+    def schedule(self) -> Schedule:
+        return schedule_of(plan_of(self.plan), self.causal, self.window)
+
+
+def _note(o: _Options, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """What all ranks must have in common."""
+    plan = plan_of(o.plan)
+    return {
+        "batch": q.shape[0], "query heads": q.shape[2], "key heads": k.shape[2],
+        "head dims": [q.shape[3], v.shape[3]], "dtype": dtype_name(q.dtype),
+        "sequence length": plan.seq_len, "lengths": list(plan.lengths[:16]),
+        "layout": plan.layout, "documents": len(plan.documents) - 1,
+        "plan": zlib.crc32(o.plan.encode()), "causal": o.causal, "window": o.window,
+        "scale": o.scale, "deterministic": o.deterministic,
+    }  # fmt: skip
+
+
+def _split(x: Tensor, lengths: tuple[int, ...], dim: int = 1) -> list[Tensor]:
+    return list(x.split(list(lengths), dim))
+
+
+def _ranks(o: _Options) -> tuple[Simulator, list[steps.Rank]]:
+    schedule, n = o.schedule, plan_of(o.plan).world_size
+    simulator = Simulator(n)
+    ranks = [
+        steps.Rank(rank, schedule, simulator.rank(rank), o.scale, o.deterministic)
+        for rank in range(n)
+    ]
+    return simulator, ranks
+
+
+def _alone(o: _Options, q: Tensor, note: dict[str, Any], agree: bool) -> steps.Rank:
+    from torch.distributed import distributed_c10d as c10d
+
+    group = c10d._resolve_process_group(o.group)  # type: ignore[attr-defined,arg-type]
+    transport = transport_of(group, q.device)
+    transport.begin(note, o.timeout, agree)
+    return steps.Rank(transport.rank, o.schedule, transport, o.scale, o.deterministic)
+
+
+def _ring_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    o = _Options(*options)
+    if o.transport != SIM:
+        at = _alone(o, q, _note(o, q, k, v), agree=True)
+        return run_alone(steps.forward(at, q, k, v), at.transport)
+    simulator, ranks = _ranks(o)
+    lengths = plan_of(o.plan).lengths
+    parts = zip(ranks, *(_split(x, lengths) for x in (q, k, v)), strict=True)
+    results = simulator.run([steps.forward(*part) for part in parts])
+    return torch.cat([out for out, _ in results], 1), torch.cat([lse for _, lse in results], 2)
+
+
+def _ring_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    o = _Options(*options)
+    if o.transport != SIM:
+        at = _alone(o, q, _note(o, q, k, v), agree=False)
+        work = steps.backward(at, dout, dlse, q, k, v, out, lse)
+        return run_alone(work, at.transport)
+    simulator, ranks = _ranks(o)
+    lengths = plan_of(o.plan).lengths
+    rows = [_split(x, lengths) for x in (dout, q, k, v, out)]
+    statistics: list[list[Any]] = [
+        [None] * len(ranks) if x is None else [s.contiguous() for s in _split(x, lengths, 2)]
+        for x in (dlse, lse)
+    ]
+    douts, qs, ks, vs, outs = rows
+    parts = zip(ranks, douts, statistics[0], qs, ks, vs, outs, statistics[1], strict=True)
+    results = simulator.run([steps.backward(*part) for part in parts])
+    dq, dk, dv = (torch.cat(grads, 1) for grads in zip(*results, strict=True))
+    return dq, dk, dv
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"lctx::{op}", key))
+
+
+def register() -> None:
+    """Implement both ops on every device whose kernels exist; fake kernels and autograd."""
+    for direction, function in (("fwd", _ring_fwd), ("bwd", _ring_bwd)):
+        for key in ("CPU", "CUDA"):
+            if all(_has_kernel(op, key) for op in NEEDED[direction]):
+                torch.library.impl(f"lctx::ring_{direction}", key)(function)
+    _ops.register("ring", (_ops._softmax_fwd, _ops._softmax_bwd))
+
+
+if _load.LIBRARY_ERROR is None:
+    register()

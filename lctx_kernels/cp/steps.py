@@ -1,0 +1,298 @@
+"""The ring itself: what one rank computes and exchanges, forward and backward.
+
+Written as generators that yield the tickets they have to wait for, so that one process runs one
+rank or all of them. Sums are fp32 (fp64 for fp64) from the first step to the last: (out, lse) stay
+in the rank, inside the kernels; dK and dV travel with the keys they belong to, in two groups of
+heads, so that one is on its way while the other is computed. The order of all additions is fixed.
+Source: Liu et al. 2023 (arXiv 2310.01889), algorithm 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._dtypes import stat_dtype
+from .schedule import Call, Schedule
+from .transport import Hop, Steps, Transport
+
+
+class Rank(NamedTuple):
+    """One rank's view of a ring."""
+
+    rank: int
+    schedule: Schedule
+    transport: Transport
+    scale: float
+    deterministic: bool = True
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.schedule.plan.world_size
+
+    @property
+    def next(self) -> int:
+        """Where keys go."""
+        return (self.rank + 1) % self.world_size
+
+    @property
+    def previous(self) -> int:
+        """Where keys come from."""
+        return (self.rank - 1) % self.world_size
+
+
+class Wire(NamedTuple):
+    """A flat buffer that holds the travelling rows of k and v, or of dk and dv."""
+
+    flat: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def _wire(flat: Tensor, rows: int, k: Tensor, v: Tensor) -> Wire:
+    """Views of the beginning of `flat` for `rows` rows shaped like those of k and v."""
+    shapes = [(x.shape[0], rows, *x.shape[2:]) for x in (k, v)]
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    parts = flat[: sum(sizes)].split(sizes)
+    return Wire(flat[: sum(sizes)], *(p.view(s) for p, s in zip(parts, shapes, strict=True)))
+
+
+def _row_size(k: Tensor, v: Tensor) -> int:
+    """Elements of one row of k and of v."""
+    return k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3])
+
+
+def _intervals(wire: Iterable[tuple[int, int]]) -> list[tuple[slice, slice]]:
+    """Rows of the source and where they stand on the wire."""
+    pairs, row = [], 0
+    for begin, end in wire:
+        pairs.append((slice(begin, end), slice(row, row + end - begin)))
+        row += end - begin
+    return pairs
+
+
+class KeyRing:
+    """The keys and values that a rank holds, step by step: two slots and the packed own rows."""
+
+    def __init__(self, at: Rank, phase: str, k: Tensor, v: Tensor) -> None:
+        self.at, self.phase, self.k, self.v = at, phase, k, v
+        schedule, n = at.schedule, at.world_size
+        received = [
+            schedule.wire_rows(schedule.source(at.rank, step))
+            for step in range(1, n)
+            if schedule.last[schedule.source(at.rank, step)] >= step
+        ]
+        size = max(received, default=0) * _row_size(k, v)
+        self.slots = [k.new_empty(size) for _ in range(min(len(received), 2))]
+        self.held: Wire | None = None
+        if schedule.last[at.rank] > 0:
+            rows = schedule.wire_rows(at.rank)
+            self.held = _wire(k.new_empty(rows * _row_size(k, v)), rows, k, v)
+            for own, packed in _intervals(schedule.wire[at.rank]):
+                self.held.k[:, packed] = k[:, own]
+                self.held.v[:, packed] = v[:, own]
+        self.arriving: Wire | None = None
+
+    def post(self, step: int) -> Any:
+        """Send on what is held in `step` and receive what the next step needs; its ticket."""
+        at, schedule = self.at, self.at.schedule
+        sends: tuple[tuple[int, Tensor], ...] = ()
+        recvs: tuple[tuple[int, Tensor], ...] = ()
+        coming = schedule.source(at.rank, step + 1)
+        if self.held is not None and schedule.last[schedule.source(at.rank, step)] > step:
+            sends = ((at.next, self.held.flat),)
+        self.arriving = None
+        if schedule.last[coming] > step and step + 1 < at.world_size:
+            rows = schedule.wire_rows(coming)
+            self.arriving = _wire(self.slots[step % len(self.slots)], rows, self.k, self.v)
+            recvs = ((at.previous, self.arriving.flat),)
+        if not sends and not recvs:
+            return None
+        return at.transport.post(Hop(self.phase, step, 0, sends, recvs))
+
+    def turn(self) -> None:
+        """What has arrived is held now."""
+        self.held = self.arriving
+
+
+def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Tensor]]:
+    """out (B, L, Hq, Dv) and lse (B, Hq, L) of one rank's queries over the keys of all."""
+    stat = stat_dtype(q.dtype)
+    (B, L, Hq, _), Dv = q.shape, v.shape[-1]
+    carry = q.new_zeros(B, L, Hq, Dv, dtype=stat)
+    lse = q.new_full((B, Hq, L), -torch.inf, dtype=stat)
+    ring = KeyRing(at, "forward kv", k, v)
+    rounding, out = at.schedule.rounding_step(at.rank), None
+    for step in range(at.world_size):
+        source = at.schedule.source(at.rank, step)
+        ticket = ring.post(step)
+        last = step == rounding
+        if step == 0:
+            calls: Sequence[Call] = at.schedule.calls[at.rank][source]
+            out = _forward_calls(at, calls, q, k, v, carry, lse, last)
+        elif ring.held is not None:
+            calls = at.schedule.wire_calls(at.rank, source)
+            some = _forward_calls(at, calls, q, ring.held.k, ring.held.v, carry, lse, last)
+            out = some if last else out
+        if ticket is not None:
+            yield ticket
+        ring.turn()
+    return carry.to(q.dtype) if out is None else out, lse
+
+
+def _forward_calls(
+    at: Rank, calls: Sequence[Call], q: Tensor, k: Tensor, v: Tensor, carry: Tensor, lse: Tensor,
+    last: bool,
+) -> Tensor | None:  # fmt: skip
+    """With `last`, what the last call returns: the result, rounded by the kernel."""
+    out = None
+    for index, (q0, q1, k0, k1, causal, window, start) in enumerate(calls):
+        out = torch.ops.lctx.flash_carry(
+            q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], carry[:, q0:q1], lse[:, :, q0:q1], causal,
+            at.scale, window, 0, start, last and index == len(calls) - 1,
+        )  # fmt: skip
+    return out if last else None
+
+
+class Saved(NamedTuple):
+    """What the backward of one rank works on."""
+
+    dout: Tensor
+    q: Tensor
+    lse: Tensor
+    delta: Tensor
+    dq: Tensor
+
+    def heads(self, begin: int, end: int) -> Saved:
+        """Query heads [begin, end)."""
+        dout, q, lse, delta, dq = self
+        rows = slice(begin, end)
+        return Saved(dout[:, :, rows], q[:, :, rows], lse[:, rows], delta[:, rows], dq[:, :, rows])
+
+
+def _backward_calls(
+    at: Rank, calls: Iterable[Call], x: Saved, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    for q0, q1, k0, k1, causal, window, start in calls:
+        torch.ops.lctx.flash_carry_bwd(
+            x.dout[:, q0:q1], x.q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], x.lse[:, :, q0:q1],
+            x.delta[:, :, q0:q1], x.dq[:, q0:q1], dk[:, k0:k1], dv[:, k0:k1], causal, at.scale,
+            window, 0, start, at.deterministic,
+        )  # fmt: skip
+
+
+class GradientRing:
+    """Sums of dk and dv of one group of heads [h0, h1): two slots that travel with their keys.
+
+    The sum for the keys of a source starts at the first other rank that sees them, follows them
+    from rank to rank, and goes home from the last one.
+    """
+
+    def __init__(self, at: Rank, part: int, h0: int, h1: int, dk: Tensor, dv: Tensor) -> None:
+        self.at, self.part, self.h0, self.h1 = at, part, h0, h1
+        self.dk, self.dv = dk[:, :, h0:h1], dv[:, :, h0:h1]
+        schedule, n = at.schedule, at.world_size
+        passing = [schedule.source(at.rank, step) for step in range(1, n)]
+        rows = [schedule.wire_rows(s) for s in (at.rank, *passing)]
+        size = max(rows) * _row_size(self.dk, self.dv)
+        self.slots = [dk.new_empty(size) for _ in range(2 if n > 1 else 0)]
+        self.held: Wire | None = None  # the sum that has arrived for the step to come
+        self.arriving: Wire | None = None
+        self.home: Wire | None = None
+        self.ticket: Any = None
+
+    def _slot(self, step: int, source: int) -> Wire:
+        rows = self.at.schedule.wire_rows(source)
+        return _wire(self.slots[step % 2], rows, self.dk, self.dv)
+
+    def arrive(self) -> Steps[None]:
+        """Wait for the hop under way; own gradients that came home are added."""
+        if self.ticket is not None:
+            yield self.ticket
+        self.ticket, self.held, self.arriving = None, self.arriving, None
+        if self.home is None:
+            return
+        for own, packed in _intervals(self.at.schedule.wire[self.at.rank]):
+            self.dk[:, own] += self.home.k[:, packed]
+            self.dv[:, own] += self.home.v[:, packed]
+        self.home = None
+
+    def sum_of(self, step: int) -> Wire:
+        """Where the gradients of `step` are added."""
+        source = self.at.schedule.source(self.at.rank, step)
+        if self.at.schedule.first[source] == step:
+            self.held = self._slot(step, source)
+            self.held.flat.zero_()
+        assert self.held is not None
+        return self.held
+
+    def post(self, step: int) -> None:
+        """Pass the sum of `step` on, or home, and receive that of the next step."""
+        at, schedule, n = self.at, self.at.schedule, self.at.world_size
+        source, coming = schedule.source(at.rank, step), schedule.source(at.rank, step + 1)
+        sends, recvs = [], []
+        if self.held is not None:
+            sends.append((at.next if step < schedule.last[source] else source, self.held.flat))
+        if schedule.first[coming] <= step < schedule.last[coming] and step + 1 < n:
+            self.arriving = self._slot(step + 1, coming)
+            recvs.append((at.previous, self.arriving.flat))
+        if schedule.last[at.rank] == step:
+            free = self._slot(step + 1, at.rank)
+            if self.arriving is not None:
+                free = _wire(
+                    torch.empty_like(free.flat), schedule.wire_rows(at.rank), free.k, free.v
+                )
+            self.home = free
+            recvs.append(((at.rank + step) % n, free.flat))
+        if sends or recvs:
+            hop = Hop("backward dkv", step, self.part, tuple(sends), tuple(recvs))
+            self.ticket = at.transport.post(hop)
+
+
+def backward(
+    at: Rank, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    lse: Tensor,
+) -> Steps[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """dq, dk, dv of one rank's tensors; lse and delta are those over the keys of all ranks."""
+    stat = stat_dtype(q.dtype)
+    delta = torch.ops.lctx.attn_delta(dout, dlse, out)
+    dq, dk, dv = (torch.zeros_like(x, dtype=stat, memory_format=torch.contiguous_format)
+                  for x in (q, k, v))  # fmt: skip
+    own = Saved(dout, q, lse, delta, dq)
+    heads, G = k.shape[2], q.shape[2] // k.shape[2]
+    edges = [0, (heads + 1) // 2, heads] if heads > 1 else [0, 1]
+    parts = [
+        GradientRing(at, part, h0, h1, dk, dv)
+        for part, (h0, h1) in enumerate(itertools.pairwise(edges))
+    ]
+    ring = KeyRing(at, "backward kv", k, v)
+    dense, masked = at.schedule.local_calls(at.rank)
+    for step in range(at.world_size):
+        source = at.schedule.source(at.rank, step)
+        ticket = ring.post(step)
+        if step == 0:
+            _backward_calls(at, dense, own, k, v, dk, dv)
+        else:
+            calls = at.schedule.wire_calls(at.rank, source)
+            for part in parts:
+                yield from part.arrive()
+                if at.schedule.first[source] <= step <= at.schedule.last[source]:
+                    assert ring.held is not None
+                    rows, sums = slice(part.h0, part.h1), part.sum_of(step)
+                    _backward_calls(
+                        at, calls, own.heads(part.h0 * G, part.h1 * G), ring.held.k[:, :, rows],
+                        ring.held.v[:, :, rows], sums.k, sums.v,
+                    )  # fmt: skip
+                part.post(step)
+        if ticket is not None:
+            yield ticket
+        ring.turn()
+    _backward_calls(at, masked, own, k, v, dk, dv)
+    for part in parts:
+        yield from part.arrive()
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -1,0 +1,85 @@
+"""What becomes of a ring when a rank is gone, late, or does something else."""
+
+import re
+
+import cp_workers
+import pytest
+from processes import run_ranks
+
+pytestmark = pytest.mark.dist
+
+TIMEOUT = 2.0
+GRACE = 5.0
+
+
+def check_ring_error(outcome, rank):
+    assert outcome.error == "RingError", outcome.text
+    (waited,) = re.findall(r"waited ([0-9.]+) s", outcome.text)
+    assert float(waited) < TIMEOUT + GRACE  # processes may take long to start on a busy machine
+    assert outcome.fields["rank"] == rank
+    assert outcome.fields["phase"] in ("agreement", "forward kv", "backward kv", "backward dkv")
+    assert f"rank {rank} of 4 waited" in outcome.text and "is late, gone, or" in outcome.text
+
+
+@pytest.mark.parametrize(
+    "victim, phase, step",
+    [(2, "forward kv", 1), (0, "backward kv", 0), (3, "backward dkv", 2)],
+)
+def test_a_killed_rank(victim, phase, step):
+    outcomes = run_ranks(cp_workers.killed, 4, victim, phase, step, TIMEOUT)
+    assert outcomes[victim].error == "died"
+    named = set()
+    for rank in {0, 1, 2, 3} - {victim}:
+        check_ring_error(outcomes[rank], rank)
+        fields = outcomes[rank].fields
+        assert fields["step"] >= 0 and fields["bytes"] > 0
+        named |= set(fields["peers"])
+    assert victim in named
+    others = [outcomes[r].text for r in range(4) if r != victim]
+    assert any(f"rank {victim}: says nothing: still at work, or gone" in text for text in others)
+
+
+def test_a_delayed_rank_and_a_new_group():
+    outcomes = run_ranks(cp_workers.delayed, 4, 1, "forward kv", 1, TIMEOUT)
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.error is None, outcome.text
+        text, last_hop = outcome.value
+        assert f"rank {rank} of 4 waited" in text and "step" in text
+        assert last_hop["error"] is None and last_hop["done"]
+        (waited,) = re.findall(r"waited ([0-9.]+) s", text)
+        assert float(waited) < TIMEOUT + GRACE
+
+
+def test_a_rank_that_does_not_call():
+    outcomes = run_ranks(cp_workers.absent, 4, 3, TIMEOUT)
+    for rank in range(3):
+        check_ring_error(outcomes[rank], rank)
+        assert outcomes[rank].fields["phase"] == "agreement"
+
+
+@pytest.mark.parametrize(
+    "call, texts",
+    [
+        (cp_workers.other_length, ("different arguments", "rank 1: sequence length = 27")),
+        (cp_workers.not_the_plans_length, ("q has 9 rows on rank 1; expected 10",)),
+        (cp_workers.other_window, ("different arguments", "rank 0: window = 4", "window = 5")),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_other_arguments_are_one_error_on_every_rank(call, texts):
+    for outcome in run_ranks(call, 3, 1):
+        assert outcome.error == "ValueError", outcome.text
+        assert all(text in outcome.text for text in texts), outcome.text
+        assert outcome.seconds < 10 * GRACE  # not the timeout of the group, half an hour
+
+
+def test_an_error_of_the_only_caller_is_its_own():
+    first, second = run_ranks(cp_workers.refused_alone, 2, 1)
+    assert first.error is None
+    assert second.error == "ValueError" and "window is 0" in second.text
+
+
+def test_backwards_in_another_order():
+    for rank, outcome in enumerate(run_ranks(cp_workers.other_order, 4, 2, TIMEOUT)):
+        check_ring_error(outcome, rank)
+        assert outcome.fields["phase"].startswith("backward")

@@ -1,0 +1,202 @@
+"""Bugs that rings have really had, planted in ours: the simulation must see each of them.
+
+A bug is one replacement in the source of a module. Sources: stale keys and the rank's own lse in
+the backward of published rings, lost last hops, masks of local positions, and what slots, heads and
+waits of this one could get wrong.
+"""
+
+import importlib.util
+import inspect
+import sys
+
+import pytest
+import torch
+from cp_plans import int32
+from helpers import assert_fp64_equal, random_tensor, run
+
+import lctx_kernels as lk
+from lctx_kernels import cp, reference
+from lctx_kernels.cp import ops, schedule, steps
+
+BUGS = {
+    "stale keys in the backward": (
+        steps,
+        "ring.held.v[:, :, rows], sums.k, sums.v,",
+        "ring.held.v[:, :, rows], sums.k, sums.v,\n                    ) if step == 1 else "
+        "_backward_calls(\n                        at, calls, own.heads(part.h0 * G, part.h1 * G), "
+        "k[:, :, rows],\n                        v[:, :, rows], sums.k, sums.v,",
+    ),
+    "stale keys in the forward": (
+        steps,
+        "self.held = self.arriving\n",
+        "self.held = self.arriving if self.at.world_size < 3 else self.held\n",
+    ),
+    "lse of the own keys in the backward": (
+        steps,
+        "own = Saved(dout, q, lse, delta, dq)",
+        "own = Saved(dout, q, _own_lse(q, k, v, lse), delta, dq)",
+    ),
+    "delta without dlse": (steps, "attn_delta(dout, dlse, out)", "attn_delta(dout, None, out)"),
+    "next source instead of the one before": (
+        schedule,
+        "return (rank - step) % self.plan.world_size",
+        "return (rank + step) % self.plan.world_size",
+    ),
+    "band one key too narrow": (
+        schedule,
+        "low = max(low, -((delta - nearest) // stride))",
+        "low = max(low, (nearest - delta) // stride + 1)",
+    ),
+    "band of stripes rounded down": (
+        schedule,
+        "low = max(low, -((delta - nearest) // stride))",
+        "low = max(low, (nearest - delta) // stride)",
+    ),
+    "window one key too wide": (schedule, "(window - 1 - delta)", "(window - delta)"),
+    "window not limited ahead of a row": (schedule, "0 if causal else 1 - window", "0 if causal "
+                                          "else -(10**6)"),
+    "documents ignored": (
+        schedule,
+        "by_document.get(q.document, ())",
+        "[k for ks in by_document.values() for k in ks]",
+    ),
+    "last step missing": (
+        schedule,
+        "steps = [t for t in range(1, n) if",
+        "steps = [t for t in range(1, max(n - 1, 2)) if",
+    ),
+    "joined across a gap": (schedule, "last[2:4] == call[2:4] and last.q1 == call.q0",
+                            "last[2:4] == call[2:4]"),
+    "keys and values swapped on the wire": (
+        steps,
+        "self.held.k[:, packed] = k[:, own]",
+        "self.held.k[:, packed] = v[:, own]",
+    ),
+    "gradients never come home": (steps, "self.dk[:, own] += self.home.k[:, packed]", "pass"),
+    "gradients come home instead of being added": (
+        steps,
+        "self.dv[:, own] += self.home.v[:, packed]",
+        "self.dv[:, own] = self.home.v[:, packed]",
+    ),
+    "gradients come home to the next rank": (
+        steps,
+        "at.next if step < schedule.last[source] else source",
+        "at.next",
+    ),
+    "sums not cleared": (steps, "self.held.flat.zero_()", "pass"),
+    "sums start anew at every rank": (
+        steps,
+        "if self.at.schedule.first[source] == step:",
+        "if True:",
+    ),
+    "both groups of heads are the first": (
+        steps,
+        "rows, sums = slice(part.h0, part.h1), part.sum_of(step)",
+        "rows, sums = slice(0, part.h1 - part.h0), part.sum_of(step)",
+    ),
+    "query heads not grouped": (
+        steps,
+        "own.heads(part.h0 * G, part.h1 * G)",
+        "own.heads(part.h0, part.h0 + (part.h1 - part.h0) * G)",
+    ),
+    "keys used before they are there": (
+        steps,
+        "if ticket is not None:\n            yield ticket\n        ring.turn()\n    return carry",
+        "if step == -1:\n            yield ticket\n        ring.turn()\n    return carry",
+    ),
+    "gradients used before they are there": (
+        steps,
+        "        if self.ticket is not None:\n",
+        "        if self.ticket is not None and self.home is not None:\n",
+    ),
+    "one slot for keys": (steps, "self.slots[step % len(self.slots)]", "self.slots[0]"),
+    "one slot for gradients": (steps, "self.slots[step % 2]", "self.slots[0]"),
+    "rows without keys start at lse 0": (
+        steps,
+        "lse = q.new_full((B, Hq, L), -torch.inf, dtype=stat)",
+        "lse = q.new_full((B, Hq, L), 0.0, dtype=stat)",
+    ),
+    "masked half of the own keys without gradient": (
+        steps,
+        "    _backward_calls(at, masked, own, k, v, dk, dv)\n",
+        "",
+    ),
+    "dense half of the own keys without gradient": (
+        steps,
+        "            _backward_calls(at, dense, own, k, v, dk, dv)\n",
+        "            pass\n",
+    ),
+}  # fmt: skip
+
+PRELUDE = """
+def _own_lse(q, k, v, lse):
+    carry, own = torch.zeros_like(q), torch.full_like(lse, -torch.inf)
+    torch.ops.lctx.flash_carry(q, k, v, carry, own, False, q.shape[-1] ** -0.5, 0, 0, 0, False)
+    return own
+"""
+
+
+def cases():
+    for n in (2, 3, 4):
+        yield cp.make_plan(24, n), {}
+        yield cp.make_plan(24, n), {"causal": False}
+        yield cp.make_plan(24, n), {"causal": False, "window": 4}
+        yield cp.make_plan(24, n, layout="striped", cu_seqlens=int32([0, 7, 24])), {"window": 9}
+        yield cp.make_plan(25, n, layout="striped"), {}
+        yield cp.make_plan(24, n, layout="contiguous", cu_seqlens=int32([0, 7, 24])), {}
+    gap = [torch.tensor([0, 1, 4, 5]), torch.tensor([2, 3, 6, 7])]
+    yield cp.make_plan(8, 2, positions=[gap[0][[0, 1, 2, 3]], gap[1][[2, 3, 0, 1]]]), {}
+    yield cp.make_plan(8, 2, positions=[torch.tensor([4, 0, 5]), torch.tensor([1, 2, 3, 6, 7])]), {}
+
+
+def run_checks():
+    for plan, options in cases():
+        T = plan.seq_len
+        x = {name: random_tensor(1, T, H, 4, seed=i)
+             for i, (name, H) in enumerate(zip("qkv", (4, 2, 2), strict=True))}  # fmt: skip
+        grads = {"out": random_tensor(1, T, 4, 4, seed=8), "lse": random_tensor(1, 4, T, seed=9)}
+        documents = int32(plan.documents) if len(plan.documents) > 2 else None
+
+        def ours(q, k, v, plan=plan, options=options):
+            parts = (cp.shard(plan, t, 1, None) for t in (q, k, v))
+            out, lse = lk.ring_attention(
+                *parts, plan=plan, transport="sim", return_lse=True, **options
+            )
+            return {"out": cp.unshard(plan, out, 1, "sim"), "lse": cp.unshard(plan, lse, 2, "sim")}
+
+        def exact(q, k, v, documents=documents, options=options):
+            out, lse = reference.flash_attention(q, k, v, cu_seqlens=documents, **options)
+            return {"out": out, "lse": lse}
+
+        found, expected = run(ours, x, grads), run(exact, x, grads)
+        for name in expected:
+            assert_fp64_equal(name, found[name], expected[name])
+
+
+def mutant(module, old, new):
+    """The module with `old`, which must occur exactly once, replaced by `new`."""
+    source = inspect.getsource(module)
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
+    spec = importlib.util.spec_from_loader("lctx_kernels.cp.mutant", loader=None)
+    changed = importlib.util.module_from_spec(spec)
+    changed.__package__ = module.__package__
+    sys.modules["lctx_kernels.cp.mutant"] = changed
+    exec(compile(source.replace(old, new) + PRELUDE, "<mutant>", "exec"), vars(changed))
+    return changed
+
+
+def test_the_ring_passes():
+    run_checks()
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_found(bug, monkeypatch):
+    module, old, new = BUGS[bug]
+    changed = mutant(module, old, new)
+    if module is steps:
+        monkeypatch.setattr(ops, "steps", changed)
+    else:
+        monkeypatch.setattr(ops, "schedule_of", changed.schedule_of)
+    errors = (AssertionError, RuntimeError, ValueError, StopIteration)  # wrong, stuck, or refused
+    with pytest.raises(errors):
+        run_checks()

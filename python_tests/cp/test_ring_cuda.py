@@ -1,0 +1,75 @@
+"""ring_attention on GPUs: simulated ranks on one, real ones by NCCL on two."""
+
+import cp_workers
+import pytest
+import torch
+from cp_plans import LAYOUTS, int32
+from gpu_checks import HALF, check_result, gpu_qkv, needs_kernel
+from helpers import errors
+from processes import run_ranks_well
+
+import lctx_kernels as lk
+from lctx_kernels import _ops, cp, reference
+
+pytestmark = needs_kernel("ring_fwd")
+needs_backward = pytest.mark.skipif(
+    "cuda" not in _ops.KERNELS.get("ring_bwd", ()), reason="built without a CUDA ring_bwd"
+)
+
+
+def simulated(plan, q, k, v, **options):
+    parts = (cp.shard(plan, x, 1, None) for x in (q, k, v))
+    out, lse = lk.ring_attention(*parts, plan=plan, transport="sim", return_lse=True, **options)
+    return cp.unshard(plan, out, 1, "sim"), cp.unshard(plan, lse, 2, "sim")
+
+
+def whole(plan, q, k, v, **options):
+    documents = int32(plan.documents).cuda() if len(plan.documents) > 2 else None
+    return reference.flash_attention(
+        q.double(), k.double(), v.double(), cu_seqlens=documents, **options
+    )
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("n", [1, 2, 5, 64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_simulated_ranks(layout, n, D, dtype):
+    q, k, v = gpu_qkv(2, 1100, 4, D, Hkv=2, dtype=dtype)
+    plan = cp.make_plan(1100, n, layout=layout)
+    for options in ({}, {"causal": False}, {"window": 300}):
+        check_result(simulated(plan, q, k, v, **options), whole(plan, q, k, v, **options), q, k, v)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_documents(layout):
+    q, k, v = gpu_qkv(1, 1100, 4, 128, Hkv=2)
+    plan = cp.make_plan(1100, 4, layout=layout, cu_seqlens=int32([0, 1, 300, 300, 999, 1100]))
+    check_result(simulated(plan, q, k, v), whole(plan, q, k, v), q, k, v)
+
+
+@needs_backward
+@pytest.mark.parametrize("n", [2, 8, 64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 300}], ids=str)
+def test_gradients_are_as_accurate_as_on_one_device(options, layout, n):
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(2, 1100, 4, 128, Hkv=2))
+    dout = gpu_qkv(2, 1100, 4, 128, seed=5)[0]
+    exact_leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out = whole(cp.make_plan(1100, 1), *exact_leaves, **options)[0]
+    exact = torch.autograd.grad(out, exact_leaves, dout.double())
+    single = torch.autograd.grad(lk.flash_attention(q, k, v, **options), (q, k, v), dout)
+    plan = cp.make_plan(1100, n, layout=layout)
+    first, second = (
+        torch.autograd.grad(simulated(plan, q, k, v, **options)[0], (q, k, v), dout)
+        for _ in range(2)
+    )
+    for ours, again, theirs, wanted in zip(first, second, single, exact, strict=True):
+        assert torch.equal(ours, again)
+        assert errors(ours, wanted).rms <= 1.02 * errors(theirs, wanted).rms
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_bits_of_the_simulation():
+    run_ranks_well(cp_workers.by_nccl, 2)
