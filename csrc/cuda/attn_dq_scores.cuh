@@ -38,34 +38,17 @@ struct DqRows {
   }
 };
 
-// S -> P from the rows' lse2. Returns 0, known only when the last weights are (see
-// RowState::settled).
+// S and dP -> dS from the rows' (lse2, delta).
 template <int kBlockN, class P>
-__device__ __forceinline__ uint32_t weigh_scores(const P& p, float (&s)[kBlockN / 2],
-                                                 const float (&lse2)[2]) {
-#ifdef HOLD
-  float sum = 0.f;
-#endif
-#pragma unroll
-  for (int j = 0; j < kBlockN / 2; ++j) {
-    s[j] = ptx::exp2_approx(s[j] * p.scale_log2 - lse2[j / 2 % 2]);
-#ifdef HOLD
-    sum += s[j];
-#endif
-  }
-#ifdef HOLD
-  return sum < -fabsf(lse2[0]);
-#endif
-  return s[kBlockN / 2 - 1] < -fabsf(lse2[0]);
-}
-
-// P and dP -> dS from the rows' delta.
-template <int kBlockN>
-__device__ __forceinline__ void differentiate_scores(const float (&s)[kBlockN / 2],
+__device__ __forceinline__ void differentiate_scores(const P& p, const float (&s)[kBlockN / 2],
                                                      float (&dp)[kBlockN / 2],
+                                                     const float (&lse2)[2],
                                                      const float (&delta)[2]) {
 #pragma unroll
-  for (int j = 0; j < kBlockN / 2; ++j) dp[j] = s[j] * (dp[j] - delta[j / 2 % 2]);
+  for (int j = 0; j < kBlockN / 2; ++j) {
+    const float w = ptx::exp2_approx(s[j] * p.scale_log2 - lse2[j / 2 % 2]);
+    dp[j] = w * (dp[j] - delta[j / 2 % 2]);
+  }
 }
 
 template <int kBlockN, bool kWindowed = true>
@@ -92,20 +75,13 @@ struct DenseGrads : DenseScores<kBlockN, kWindowed> {
     DenseScores<kBlockN, kWindowed>::mask(p, work, position0, n, s, unused);
   }
 
-  // As soon as the scores of block n are there.
+  // dP -> dS of block n.
   template <bool kMasked, class Kernel>
-  static __device__ __forceinline__ uint32_t weigh(const Kernel& kernel, int,
-                                                   float (&s)[kBlockN / 2], const State& state) {
-    return weigh_scores<kBlockN>(kernel.p, s, state.lse2);
-  }
-
-  // And as soon as dP is: dP -> dS.
-  template <bool kMasked, class Kernel>
-  static __device__ __forceinline__ void differentiate(const Kernel&, int,
-                                                       const float (&s)[kBlockN / 2],
+  static __device__ __forceinline__ void differentiate(const Kernel& kernel, int,
+                                                       float (&s)[kBlockN / 2],
                                                        float (&dp)[kBlockN / 2],
                                                        const State& state) {
-    differentiate_scores<kBlockN>(s, dp, state.delta);
+    differentiate_scores<kBlockN>(kernel.p, s, dp, state.lse2, state.delta);
   }
 };
 

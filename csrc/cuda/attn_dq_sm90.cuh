@@ -3,7 +3,7 @@
 // Tile map: that of attn_fwd_sm90.cuh, of which this is the sister: the same Tiles, ranges of keys,
 //       masks, loads and way out. The two query stages of the tile hold Q and dO.
 // Pipeline: per block of keys three products: S, dP and, one block behind, dQ += dS K. They are
-//       issued together: the weights are made under dP, dS under dQ. With only two stages dQ goes
+//       issued together, and dS is made under dQ. With only two stages dQ goes
 //       first, so that its keys make room early, and the other warpgroup's products run meanwhile.
 //       Values are released before keys.
 // Memory: Q and dO once, K and V once per tile (L2), dQ once. Shared: Q + dO + kStages (K + V) +
@@ -84,9 +84,8 @@ struct DqKernel : FwdKernel<Traits_> {
     wgmma_fence();
     gemm_nt<T, kBlockN, kHeadDim>(s, query_tile(warpgroup, q_state), 64,
                                   smem + Traits::kK + k_state.stage() * Traits::kKBytes, kBlockN);
-    wgmma_commit();
   }
-  // dP = dO V^T.
+  // dP = dO V^T, and commits both.
   __device__ __forceinline__ void issue_dp(int warpgroup, QState q_state, const KVState& v_state,
                                            float (&dp)[kBlockN / 2]) const {
     q_state.advance();
@@ -179,36 +178,31 @@ struct DqKernel : FwdKernel<Traits_> {
       issue_scores(warpgroup, q_state, k_state, s);
       issue_dp(warpgroup, q_state, v_state, dp);
       k_state.advance();
-      wgmma_wait<1>();
-      if (Scores::needs_mask(keys, n, state)) this->mask_block(index, warpgroup, n, s, state);
-      Scores::template weigh<true>(*this, n, s, state);
       wgmma_wait<0>();
       v_pipe.release(v_state);
       v_state.advance();
+      if (Scores::needs_mask(keys, n, state)) this->mask_block(index, warpgroup, n, s, state);
       Scores::template differentiate<true>(*this, n, s, dp, state);
       accumulator_to_a<T, kBlockN>(dp, ds);
 
       bool started = false;
       const auto step = [&](auto masked) {
         constexpr bool kMasked = decltype(masked)::value;
-        constexpr int kBehind = kProductFirst ? 0 : 1;  // products issued after dP
         if constexpr (kProductFirst) issue_dq(k_state, ds, dq, started);
         issue_scores(warpgroup, q_state, k_state, s);
         issue_dp(warpgroup, q_state, v_state, dp);
         if constexpr (!kProductFirst) issue_dq(k_state, ds, dq, started);
         started = true;
         if constexpr (kProductFirst) {
-          wgmma_wait<2>();
+          wgmma_wait<1>();
           release_last(k_state);
+          wgmma_wait<0>();
+        } else {
+          wgmma_wait<1>();
         }
-        wgmma_wait<kBehind + 1>();
-        if constexpr (kMasked) this->mask_block(index, warpgroup, n, s, state);
-        const uint32_t settled = Scores::template weigh<kMasked>(*this, n, s, state);
-        // ptxas would hoist the wait for dP above the exponentials (see attn_fwd_sm90.cuh).
-        v_pipe.wait(v_state, settled);
-        wgmma_wait<kBehind>();
         v_pipe.release(v_state);
         v_state.advance();
+        if constexpr (kMasked) this->mask_block(index, warpgroup, n, s, state);
         Scores::template differentiate<kMasked>(*this, n, s, dp, state);
         KVState next = k_state;
         next.advance();

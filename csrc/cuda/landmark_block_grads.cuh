@@ -53,7 +53,8 @@ template <int kBlockN>
 struct BlockGrads : BlockGradsBase<kBlockN> {
   using Base = BlockGradsBase<kBlockN>;
   struct State {
-    LandmarkTile tile;
+    LandmarkTile tile, next;  // the next one to be entered
+    int next_group;
     int64_t at;                // in the vectors of group 0
     int first_tile;            // of the batch
     float lam[2], d[2], w[2];  // of the rows and the tile's block
@@ -64,14 +65,24 @@ struct BlockGrads : BlockGradsBase<kBlockN> {
                                                const Work& work, State& state) {
     state.at = Base::vector_offset(kernel, warpgroup, work);
     state.first_tile = work.batch * kernel.p.max_tiles;
+    const KeyRange keys = kernel.keys_of(work, work.position0 + warpgroup * 64,
+                                         min(64, work.row_end - work.row0 - warpgroup * 64));
+    prepare(kernel.p, max(keys.end - 1, 0), state);
+  }
+
+  template <class P>
+  static __device__ __forceinline__ void prepare(const P& p, int n, State& state) {
+    state.next = Base::tile_of(p, state.first_tile, n);
+    state.next_group = Base::group_of(p, state.first_tile, n);
   }
 
   // Before the products of tile n.
   template <class Kernel>
   static __device__ __forceinline__ void enter(const Kernel& kernel, int n, State& state) {
     const auto& p = kernel.p;
-    state.tile = Base::tile_of(p, state.first_tile, n);
-    const int64_t at = state.at + Base::group_of(p, state.first_tile, n) * p.vectors.pitch;
+    state.tile = state.next;
+    const int64_t at = state.at + int64_t{state.next_group} * p.vectors.pitch;
+    prepare(p, max(n - 1, 0), state);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       state.lam[i] = p.vectors.lam[at + 8 * i];
@@ -99,17 +110,11 @@ struct BlockGrads : BlockGradsBase<kBlockN> {
   }
 
   template <bool kMasked, class Kernel>
-  static __device__ __forceinline__ uint32_t weigh(const Kernel& kernel, int,
-                                                   float (&s)[kBlockN / 2], const State& state) {
-    return weigh_scores<kBlockN>(kernel.p, s, state.lam);
-  }
-
-  template <bool kMasked, class Kernel>
-  static __device__ __forceinline__ void differentiate(const Kernel&, int,
-                                                       const float (&s)[kBlockN / 2],
+  static __device__ __forceinline__ void differentiate(const Kernel& kernel, int,
+                                                       float (&s)[kBlockN / 2],
                                                        float (&dp)[kBlockN / 2],
                                                        const State& state) {
-    differentiate_scores<kBlockN>(s, dp, state.d);
+    differentiate_scores<kBlockN>(kernel.p, s, dp, state.lam, state.d);
     const bool leaves = state.tile.has_landmark() && threadIdx.x % 4 == 3;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -126,6 +131,7 @@ struct BlockSums : BlockGradsBase<kBlockN> {
     float d[2];      // this thread's share of sum e dP
     int64_t at;      // in the vectors of group 0
     int first_tile;  // of the batch
+    int group, next_group;
   };
 
   // Tiles of blocks that are earlier ones for some row.
@@ -157,7 +163,7 @@ struct BlockSums : BlockGradsBase<kBlockN> {
   // The vectors of the last row's own block, which no other row has as an earlier one.
   template <class Kernel>
   static __device__ __forceinline__ void begin(const Kernel& kernel, int warpgroup,
-                                               const Work& work, State& state) {
+                                               const Work& work, int n, State& state) {
     const auto& p = kernel.p;
     state.load(kernel, warpgroup, work);
     state.at = Base::vector_offset(kernel, warpgroup, work);
@@ -169,6 +175,7 @@ struct BlockSums : BlockGradsBase<kBlockN> {
     }
     const int row = min(warpgroup * 64 + 63, work.row_end - 1 - work.row0);
     const LandmarkRow own = Base::row_of(p, work, work.position0 + row);
+    prepare(p, max(n, 0), state);
     const float none[2] = {0.f, 0.f};
     if (own.first < own.end) {
       write(kernel, Base::group_of(p, state.first_tile, own.first), state, state.lse2, state.delta,
@@ -176,35 +183,39 @@ struct BlockSums : BlockGradsBase<kBlockN> {
     }
   }
 
-  // Before the products of tile n.
+  template <class P>
+  static __device__ __forceinline__ void prepare(const P& p, int n, State& state) {
+    state.next = Base::tile_of(p, state.first_tile, n);
+    state.next_group = Base::group_of(p, state.first_tile, n);
+  }
+
+  // While the products of tile n run; tile n - 1 is looked up ahead.
   template <class P>
   static __device__ __forceinline__ void enter(const P& p, int n, bool first, State& state) {
     const int begin = state.tile.begin();
-    state.tile = Base::tile_of(p, state.first_tile, n);
+    state.tile = state.next;
+    state.group = state.next_group;
+    prepare(p, max(n - 1, 0), state);
     if (!first && state.tile.begin() == begin) return;
     Base::start_block(n, state);
     state.d[0] = state.d[1] = 0.f;
   }
 
-  // Takes in the scores of a tile.
+  // Takes in tile n.
   template <class P>
-  static __device__ __forceinline__ void add_scores(const P& p, float (&s)[kBlockN / 2],
-                                                    State& state) {
+  static __device__ __forceinline__ void add(const P& p, float (&s)[kBlockN / 2],
+                                             const float (&dp)[kBlockN / 2], State& state) {
     float alpha[2];
     Base::template weigh<true>(p, s, state, alpha);
 #pragma unroll
     for (int row = 0; row < 2; ++row) state.d[row] *= alpha[row];
-  }
-  // And its dP.
-  static __device__ __forceinline__ void add(const float (&s)[kBlockN / 2],
-                                             const float (&dp)[kBlockN / 2], State& state) {
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; ++i) state.d[i / 2 % 2] += s[i] * dp[i];
   }
 
   // After the first tile of a block, the last one taken in.
   template <class Kernel>
-  static __device__ __forceinline__ void close(const Kernel& kernel, int n, State& state) {
+  static __device__ __forceinline__ void close(const Kernel& kernel, State& state) {
     float lam[2], d[2], w[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -216,7 +227,7 @@ struct BlockSums : BlockGradsBase<kBlockN> {
       w[row] = earlier ? G * (d[row] - state.delta[row]) : 0.f;
       lam[row] = earlier ? base + __log2f(l) + state.lse2[row] : state.lse2[row];
     }
-    write(kernel, Base::group_of(kernel.p, state.first_tile, n), state, lam, d, w);
+    write(kernel, state.group, state, lam, d, w);
   }
 };
 
@@ -248,53 +259,31 @@ struct BlockSumsKernel : DqKernel<Traits_> {
   __device__ __forceinline__ void consume(int warpgroup) {
     KVState k_state, v_state;
     QState q_state;
-    float s[2][kBlockN / 2], dp[kBlockN / 2];
+    float s[kBlockN / 2], dp[kBlockN / 2];
     State state;
     while (true) {
       const Turn turn = this->next_turn(warpgroup);
       if (turn.index >= Tiles::end(p)) break;
       const Work work = this->find_work_again(turn.index);
-      if (sees(work, warpgroup)) Scores::begin(*this, warpgroup, work, state);
+      if (sees(work, warpgroup)) Scores::begin(*this, warpgroup, work, turn.keys.end - 1, state);
       if (!turn.loaded) continue;
       this->wait_queries(q_state);
       this->skip(turn.right, k_state, v_state);
-      if (!turn.empty) {
-        int n = turn.keys.end - 1;
-        // dP of a tile and S of the next one run under the sums of `now`.
-        const auto step = [&](float (&now)[kBlockN / 2], float (&after)[kBlockN / 2]) {
-          Scores::enter(p, n, n == turn.keys.end - 1, state);
-          this->issue_dp(warpgroup, q_state, v_state, dp);
-          // After the last tile the scores are those of stale data, and ignored.
-          if (n > 0) k_pipe.wait(k_state);
-          this->issue_scores(warpgroup, q_state, k_state, after);
-          if (state.tile.row0 < state.tile.begin()) {
-            this->mask_block(turn.index, warpgroup, n, now, state);
-          }
-          Scores::add_scores(p, now, state);
-          v_pipe.wait(v_state, state.l[0] < 0.f || state.l[1] < 0.f);
-          wgmma_wait<1>();
-          v_pipe.release(v_state);
-          v_state.advance();
-          Scores::add(now, dp, state);
-          if (state.tile.row0 <= state.tile.begin()) Scores::close(*this, n, state);
-          wgmma_wait<0>();
-          if (n > 0) {
-            k_pipe.release(k_state);
-            k_state.advance();
-          }
-          --n;
-        };
+      for (int n = turn.keys.end - 1; !turn.empty && n >= turn.keys.begin; --n) {
         k_pipe.wait(k_state);
-        this->issue_scores(warpgroup, q_state, k_state, s[0]);
+        this->issue_scores(warpgroup, q_state, k_state, s);
+        this->issue_dp(warpgroup, q_state, v_state, dp);
+        Scores::enter(p, n, n == turn.keys.end - 1, state);
         wgmma_wait<0>();
         k_pipe.release(k_state);
         k_state.advance();
-        while (true) {
-          step(s[0], s[1]);
-          if (n < 0) break;
-          step(s[1], s[0]);
-          if (n < 0) break;
+        v_pipe.release(v_state);
+        v_state.advance();
+        if (state.tile.row0 < state.tile.begin()) {
+          this->mask_block(turn.index, warpgroup, n, s, state);
         }
+        Scores::add(p, s, dp, state);
+        if (state.tile.row0 <= state.tile.begin()) Scores::close(*this, state);
       }
       this->release_queries(q_state);
     }

@@ -1,5 +1,5 @@
-// Math: landmark attention, backward (lctx::landmark_bwd), the gradient of the queries over blocks
-//       of any length: see landmark_block_grads.cuh.
+// Math: landmark attention, backward (lctx::landmark_bwd; the forward is lctx::landmark_fwd), the
+//       gradient of the queries over blocks of any length: see landmark_block_grads.cuh.
 // Tile map: 192 x 64 (D <= 64), 128 x 64 (D <= 128), 128 x 32 (D <= 256).
 // Pipeline: the tables of landmark_tables.cu, the pass of BlockSums, that of BlockGrads.
 // Memory: as landmark_block_grads.cuh, and the tables.
@@ -26,11 +26,21 @@ template <class T, int kHeadDim>
 using BlocksDqTile = std::conditional_t<kHeadDim == 256, DqTile<T, 256, 32, 2, 3, false>,
                                         DqTile<T, kHeadDim, 64, kHeadDim == 64 ? 3 : 2, 4, true>>;
 
-template <class Tile>
+// Without accumulators there are registers for three warpgroups.
+#ifdef ALT
+template <class T, int kHeadDim>
+using BlockSumsTile = BlocksDqTile<T, kHeadDim>;
+#else
+template <class T, int kHeadDim>
+using BlockSumsTile =
+    std::conditional_t<kHeadDim == 128, DqTile<T, 128, 64, 3, 3, false>, BlocksDqTile<T, kHeadDim>>;
+#endif
+
+template <class Tile, class SumsTile>
 void launch_blocks(const LandmarkDqParams& params, int num_sms, Stream stream) {
-  using Tiles = DenseTiles<Tile::kBlockM>;
-  using Sums = FwdTraits<Tile, Tiles, BlockSums<Tile::kBlockN>, StoreRows>;
-  using Grads = FwdTraits<Tile, Tiles, BlockGrads<Tile::kBlockN>, StoreRows>;
+  using Sums =
+      FwdTraits<SumsTile, DenseTiles<SumsTile::kBlockM>, BlockSums<Tile::kBlockN>, StoreRows>;
+  using Grads = FwdTraits<Tile, DenseTiles<Tile::kBlockM>, BlockGrads<Tile::kBlockN>, StoreRows>;
   const LandmarkTables tables(params.scratch + 2, params.shape, Tile::kBlockN,
                               /*with_groups=*/true);
   launch_landmark_tables(params, Tile::kBlockN, tables, stream);
@@ -49,7 +59,8 @@ int64_t landmark_blocks_dq_ints(const AttnShape& s) {
 
 void launch_landmark_blocks_dq(const LandmarkDqParams& params, int num_sms, Stream stream) {
   choose_type_and_dim(params.shape, [&](auto type, auto dim) {
-    launch_blocks<BlocksDqTile<typename decltype(type)::type, dim.value>>(params, num_sms, stream);
+    using T = typename decltype(type)::type;
+    launch_blocks<BlocksDqTile<T, dim.value>, BlockSumsTile<T, dim.value>>(params, num_sms, stream);
   });
 }
 

@@ -45,7 +45,7 @@ struct Chunks {
     const int64_t row_bytes = 3 * sizeof(float) * std::max<int64_t>(landmark_groups(params), 1);
     const int64_t head_bytes = s.Hq / s.Hkv * std::max<int64_t>(vector_pitch(s), 64) * row_bytes;
     const int64_t fit = std::max<int64_t>(kVectorBytes / head_bytes, 1);
-    batches = std::clamp<int64_t>(fit / s.Hkv, 1, s.B);
+    batches = std::clamp<int64_t>(fit / s.Hkv, 1, std::max<int64_t>(s.B, 1));
     heads = ceil_div(s.Hkv, ceil_div(s.Hkv, fit));
   }
 

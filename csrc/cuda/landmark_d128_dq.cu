@@ -1,5 +1,5 @@
-// Math: landmark attention, backward (lctx::landmark_bwd), the gradient of the queries over uniform
-//       blocks of a few keys: see landmark_grads.cuh.
+// Math: landmark attention, backward (lctx::landmark_bwd; the forward is lctx::landmark_fwd), the
+//       gradient of the queries over uniform blocks of a few keys: see landmark_grads.cuh.
 // Tile map: attn_dq_sm90.cuh with LandmarkGrads, head dimensions up to 128; landmark_dq_launch.cuh
 //       chooses the width of a group.
 // Pipeline: as attn_fwd_launch.cuh.

@@ -23,7 +23,9 @@ void set_landmark_dq(const LandmarkDqParams& params, Params& p) {
 
 template <class Tile, int kWidth>
 void launch_groups_dq(const LandmarkDqParams& params, int num_sms, Stream stream) {
-  using Scores = LandmarkGrads<typename Tile::T, Tile::kBlockN, kWidth>;
+  // With three warpgroups there are no registers for it.
+  constexpr bool kByLandmark = kWidth == 64 && Tile::kConsumers == 2;
+  using Scores = LandmarkGrads<typename Tile::T, Tile::kBlockN, kWidth, kByLandmark>;
   using Traits = FwdTraits<Tile, DenseTiles<Tile::kBlockM>, Scores, StoreRows>;
   typename Traits::Params p{};
   set_landmark_dq<Tile>(params, p);
@@ -31,8 +33,13 @@ void launch_groups_dq(const LandmarkDqParams& params, int num_sms, Stream stream
   launch_dq<Traits>(p, num_sms, stream);
 }
 
+#ifdef ALT
+template <class T, int kHeadDim, int kWidth>
+using GroupsDqTile = DqTile<T, kHeadDim, 64, 2, 4, true>;
+#else
 template <class T, int kHeadDim, int kWidth>
 using GroupsDqTile = DqTile<T, kHeadDim, 64, kHeadDim == 64 && kWidth == 64 ? 3 : 2, 4, true>;
+#endif
 
 template <int kHeadDim>
 void launch_landmark_groups_dq(const LandmarkDqParams& params, int num_sms, Stream stream) {

@@ -83,3 +83,19 @@ def test_same_bits_from_run_to_run():
         torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(100)
     )
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
+
+
+@deterministic
+@pytest.mark.parametrize("D", [64, 128])
+def test_strides(D, deterministic):
+    packed = torch.randn(2, 300, 4, 3, D + 8, device="cuda").bfloat16()
+    q, k, v = (packed[:, :, :, i, :D] for i in range(3))
+    check(q, k, v, deterministic=deterministic)
+    heads_first = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    check(*heads_first, deterministic=deterministic)
+
+
+@deterministic
+@pytest.mark.parametrize("D", [64, 128])
+def test_more_tiles_than_multiprocessors(D, deterministic):
+    check(*gpu_qkv(3, 1500, 24, D, Hkv=3), deterministic=deterministic)
