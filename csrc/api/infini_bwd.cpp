@@ -22,7 +22,8 @@ void launch(const Call& call, const InfiniParams& params, const InfiniGrads& gra
   Tensor dz = call.new_stat({plan.splits, s.B, s.Hkv, S, s.Dk});
   Tensor decay = call.new_stat({key_parts, s.B, s.Hkv, S, s.Dk, s.Dk});
   Tensor dz_keys = call.new_stat({key_parts, s.B, s.Hkv, S, s.Dk});
-  Tensor rows = call.new_stat({3, s.B, s.Hq, s.Tq});
+  Tensor retrieved = call.new_stat({s.B, s.Hq, s.Tq});
+  Tensor rows = call.new_stat({2, s.B, s.Hq, cuda::bwd_pitch(s)});
   Tensor dgate_parts = call.new_stat({s.Hq, s.B, plan.row_blocks});
   Tensor dq_sum = call.new_stat({own_q || !deterministic ? cuda::flash_dq_sum_floats(s) : 0});
   if (!own_q) torch::stable::zero_(dq_sum);
@@ -36,9 +37,9 @@ void launch(const Call& call, const InfiniParams& params, const InfiniGrads& gra
   scratch.dz = stat(dz);
   scratch.decay = stat(decay);
   scratch.dz_keys = stat(dz_keys);
-  scratch.retrieved = stat(rows);
-  scratch.lse2 = scratch.retrieved + s.B * s.Hq * s.Tq;
-  scratch.delta = scratch.lse2 + s.B * s.Hq * s.Tq;
+  scratch.retrieved = stat(retrieved);
+  scratch.lse2 = stat(rows);
+  scratch.delta = scratch.lse2 + s.B * s.Hq * cuda::bwd_pitch(s);
   scratch.dgate_parts = stat(dgate_parts);
   scratch.dq_sum = stat(dq_sum);
   scratch.counters = static_cast<int*>(counters.mutable_data_ptr());

@@ -119,8 +119,8 @@ struct InfiniBwdScratch {
   float* dz = nullptr;         // (splits, B, Hkv, S, D)
   float* decay = nullptr;      // (key_splits, B, Hkv, S, D, D), delta rule only
   float* dz_keys = nullptr;    // (key_splits, B, Hkv, S, D), delta rule only
-  float* retrieved = nullptr;  // (B, Hq, T), as the next two
-  float* lse2 = nullptr;
+  float* retrieved = nullptr;  // (B, Hq, T)
+  float* lse2 = nullptr;       // (B, Hq, bwd_pitch), as the next
   float* delta = nullptr;
   float* dgate_parts = nullptr;  // (Hq, B, row_blocks)
   float* dq_sum = nullptr;       // dq_sum_floats

@@ -24,6 +24,7 @@ InfiniGradStates make_states(const InfiniParams& params, const InfiniGrads& grad
   x.D = static_cast<int>(s.Dk);
   x.T = static_cast<int>(s.Tq);
   x.segment_len = static_cast<int>(std::min(params.segment_len, s.Tq));
+  x.pitch = static_cast<int>(bwd_pitch(s));
   x.detach_every = static_cast<int>(std::min<int64_t>(params.detach_every, INT32_MAX));
   const int64_t blocks = ceil_div(x.segment_len, kGradRows);
   x.splits = plan.splits;
@@ -61,7 +62,7 @@ InfiniBwdPlan plan_infini_bwd(const InfiniParams& params, int num_sms) {
     return static_cast<int>(
         std::clamp<int64_t>(num_sms / std::max<int64_t>(units, 1), 1, std::max<int64_t>(most, 1)));
   };
-  return {splits(blocks * (s.Hq / s.Hkv)), splits(blocks), infini_row_blocks(s.Tq)};
+  return {splits(blocks * (s.Hq / s.Hkv)), splits(blocks), infini_row_blocks(s)};
 }
 
 void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& grads,

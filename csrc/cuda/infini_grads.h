@@ -10,6 +10,7 @@ constexpr int kGradRows = 128;  // rows of a block of the retrieval and of the u
 
 struct InfiniGradStates {
   int B, Hq, Hkv, S, D, T, segment_len, detach_every;
+  int pitch;                // of lse2 and delta
   int splits, part_blocks;  // retrieval: a segment's rows of all query heads, in parts of blocks
   int key_splits, key_part_blocks;  // delta rule: the same for the segment's keys
   bool has_mem, first_bypass;
@@ -21,7 +22,7 @@ struct InfiniGradStates {
   float *dM, *dz;
   float* dz_keys;       // delta rule, else nullptr: what the norms add to the gradient of z read
   float* retrieved;     // (B, Hq, T): dout . A_mem
-  float *lse2, *delta;  // (B, Hq, T): what the local part reads
+  float *lse2, *delta;  // (B, Hq, pitch): what the local part reads
   float* dgate_parts;   // (Hq, B, row blocks)
   float* dgate;         // nullptr: not wanted
 
@@ -57,7 +58,7 @@ struct InfiniGradStates {
 void launch_infini_retrieve_bwd(const InfiniParams& params, const InfiniGrads& grads,
                                 const InfiniGradStates& states, float* dq_sum, int num_sms,
                                 Stream stream);
-int64_t infini_row_blocks(int64_t T);  // shares of dgate a batch and head
+int64_t infini_row_blocks(const AttnShape& shape);  // shares of dgate a batch and head
 void launch_infini_row_stats(const InfiniParams& params, const InfiniGrads& grads,
                              const InfiniGradStates& states, Stream stream);
 void launch_infini_linear_scan_bwd(const InfiniGradStates& states, Stream stream);

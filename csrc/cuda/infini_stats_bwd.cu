@@ -63,16 +63,19 @@ __global__ void __launch_bounds__(kThreads)
   }
   const float logit = x.gate != nullptr ? x.gate[head] : 0.f, shift = log2_rest(logit);
   const int64_t rows = (int64_t{batch} * x.Hq + head) * x.T;
+  const int64_t stats = (int64_t{batch} * x.Hq + head) * x.pitch;
   float share = 0.f;
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     const int row = row0 + i * kAtOnce + static_cast<int>(threadIdx.x) / kLanes;
     const float delta = sum_over_lanes(dot8<T>(a[i], b[i]), kLanes);
-    if (threadIdx.x % kLanes != 0 || row >= x.T) continue;
+    if (threadIdx.x % kLanes != 0 || row >= x.pitch) continue;
+    const bool exists = row < x.T;
     const bool empty = !x.has_mem && row < x.segment_len, past = empty && x.first_bypass;
-    x.lse2[rows + row] = p.lse[rows + row] * 1.4426950408889634f - (past ? 0.f : shift);
-    x.delta[rows + row] = delta;
-    if (!past) share += (empty ? 0.f : x.retrieved[rows + row]) - delta;
+    const float lse = exists ? p.lse[rows + row] : INFINITY;  // rows behind the end weigh nothing
+    x.lse2[stats + row] = lse * 1.4426950408889634f - (past ? 0.f : shift);
+    x.delta[stats + row] = delta;
+    if (exists && !past) share += (empty ? 0.f : x.retrieved[rows + row]) - delta;
   }
   if (x.dgate == nullptr) return;
   __shared__ float shares[kThreads / 32];
@@ -115,12 +118,12 @@ void choose(const StatsParams& p, Stream stream) {
 
 }  // namespace
 
-int64_t infini_row_blocks(int64_t T) { return ceil_div(T, kRows); }
+int64_t infini_row_blocks(const AttnShape& shape) { return ceil_div(bwd_pitch(shape), kRows); }
 
 void launch_infini_row_stats(const InfiniParams& params, const InfiniGrads& grads,
                              const InfiniGradStates& states, Stream stream) {
   const StatsParams p{states, grads.dout, params.out_local, static_cast<const float*>(params.lse),
-                      static_cast<int>(infini_row_blocks(states.T))};
+                      static_cast<int>(infini_row_blocks(params.shape))};
   if (params.shape.dtype == DType::kBFloat16) {
     choose<__nv_bfloat16>(p, stream);
   } else {
