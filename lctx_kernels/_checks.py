@@ -167,8 +167,8 @@ def _hopper_limits(call: Call) -> None:
 def _hopper_gradient_limits(call: Call) -> None:
     """What the backward kernels do not have yet."""
     nearest = 'nearest is backend="reference" (plain PyTorch)'
-    Dk = call.size("Dk")
-    if Dk is not None and Dk > 128:
+    Dk, wide = call.size("Dk"), call.op in ("flash_attention", "ring_attention")
+    if Dk is not None and Dk > 128 and not wide:
         call.refuse(
             NotImplementedError,
             f"gradients at head dimension {Dk} on a GPU; expected at most 128; {nearest}",

@@ -20,11 +20,11 @@ void check_tma(const Call& call, const AttnParams& params) {
                       {"v", params.v, s.B, s.Tk, s.Hkv}});
 }
 
-void check_bwd(const Call& call, const AttnParams& params, const AttnGrads& grads) {
+void check_bwd(const Call& call, const AttnParams& params, const AttnGrads& grads, int64_t widest) {
   const AttnShape& s = params.shape;
   check_tma(call, params);
-  call.check(s.Dk <= 128, "the head size is ", s.Dk,
-             "; expected at most 128 for gradients on a GPU");
+  call.check(s.Dk <= widest, "the head size is ", s.Dk, "; expected at most ", widest,
+             " for gradients on a GPU");
   call.check_aligned({{"dout", grads.dout, s.B, s.Tq, s.Hq}, {"out", params.out, s.B, s.Tq, s.Hq}});
 }
 

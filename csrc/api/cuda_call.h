@@ -12,8 +12,9 @@ namespace lctx::api {
 // What the Hopper attention kernels take beyond the checks of every backend.
 void check_tma(const Call& call, const AttnParams& params);
 
-// The same for a backward, whose kernels have D up to 128 so far.
-void check_bwd(const Call& call, const AttnParams& params, const AttnGrads& grads);
+// The same for a backward, whose kernels have D up to `widest` so far.
+void check_bwd(const Call& call, const AttnParams& params, const AttnGrads& grads,
+               int64_t widest = 128);
 
 class CudaCall {
  public:

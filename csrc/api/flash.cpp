@@ -60,7 +60,7 @@ void flash_bwd_cuda(const Call& call, const FlashParams& params, const AttnGrads
                     bool fused) {
   const CudaCall gpu(call);
   if (zero_if_empty(params, grads, gpu.stream())) return;
-  check_bwd(call, params, grads);
+  check_bwd(call, params, grads, 256);
   const BwdBuffers buffers(call, params.shape, fused ? cuda::flash_dq_sum_floats(params.shape) : 0);
   const cuda::BwdScratch& scratch = buffers.scratch;
   cuda::launch_bwd_rows(params, grads, scratch, buffers.dq_floats, gpu.stream());
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_bwd(const Tensor& dout, const OptTensor
   auto results = set_grads(call, dout, dlse, params, grads);
 #ifdef LCTX_WITH_CUDA
   if (call.is_cuda()) {
-    flash_bwd_cuda(call, params, grads, !deterministic);
+    flash_bwd_cuda(call, params, grads, !deterministic && params.shape.Dk <= 128);
     return results;
   }
 #endif

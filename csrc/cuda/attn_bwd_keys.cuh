@@ -30,19 +30,22 @@ struct StoreKeys {
                                                float factor, const TensorView& view) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int key = work.key0 + warpgroup * 64 + fragment_row(warpgroup_thread()) + 8 * i;
-      store_row(kernel, work, key, key < work.key_end, d, i, factor, view);
+      const int key =
+          work.key0 + kernel.first_key(warpgroup) + fragment_row(warpgroup_thread()) + 8 * i;
+      store_row(kernel, work, key, key < work.key_end, d, i, factor, view,
+                kernel.first_column(warpgroup));
     }
   }
 
   template <class Kernel, int N>
   static __device__ __forceinline__ void store_row(const Kernel& kernel, const KeyWork& work,
                                                    int key, bool exists, const float (&d)[N], int i,
-                                                   float factor, const TensorView& view) {
+                                                   float factor, const TensorView& view,
+                                                   int first_column = 0) {
     using T = typename Kernel::T;
     T* row = static_cast<T*>(view.data) + work.batch * view.stride_b +
              kernel.position(work, key) * view.stride_t + work.head * view.stride_h;
-    write_fragment_row<T, 2 * N>(d, i, factor, row, 0, kernel.p.D, exists);
+    write_fragment_row<T, 2 * N>(d, i, factor, row, first_column, kernel.p.D, exists);
   }
 };
 
@@ -88,17 +91,17 @@ struct AddKeys {
   static __device__ __forceinline__ void add(const Kernel& kernel, int warpgroup,
                                              const KeyWork& work, float (&d)[N], float factor,
                                              const TensorView& sum) {
-    const int thread = warpgroup_thread();
+    const int thread = warpgroup_thread(), column = kernel.first_column(warpgroup);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int key = work.key0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
+      const int key = work.key0 + kernel.first_key(warpgroup) + fragment_row(thread) + 8 * i;
       const bool exists = key < work.key_end;
       float* row = static_cast<float*>(sum.data) + work.batch * sum.stride_b +
-                   kernel.position(work, key) * sum.stride_t + work.head * sum.stride_h +
+                   kernel.position(work, key) * sum.stride_t + work.head * sum.stride_h + column +
                    fragment_column(thread);
 #pragma unroll
       for (int j = 0; j < N / 4; ++j) {
-        const bool inside = exists && 8 * j < kernel.p.D;
+        const bool inside = exists && column + 8 * j < kernel.p.D;
         float2 x = inside ? *reinterpret_cast<const float2*>(row + 8 * j) : make_float2(0.f, 0.f);
         x.x += d[4 * j + 2 * i] * factor;
         x.y += d[4 * j + 2 * i + 1] * factor;

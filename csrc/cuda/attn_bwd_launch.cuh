@@ -1,5 +1,6 @@
 // Math: none; the host side of attn_bwd_sm90.cuh, shared by all families.
-// Tile map: choose_bwd_tile: 128 keys x 64 queries for D <= 128, 128 x 128 for D <= 64.
+// Tile map: choose_bwd_tile: keys x queries 128 x 128 for D <= 64, 128 x 64 for D <= 128, 64 x 64
+//       above.
 // Pipeline: the tile counter must be zero at launch; one persistent block per multiprocessor.
 // Memory: tiles go through the heads in sections whose queries fit the L2 cache.
 // Limits: those of attn_bwd_sm90.cuh.
@@ -64,23 +65,18 @@ void launch_bwd(const typename Traits::Params& p, int num_sms, Stream stream) {
   check_launch("attn_bwd_sm90_kernel", grid, dim3(Traits::kThreads), stream);
 }
 
-// Calls run(TypeTag<BwdTile>()) with the tile for `params`.
-template <class Run>
+// Calls run(TypeTag<BwdTile>()) with the tile for `params`. kWidest: the largest D there is.
+template <int kWidest = 128, class Run>
 void choose_bwd_tile(const AttnParams& params, bool fused, Run&& run) {
   const auto with_type = [&](auto type) {
     using T = typename decltype(type)::type;
-    const auto with_dim = [&](auto dim) {
-      constexpr int kHeadDim = decltype(dim)::value;
-      if (fused) {
-        run(TypeTag<BwdTile<T, kHeadDim, true>>());
-      } else {
-        run(TypeTag<BwdTile<T, kHeadDim, false>>());
-      }
-    };
-    if (params.shape.Dk <= 64) {
-      with_dim(std::integral_constant<int, 64>());
-    } else {
-      with_dim(std::integral_constant<int, 128>());
+    const int64_t D = params.shape.Dk;
+    if (D <= 64) {
+      fused ? run(TypeTag<BwdTile<T, 64, true>>()) : run(TypeTag<BwdTile<T, 64, false>>());
+    } else if (D <= 128) {
+      fused ? run(TypeTag<BwdTile<T, 128, true>>()) : run(TypeTag<BwdTile<T, 128, false>>());
+    } else if constexpr (kWidest == 256) {
+      run(TypeTag<BwdTile<T, 256, false>>());
     }
   };
   if (params.shape.dtype == DType::kBFloat16) {

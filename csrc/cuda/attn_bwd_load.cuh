@@ -26,9 +26,11 @@ struct BwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kFused = kFused_, kGroups = kGroups_;
-  static constexpr int kConsumers = 2, kBlockN = 64 * kConsumers;
+  static constexpr bool kWide = kHeadDim > 128;  // attn_bwd_wide.cuh
+  static constexpr int kConsumers = 2, kBlockN = kWide ? 64 : 64 * kConsumers;
   static constexpr int kBlockM = dq_block_rows(kHeadDim), kHalves = kBlockM / 64;
-  static constexpr int kStages = kFused ? 2 : 4;
+  static constexpr int kStages = kFused || kWide ? 2 : 4;
+  static_assert(!(kFused && kWide), "no registers for dQ");
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kKeyBytes = tile_bytes(kBlockN, kHeadDim);
   static constexpr int kQueryBytes = tile_bytes(kBlockM, kHeadDim);
@@ -37,13 +39,14 @@ struct BwdTile {
   static constexpr int kK = 0, kV = kKeyBytes, kQ = 2 * kKeyBytes;
   static constexpr int kDout = kQ + kStages * kQueryBytes;
   static constexpr int kDs = kDout + kStages * kQueryBytes;
-  static constexpr int kLse2 = kDs + (kFused ? kDsBuffers * kDsBytes : 0);
+  static constexpr int kWeights = kDs;  // kWide: P^T and dS^T
+  static constexpr int kLse2 = kDs + (kFused ? kDsBuffers : kWide ? 2 : 0) * kDsBytes;
   static constexpr int kVectors = kGroups ? 2 : 1, kVectorBytes = kStages * kVectors * kBlockM * 4;
   static constexpr int kDelta = kLse2 + kVectorBytes;
   static constexpr int kLandmark = kDelta + kVectorBytes;  // gradients of the landmark's scores
   static constexpr int kSeen = kLandmark + (kGroups ? kVectorBytes : 0);
   static constexpr int kAsideBytes = 32;  // per consumer warp; as much for the producers
-  static constexpr int kAside = kSeen + kBlockN * 8;
+  static constexpr int kAside = kSeen + 64 * kConsumers * 8;
   static constexpr int kBarriers = kAside + (4 * kConsumers + 1) * kAsideBytes;
   static constexpr int kSharedBytes = kBarriers + 256 + 1024;  // and alignment
 };

@@ -15,11 +15,12 @@
 //       Else S^T of the next block is issued with dK of this one.
 // Memory: K and V once; Q, dO, lse2 and delta once per tile (L2); dQ added once per tile (L2).
 //       Registers: 24/240, no spills: dK, dV, S^T, dP^T are 192 of them.
-// Limits: those of attn_fwd_sm90.cuh; D <= 128.
+// Limits: those of attn_fwd_sm90.cuh. Above D = 128 attn_bwd_wide.cuh takes the consumers' place.
 #pragma once
 
 #include "../common/ptx_words.cuh"
 #include "attn_bwd_load.cuh"
+#include "attn_bwd_wide.cuh"
 
 namespace lctx::cuda {
 
@@ -29,6 +30,10 @@ struct BwdKernel : BwdLoads<Traits_> {
   using Traits = Traits_;
   using Base::BwdLoads;
   static constexpr int kTurnBarrier = 1;
+
+  // Keys of a tile that a warpgroup has, and its first column of dK and dV.
+  static __device__ __forceinline__ int first_key(int warpgroup) { return warpgroup * 64; }
+  static __device__ __forceinline__ int first_column(int) { return 0; }
   using Base::k_pipe, Base::v_pipe, Base::q_pipe, Base::dout_pipe;
   using Base::kBlockM, Base::kBlockN, Base::kHalves, Base::kHeadDim;
   using Base::kDsBarrier;
@@ -391,7 +396,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     attn_bwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
   extern __shared__ char shared[];
   char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
-  BwdKernel<Traits> kernel(p, base);
+  std::conditional_t<Traits::kWide, WideBwdKernel<Traits>, BwdKernel<Traits>> kernel(p, base);
   if (threadIdx.x == 0) kernel.init();
   if (threadIdx.x == 32) {  // meanwhile
     ptx::prefetch_tensor_map(&p.q[0]);

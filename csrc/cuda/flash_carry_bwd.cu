@@ -199,16 +199,14 @@ void launch_flash_carry_bwd(const CarryParams& params, const CarryGrads& grads,
   zero(scratch.counter, sizeof(int), stream);
   zero(scratch.dq_sum, dq_sum_floats * sizeof(float), stream);
   launch_rows(params, grads, scratch, stream);
-  choose_bwd_tile(params, fused, [&](auto tile) {
+  choose_bwd_tile<256>(params, fused, [&](auto tile) {
     launch_keys<typename decltype(tile)::type>(params, grads, scratch, num_sms, stream);
   });
   if (fused) return add_dq(params, grads, scratch.dq_sum, stream);
   zero(scratch.counter, sizeof(int), stream);
   choose_type_and_dim(params.shape, [&](auto type, auto dim) {
-    if constexpr (dim.value <= 128) {
-      using Tile = typename DqTiles<typename decltype(type)::type, dim.value>::type;
-      launch_queries<Tile>(params, grads, scratch, num_sms, stream);
-    }
+    using Tile = typename DqTiles<typename decltype(type)::type, dim.value>::type;
+    launch_queries<Tile>(params, grads, scratch, num_sms, stream);
   });
 }
 

@@ -17,14 +17,14 @@ def check(q, k, v, **options):
 
 @deterministic
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("D", [8, 40, 64, 80, 96, 128])
+@pytest.mark.parametrize("D", [8, 40, 64, 80, 96, 128, 136, 256])
 @pytest.mark.parametrize("causal", [True, False])
 def test_head_dimensions(D, causal, dtype, deterministic):
     check(*gpu_qkv(2, 333, 4, D, Hkv=2, dtype=dtype), causal=causal, deterministic=deterministic)
 
 
 @deterministic
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize(
     ("Tq", "Tk"), [(1, 1), (1, 777), (63, 63), (129, 1000), (1000, 129), (700, 701), (192, 384)]
 )
@@ -40,7 +40,7 @@ def test_grouped_queries(Hkv, deterministic):
 
 
 @deterministic
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("window", [1, 17, 128, 500, 5000])
 @pytest.mark.parametrize("causal", [True, False])
 def test_windows(window, causal, D, deterministic):
@@ -48,7 +48,7 @@ def test_windows(window, causal, D, deterministic):
 
 
 @deterministic
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("bounds", [[0, 700], [0, 1, 1, 65, 256, 700], [0, 0, 192, 384, 699, 700]])
 def test_documents(bounds, causal, D, deterministic):
@@ -86,7 +86,7 @@ def test_same_bits_from_run_to_run():
 
 
 @deterministic
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 def test_strides(D, deterministic):
     packed = torch.randn(2, 300, 4, 3, D + 8, device="cuda").bfloat16()
     q, k, v = (packed[:, :, :, i, :D] for i in range(3))
@@ -96,6 +96,6 @@ def test_strides(D, deterministic):
 
 
 @deterministic
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 def test_more_tiles_than_multiprocessors(D, deterministic):
     check(*gpu_qkv(3, 1500, 24, D, Hkv=3), deterministic=deterministic)
