@@ -29,8 +29,8 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int = 4096) -> An
         vocab_size: Tokens, with the 256 bytes and the three special ones (>= 259).
 
     Returns:
-        PreTrainedTokenizerFast with <pad> = 0, <s> = 1, </s> = 2, padding on the left, as generation
-        wants it.
+        PreTrainedTokenizerFast with <pad> = 0, <s> = 1, </s> = 2, which pads on the left, as
+        generation wants it.
 
     Raises:
         ValueError: A vocabulary that is too small.
