@@ -22,6 +22,9 @@ class InfiniState:
         update: "linear" or "delta", as in `infini_attention`.
         first: "gate" or "bypass", as in `infini_attention`.
         mem: Memory of what came before; None is the empty memory.
+        detach_every: As in `infini_attention`, for segments that `attend` closes with `softcap`.
+        softcap: Scores s become softcap * tanh(s / softcap), as in Gemma 2. No kernel does that:
+            local attention then runs in plain PyTorch, with segment_len ** 2 scores per head.
 
     Source: Munkhdalai et al. 2024 (arXiv 2404.07143), section 2.1.
     Equivalent to: one call of lctx_kernels.infini_attention on all tokens.
@@ -41,9 +44,12 @@ class InfiniState:
         update: str = "linear",
         first: str = "gate",
         mem: InfiniMemory | None = None,
+        detach_every: int = 0,
+        softcap: float | None = None,
     ) -> None:
         self.segment_len, self.update, self.first = segment_len, update, first
-        self.mem = mem
+        self.mem, self.detach_every, self.softcap = mem, detach_every, softcap
+        self.closed = 0  # segments
         self.open: list[Tensor] = []  # k, k_mem, v, each (B, segment_len, Hkv, D)
         self.length = 0  # tokens in the open segment
         self.seen = 0
@@ -64,7 +70,7 @@ class InfiniState:
         T, N, start = q.shape[1], self.segment_len, 0
         outs = []
         while start < T:
-            whole = (T - start) // N * N if self.length == 0 else 0
+            whole = (T - start) // N * N if self.length == 0 and self.softcap is None else 0
             end = start + (whole or min(N - self.length, T - start))
             piece, k_piece, v_piece, q_mem_piece, k_mem_piece = (
                 x[:, start:end] for x in (q, k, v, q_mem, k_mem)
@@ -85,7 +91,10 @@ class InfiniState:
 
     def select(self, rows: Tensor) -> InfiniState:
         """The rows `rows` (n,) int64 of the batch, in that order."""
-        chosen = InfiniState(self.segment_len, self.update, self.first)
+        chosen = InfiniState(
+            self.segment_len, self.update, self.first, None, self.detach_every, self.softcap
+        )
+        chosen.closed = self.closed
         if self.mem is not None:
             rows = rows.to(self.mem.M.device)
             chosen.mem = InfiniMemory(*(x.index_select(0, rows) for x in self.mem))
@@ -104,11 +113,14 @@ class InfiniState:
         for room, x in zip(self.open, (k, k_mem, v), strict=True):
             room[:, start : self.length] = x
         keys, _, values = (x[:, : self.length] for x in self.open)
-        local = flash_attention(q, keys, values, scale=scale)
+        if self.softcap is None:
+            local = flash_attention(q, keys, values, scale=scale)
+        else:
+            local = _capped_attention(q, keys, values, scale, self.softcap)
         with without_autocast(q.device.type):
             out = self._with_memory(local, q_mem, gate)
             if self.length == self.segment_len:
-                self._close()
+                self.close()
         return out
 
     def _with_memory(self, local: Tensor, q_mem: Tensor, gate: Tensor | None) -> Tensor:
@@ -122,9 +134,11 @@ class InfiniState:
         retrieved = _retrieve(_phi(q_mem, stat), self.mem)
         return (g * retrieved + (1 - g) * local).to(local.dtype)
 
-    def _close(self) -> None:
-        """Fold the open segment into the memory."""
-        _, k_mem, v = self.open
+    def close(self) -> None:
+        """Fold the open segment into the memory, however short it is."""
+        if self.length == 0:
+            return
+        _, k_mem, v = (x[:, : self.length] for x in self.open)
         stat = stat_dtype(v.dtype)
         phi, written = _phi(k_mem, stat), v.to(stat)
         if self.update == "delta" and self.mem is not None:
@@ -132,7 +146,28 @@ class InfiniState:
         M, z = torch.einsum("bnhd,bnhe->bhde", phi, written), phi.sum(1)
         if self.mem is not None:
             M, z = self.mem.M + M, self.mem.z + z
-        self.mem, self.length = InfiniMemory(M, z), 0
+        self.mem, self.length, self.closed = InfiniMemory(M, z), 0, self.closed + 1
+        if self.detach_every and self.closed % self.detach_every == 0:
+            self.mem = InfiniMemory(M.detach(), z.detach())
+        if any(x.requires_grad for x in self.open):
+            self.open = []  # a backward will still read them
+
+
+def _capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float
+) -> Tensor:
+    """Causal attention of the last Tq of Tk tokens with soft-capped scores, in plain PyTorch."""
+    (B, Tq, Hq, D), (Tk, Hkv), dtype = q.shape, k.shape[1:3], q.dtype
+    stat = stat_dtype(dtype)
+    with without_autocast(q.device.type):
+        grouped = q.to(stat).view(B, Tq, Hkv, Hq // Hkv, D)
+        scores = torch.einsum("bihgd,bjhd->bhgij", grouped, k.to(stat))
+        scores = scores * (D**-0.5 if scale is None else scale)
+        scores = softcap * torch.tanh(scores / softcap)
+        late = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).triu(Tk - Tq + 1)
+        weights = scores.masked_fill(late, -torch.inf).softmax(-1)
+        out = torch.einsum("bhgij,bjhd->bihgd", weights, v.to(stat))
+    return out.reshape(B, Tq, Hq, -1).to(dtype)
 
 
 def _phi(x: Tensor, stat: torch.dtype) -> Tensor:

@@ -146,6 +146,9 @@ def load_model(path: str, dtype: str = "auto") -> Any:
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model's folder."""
+    from .. import hf
+
+    hf.register()  # transformers reads the model's configuration too
     import transformers
 
     return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)

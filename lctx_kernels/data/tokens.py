@@ -29,7 +29,8 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int = 4096) -> An
         vocab_size: Tokens, with the 256 bytes and the three special ones (>= 259).
 
     Returns:
-        PreTrainedTokenizerFast with <pad> = 0, <s> = 1, </s> = 2.
+        PreTrainedTokenizerFast with <pad> = 0, <s> = 1, </s> = 2, which pads on the left, as
+        generation wants it.
 
     Raises:
         ValueError: A vocabulary that is too small.
@@ -50,7 +51,7 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int = 4096) -> An
     tokenizer.train_from_iterator(_lines(documents), trainer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS,
-        clean_up_tokenization_spaces=False,
+        clean_up_tokenization_spaces=False, padding_side="left",
     )  # fmt: skip
 
 

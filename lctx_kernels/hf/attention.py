@@ -24,11 +24,17 @@ class ConvertedAttention(nn.Module):
     config: Any
     layer_idx: int
     memory_gate: Any
+    attn_logit_softcapping: float | None
 
     def options(self) -> dict[str, Any]:
         """Options of the conversion."""
         options: dict[str, Any] = self.config.lctx["options"]
         return options
+
+    @property
+    def softcap(self) -> float | None:
+        """What Gemma 2 caps scores at; other families have the name and no such thing."""
+        return self.attn_logit_softcapping if self.family == "gemma2" else None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, T, Hq, D), k and v (B, T, Hkv, D), normed where the family does, not rotated."""
@@ -88,8 +94,8 @@ class ConvertedAttention(nn.Module):
         """Attention by the states of `layer`, or by new ones for rows with pads."""
         if layer is not None:
             return layer.attend(q, k, v, context.columns, spans=context.spans, **options)
-        rows = Rows(state_maker(self.method, self.options() | {"top_k": None, "offload": False,
-                                                               "max_blocks": None}))  # fmt: skip
+        every = {"top_k": None, "offload": False, "max_blocks": None}
+        rows = Rows(state_maker(self.method, self.options() | every, self.softcap))
         return rows.attend(q, k, v, spans=context.spans, **options)
 
 
@@ -120,12 +126,27 @@ class InfiniMixin(ConvertedAttention):
             return self.run(q, k, v, layer, context, **shared)
         options, index = self.options(), self.layer_idx
         memory = context.memory
+        if self.softcap is not None:
+            return self._capped(q, k, v, shared, memory)
         out, mem = infini_attention(
             q, k, v, None if memory is None else memory.read.get(index), **shared,
             **{n: options[n] for n in ("segment_len", "update", "first", "detach_every")},
         )  # fmt: skip
         if memory is not None:
             memory.written[index] = mem
+        return out
+
+    def _capped(
+        self, q: Tensor, k: Tensor, v: Tensor, shared: dict[str, Any], memory: Any
+    ) -> Tensor:
+        """The same in plain PyTorch, with capped scores."""
+        state = state_maker("infini", self.options(), self.softcap)()
+        state.detach_every = self.options()["detach_every"]
+        state.mem = None if memory is None else memory.read.get(self.layer_idx)
+        out: Tensor = state.attend(q, k, v, **shared)
+        if memory is not None:
+            state.close()
+            memory.written[self.layer_idx] = state.mem
         return out
 
 

@@ -116,11 +116,13 @@ class ConvertedCache(Cache):  # type: ignore[misc]
                 layer.keys, layer.values, layer.is_initialized = None, None, False
 
 
-def state_maker(method: str, options: dict[str, Any]) -> Callable[[], Any]:
+def state_maker(
+    method: str, options: dict[str, Any], softcap: float | None = None
+) -> Callable[[], Any]:
     """What makes an empty state of infini or landmark attention for their options."""
     if method == "infini":
         of_state = ("segment_len", "update", "first")
-        return lambda: InfiniState(**{name: options[name] for name in of_state})
+        return lambda: InfiniState(**{name: options[name] for name in of_state}, softcap=softcap)
     names = ("block_size", "top_k", "select", "offload", "max_blocks")
     return lambda: landmark_state(**{name: options[name] for name in names})
 
@@ -150,7 +152,9 @@ def make_cache(model: Any, **options: Any) -> Any:
             f"hf.make_cache: transformers made {len(layers)} cache layers for "
             f"{model.config.num_hidden_layers} layers of the model"
         )
-    make = state_maker(method, merged)
+    gemma2 = model.config.model_type.endswith("gemma2")
+    softcap = model.config.attn_logit_softcapping if gemma2 else None
+    make = state_maker(method, merged, softcap)
     for layer in spec["layers"]:
         layers[layer] = ConvertedLayer(make)
     return ConvertedCache(layers=layers)

@@ -16,7 +16,7 @@ def convert(model: Any, method: str, *, layers: Sequence[int] | None = None, **o
     """See lctx_kernels.hf.convert."""
     options = complete(method, options)
     family = _family(model)
-    _refuse_scores_that_differ(model, family)
+    _refuse_scores_that_differ(model, family, method)
     chosen = _choose_layers(model, method, layers, options)
     register()
     if method == "landmark":
@@ -56,13 +56,15 @@ def _family(model: Any) -> str:
     return family
 
 
-def _refuse_scores_that_differ(model: Any, family: str) -> None:
-    """What changes the scores before the softmax, which no kernel here does."""
+def _refuse_scores_that_differ(model: Any, family: str, method: str) -> None:
+    """What changes the scores before the softmax: no kernel does, Infini's states do."""
     config = model.config
-    if family == "gemma2" and config.attn_logit_softcapping is not None:
+    capped = family == "gemma2" and config.attn_logit_softcapping is not None
+    if capped and method != "infini":
         raise NotImplementedError(
             "hf.convert: config.attn_logit_softcapping is "
             f"{config.attn_logit_softcapping}; expected None, no kernel caps scores; nearest is "
+            "method 'infini', which then runs in plain PyTorch, or "
             "config.attn_logit_softcapping = None before the model is made, and some fine-tuning"
         )
     if getattr(config, "use_bidirectional_attention", False):

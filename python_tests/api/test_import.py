@@ -23,6 +23,11 @@ OPTIONAL = (
     "matplotlib",
     "triton",
     "datasets",
+    "tokenizers",
+    "safetensors",
+    "peft",
+    "yaml",
+    "tensorboard",
 )
 
 

@@ -25,7 +25,7 @@ def test_any_text_comes_back(tokenizer):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == text
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
-    assert len(tokenizer) == 300
+    assert len(tokenizer) == 300 and tokenizer.padding_side == "left"
 
 
 def test_training_compresses(tokenizer, tmp_path):

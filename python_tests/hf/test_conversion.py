@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from lctx_kernels import nn
 from lctx_kernels.data.landmarks import insert_landmarks
 from lctx_kernels.hf.models import model_class
+from lctx_kernels.hf.training import segmentwise_backward
 
 CASES = [(family, method) for family in FAMILIES for method in METHODS]
 
@@ -217,7 +218,52 @@ def test_wrong_models():
         hf.make_cache(base())
 
 
-@pytest.mark.parametrize("method", METHODS)
+CAPPED = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 30.0}
+
+
+def capped(**options):
+    return converted("infini", "gemma2", options={"segment_len": 8, "gate_init": 0.5} | options,
+                     **CAPPED)  # fmt: skip
+
+
+def test_capped_scores_of_infini_are_those_of_the_base():
+    ids, dense = tokens(2, 24), base("gemma2", **CAPPED)
+    dense.config._attn_implementation = "eager"  # whose softmax is in fp32
+    ours = capped(segment_len=64)(ids).logits
+    close(ours, dense(ids).logits, rtol=1e-5, atol=1e-5)
+    uncapped = converted("infini", "gemma2", options={"segment_len": 64})(ids).logits
+    assert not torch.allclose(ours, uncapped, atol=1e-2)
+
+
+@pytest.mark.parametrize("update", ["linear", "delta"])
+def test_wide_caps_of_infini_are_no_caps(update):
+    ids, options = tokens(2, 29), {"segment_len": 8, "gate_init": 0.5, "update": update}
+    wide = converted("infini", "gemma2", options=options, attn_logit_softcapping=1e9)
+    none = converted("infini", "gemma2", options=options)
+    results = []
+    for model in (wide, none):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        results.append((loss.detach(), [p.grad for p in model.parameters()]))
+    close(results[0][0], results[1][0], rtol=1e-6)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_capped_scores_of_infini_in_training_and_generation():
+    model, ids = capped(detach_every=1), tokens(2, 21)
+    out = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(model(out).logits[:, 20:-1].argmax(-1), out[:, 21:])
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    want = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    segmentwise_backward(model, {"input_ids": ids, "labels": ids})
+    for p, grad in zip(model.parameters(), want, strict=True):
+        close(p.grad, grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["landmark", "dilated"])
 def test_capped_scores_are_refused(method):
     with pytest.raises(NotImplementedError, match=r"attn_logit_softcapping is 50.0; expected None"):
         converted(method, "gemma2", attn_logit_softcapping=50.0)
