@@ -13,7 +13,7 @@
 //       these products run.
 // Memory: q and dO once, M once a unit, dq once: in fp32 as the start of dq_sum (dq_sum.cuh), which
 //       then need not be cleared, or in the inputs' type as dq_mem.
-// Limits: bf16, fp16; D a multiple of 8 up to 128.
+// Limits: used by infini_bwd; bf16, fp16; D a multiple of 8 up to 128.
 #include "../common/epilogue.cuh"
 #include "../common/tensor_map.h"
 #include "dq_sum.cuh"
