@@ -69,6 +69,17 @@ def _infini() -> None:
             lk.infini_attention(*qkv(100, D), mem, segment_len=128, update=update)
 
 
+def _infini_bwd() -> None:
+    for D in (64, 128):
+        for update in ("linear", "delta"):
+            tensors = [x.requires_grad_() for x in qkv(300, D)]
+            for fixed in (False, True):
+                out, _ = lk.infini_attention(
+                    *tensors, segment_len=128, update=update, deterministic=fixed
+                )
+                out.sum().backward()
+
+
 def _carry() -> None:
     q, k, v = qkv(300, 128)
     out, lse = torch.zeros(1, 300, 4, 128).cuda(), torch.full((1, 4, 300), -torch.inf).cuda()
@@ -92,7 +103,7 @@ PLANTED = "planted"
 FINDERS = ("memcheck", "initcheck")  # of what is planted
 CALLS: dict[str, Callable[[], None]] = {
     f.__name__[1:]: f
-    for f in (_planted, _flash, _decode, _landmark, _dilated, _infini, _carry, _merge)
+    for f in (_planted, _flash, _decode, _landmark, _dilated, _infini, _infini_bwd, _carry, _merge)
 }
 
 

@@ -11,7 +11,7 @@
 //       loaded a segment ahead.
 // Memory: per segment and head reads T (each of D / 32 blocks, once from HBM) and G, writes M and
 //       its 16-bit copy: 14 D^2 bytes. A chain of S dependent steps of under 1 us each.
-// Limits: D a multiple of 8 up to 256.
+// Limits: used by infini_fwd and infini_bwd; D a multiple of 8 up to 256.
 #include "../common/ptx_words.cuh"
 #include "../common/tensor_map.h"
 #include "../common/wgmma.cuh"

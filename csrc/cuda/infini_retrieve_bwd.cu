@@ -13,7 +13,7 @@
 //       these products run.
 // Memory: q and dO once, M once a unit, dq once: in fp32 as the start of dq_sum (dq_sum.cuh), which
 //       then need not be cleared, or in the inputs' type as dq_mem.
-// Limits: bf16, fp16; D a multiple of 8 up to 128.
+// Limits: used by infini_bwd; bf16, fp16; D a multiple of 8 up to 128.
 #include "../common/epilogue.cuh"
 #include "../common/tensor_map.h"
 #include "dq_sum.cuh"
@@ -218,8 +218,10 @@ struct RetrieveKernel {
     const auto place = [&](int row) {
       return p.dq_sum + dq_sum_place<kHeadDim>(head, x.T, row, thread % 4);
     };
+    // The last block is written to its end.
+    const int padded = dq_blocks(x.T, kHeadDim) * dq_block_rows(kHeadDim);
     if (row0 % 64 == 0 && (row0 + 64 <= end || end == x.T)) {  // as dq_sum has it
-      if (row0 >= end) return;
+      if (row0 >= (end == x.T ? padded : end)) return;
       float* to = place(row0 + fragment_row(thread));
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {

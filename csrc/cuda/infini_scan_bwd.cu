@@ -8,7 +8,7 @@
 //       before they are needed.
 // Memory: in place: per segment and head D^2 (4 read + 4 written) bytes: memory's speed. Parts of a
 //       segment are added in their order.
-// Limits: D a multiple of 8.
+// Limits: used by infini_bwd; D a multiple of 8.
 #include "../common/launch.h"
 #include "infini_grads.h"
 

@@ -7,7 +7,7 @@
 // Memory: per segment and head at most D^2 (4 read + 4 + 2 written) bytes: memory's speed. Gains
 // lie
 //       where the state after them is written. Parts of a segment are added in their order.
-// Limits: used by infini_fwd alone, D a multiple of 8; infini_bwd scans gradients in its own way.
+// Limits: used by infini_fwd, the norms by infini_bwd too; D a multiple of 8.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

@@ -6,7 +6,7 @@
 // Tile map: a block has 64 rows of one query head, a few threads a row, 16 bytes each.
 // Pipeline: the blocks' shares of dgate are added by a second kernel, always in the same order.
 // Memory: dout and A_dot once; 12 bytes a row and head.
-// Limits: D a multiple of 8 up to 256.
+// Limits: used by infini_bwd; D a multiple of 8 up to 256.
 #include "../common/dtype.cuh"
 #include "../common/feature_map.cuh"
 #include "../common/launch.h"

@@ -12,7 +12,7 @@
 // Pipeline: stages of 128 rows of K and V. Rows leave from registers.
 // Memory: k and v once, dM (and M) once a unit, dk and dv once. kNorms, the sums for z, which must
 //       be there before dz: k once more.
-// Limits: bf16, fp16; D a multiple of 8 up to 128.
+// Limits: used by infini_bwd; bf16, fp16; D a multiple of 8 up to 128.
 #include "../common/epilogue.cuh"
 #include "../common/tensor_map.h"
 #include "infini_grads.h"
