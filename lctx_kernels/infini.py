@@ -62,7 +62,8 @@ def infini_attention(
         deterministic: Bitwise equal gradients from run to run.
         group: ProcessGroup or 1-D DeviceMesh whose ranks hold consecutive pieces of the sequence,
             rank by rank, whole segments but for the last; `mem` is the same on all of them, and the
-            returned memory is that after the last rank. What travels does not depend on T.
+            returned memory is that after the last rank. What travels does not depend on T. The
+            gradients of `mem` and `gate` are this rank's share: their sum over the ranks counts.
         backend: "auto" (that of the tensors' device), "cpu", "cuda" or "reference".
 
     Returns:

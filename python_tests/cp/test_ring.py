@@ -57,8 +57,9 @@ def gradients(x, v):
     }
 
 
-def check(plan, *, causal=True, window=0, scale=None, **shape):
+def check(plan, *, causal=True, window=0, scale=None, magnitude=1, **shape):
     x = tensors(plan.seq_len, **shape)
+    x["q"] *= magnitude
     options = {"causal": causal, "window": window or None, "scale": scale}
     cotangents = gradients(x, x["v"])
     ours = run(ring(plan, **options), x, cotangents)
@@ -88,6 +89,14 @@ def test_equals_attention_over_the_whole_sequence(layout, n):
 def test_any_plan_mask_and_heads(plan, mask, heads):
     causal, window = mask
     check(plan, causal=causal, window=window, Hkv=heads[0], G=heads[1])
+
+
+@pytest.mark.parametrize("magnitude", [0, 30, 300])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_of_hundreds(layout, magnitude):
+    """One key takes all, and the maximum moves from rank to rank: no overflow in any merge."""
+    check(cp.make_plan(61, 4, layout=layout), magnitude=magnitude)
+    check(cp.make_plan(61, 4, layout=layout), magnitude=magnitude, causal=False)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 16])
