@@ -17,10 +17,10 @@ RIVALS = {
 }
 
 
-def goals_table(document: Document) -> list[str]:
+def goals_table(document: Document, what: str) -> list[str]:
     """One line for each label: what is compared, the goal, and the range over the lengths."""
     lines = [
-        "| forward, bf16 | against | lengths | goal | measured | reached |",
+        f"| {what}, bf16 | against | lengths | goal | measured | reached |",
         "| --- | --- | --- | --- | --- | --: |",
     ]
     for label in dict.fromkeys(goal.label for goal in document.goals):

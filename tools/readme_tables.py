@@ -151,17 +151,23 @@ def _image(plot: Plot, text: str, root: Path) -> str:
     return f"![{text}]({plot.path})"
 
 
-def hopper_goals(root: Path) -> str:
-    """Every goal of the Hopper forward, its lengths in one line."""
-    document = published(root / RESULTS, "hopper", GPU)
-    return MISSING if document is None else _with_conditions(goals_table(document), document)
+def hopper_goals(suite: str, what: str) -> Callable[[Path], str]:
+    """Every goal of a Hopper suite, its lengths in one line."""
+
+    def table(root: Path) -> str:
+        document = published(root / RESULTS, suite, GPU)
+        return (
+            MISSING if document is None else _with_conditions(goals_table(document, what), document)
+        )
+
+    return table
 
 
-def hopper_shapes(*labels: str) -> Callable[[Path], str]:
+def hopper_shapes(*labels: str, suite: str = "hopper") -> Callable[[Path], str]:
     """Every shape of the goals whose label begins so."""
 
     def table(root: Path) -> str:
-        document = published(root / RESULTS, "hopper", GPU)
+        document = published(root / RESULTS, suite, GPU)
         lines = [] if document is None else shapes_table(document, *labels)
         if document is None or len(lines) == 2:
             return MISSING
@@ -182,7 +188,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-memory": cpu_memory,
     "cpu-plot": cpu_plot,
     "hopper-plot": hopper_plot,
-    "hopper-goals": hopper_goals,
+    "hopper-goals": hopper_goals("hopper", "forward"),
+    "backward-goals": hopper_goals("backward", "backward"),
+    "backward-shapes": hopper_shapes("flash", "landmark", "dilated", "infini", suite="backward"),
     "hopper-flash": hopper_flash,
     "hopper-dense": hopper_shapes("flash", "fp32 carry"),
     "hopper-landmark": hopper_shapes("landmark"),
