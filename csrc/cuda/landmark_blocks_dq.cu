@@ -27,14 +27,9 @@ using BlocksDqTile = std::conditional_t<kHeadDim == 256, DqTile<T, 256, 32, 2, 3
                                         DqTile<T, kHeadDim, 64, kHeadDim == 64 ? 3 : 2, 4, true>>;
 
 // Without accumulators there are registers for three warpgroups.
-#ifdef ALT
-template <class T, int kHeadDim>
-using BlockSumsTile = BlocksDqTile<T, kHeadDim>;
-#else
 template <class T, int kHeadDim>
 using BlockSumsTile =
     std::conditional_t<kHeadDim == 128, DqTile<T, 128, 64, 3, 3, false>, BlocksDqTile<T, kHeadDim>>;
-#endif
 
 template <class Tile, class SumsTile>
 void launch_blocks(const LandmarkDqParams& params, int num_sms, Stream stream) {

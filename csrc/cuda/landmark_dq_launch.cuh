@@ -33,13 +33,8 @@ void launch_groups_dq(const LandmarkDqParams& params, int num_sms, Stream stream
   launch_dq<Traits>(p, num_sms, stream);
 }
 
-#ifdef ALT
-template <class T, int kHeadDim, int kWidth>
-using GroupsDqTile = DqTile<T, kHeadDim, 64, 2, 4, true>;
-#else
 template <class T, int kHeadDim, int kWidth>
 using GroupsDqTile = DqTile<T, kHeadDim, 64, kHeadDim == 64 && kWidth == 64 ? 3 : 2, 4, true>;
-#endif
 
 template <int kHeadDim>
 void launch_landmark_groups_dq(const LandmarkDqParams& params, int num_sms, Stream stream) {
