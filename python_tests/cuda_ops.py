@@ -179,6 +179,8 @@ def check_gradients(name, case, dtype=torch.bfloat16, **options):
     call.skip_if_not_built(needs_grad=True)
     ours, exact = call.gradients()
     measure = gradient_baseline(case, call)
+    # What is kept in fp32 (dgate, dM, dz) may have the relative error of dq.
+    measure |= {n: measure["q"]._replace(norm=0.0) for n in "gMz"}
     for n, result in ours.items():
         given = call.tensors[n[1:]]
         assert result.dtype == given.dtype and result.shape == given.shape
