@@ -87,6 +87,6 @@ def _infini() -> list[Group]:
             groups += [
                 Group(shape(T, 128, B=1, Hq=32, Hkv=Hkv), "bwd", (*rivals, "infini"), goals,
                       options)
-                for T in INFINI_LENGTHS
+                for T in INFINI_LENGTHS[:-1]  # at 1M both graphs together do not fit the memory
             ]  # fmt: skip
     return groups

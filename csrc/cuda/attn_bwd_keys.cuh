@@ -62,7 +62,7 @@ struct StoreGroupKeys {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int key = piece.row0 + fragment_row(warpgroup_thread()) + 8 * i;
-      const bool exists = key >= piece.begin();
+      const bool exists = key >= piece.begin() && key < work.key_end;
       StoreKeys::store_row(kernel, work, key, exists, dv, i, 1.f, p.dv);
       StoreKeys::store_row(kernel, work, key, exists, dk, i, p.scale, p.dk);
     }

@@ -5,8 +5,7 @@
 // Pipeline: K and V are waited for once a tile; Q with lse2, dO with delta in kStages stages.
 //       Statistics come by bulk copies too: gathered by 32 threads they cost 15 % of the kernel.
 // Memory: what attn_bwd_sm90.cuh says. Statistics lie in blocks of kBlockM rows, numbered as those
-// of
-//       dQ (dq_sum.cuh), so that a block is one copy.
+//       of dQ (dq_sum.cuh), so that a block is one copy.
 // Limits: those of attn_bwd_sm90.cuh.
 #pragma once
 
@@ -20,9 +19,12 @@ namespace lctx::cuda {
 static __device__ __align__(16) float zero_statistics[64];
 
 // kGroups_: each warpgroup has statistics of its own, those of the group of keys that its keys are
-// in (LandmarkKeys).
-template <class T_, int kHeadDim_, bool kFused_, bool kGroups_ = false>
+// in (LandmarkKeys). Fused: kPrefetches_: the next block's scores are computed while dQ is added;
+// kStaggers_: the second warpgroup starts half a step behind the first.
+template <class T_, int kHeadDim_, bool kFused_, bool kGroups_ = false, bool kPrefetches_ = true,
+          bool kStaggers_ = true>
 struct BwdTile {
+  static constexpr bool kPrefetches = kPrefetches_, kStaggers = kStaggers_;
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kFused = kFused_, kGroups = kGroups_;

@@ -1,12 +1,11 @@
 // Math: with P_ij = exp(scale q_i . k_j - lse_i), dP_ij = dO_i . v_j, dS_ij = P_ij (dP_ij -
-// delta_i):
-//       dV_j = sum_i P_ij dO_i,  dK_j = scale sum_i dS_ij q_i,  dQ_i = scale sum_j dS_ij k_j.
+//       delta_i): dV_j = sum_i P_ij dO_i,  dK_j = scale sum_i dS_ij q_i,  dQ_i = scale sum_j dS_ij
+//       k_j.
 // Tile map: persistent blocks of a producer warpgroup (two threads) and two warpgroups of 64 keys;
-// a tile is (batch,
-//       key/value head, 128 keys), its queries are walked in blocks of kBlockM, head by head of the
-//       group. Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T are A operands as
-//       they stand in the registers. Policies: Tiles (attn_bwd_tiles.cuh: which keys and queries)
-//       and Keys (attn_bwd_keys.cuh: what becomes of finished dK and dV).
+//       a tile is (batch, key/value head, 128 keys), its queries are walked in blocks of kBlockM,
+//       head by head of the group. Scores are computed transposed, S^T = K Q^T, so that P^T and
+//       dS^T are A operands as they stand in the registers. Policies: Tiles (attn_bwd_tiles.cuh:
+//       which keys and queries) and Keys (attn_bwd_keys.cuh: what becomes of finished dK and dV).
 //       kFused: dQ too, five products; it is added in fp32, in an order that changes from run to
 //       run. Else dK and dV only, four products, bitwise reproducible (attn_dq_sm90.cuh has dQ).
 // Pipeline: Q with lse2, dO with delta, in kStages stages of their own barriers. Fused: dS^T goes
@@ -316,26 +315,34 @@ struct BwdKernel : BwdLoads<Traits_> {
     const auto buffer_of = [](uint32_t step) { return step % Traits::kDsBuffers; };
     bool started = false;
     float s[kHalves][32], dq[32];
-    // The second warpgroup starts half a step behind the first: then one computes weights while the
-    // other has the tensor cores.
-    if (warpgroup == 1) ptx::named_barrier_sync(kTurnBarrier, 256);
-    q_pipe.wait(state);
+    const auto issue_all = [&] {
+      q_pipe.wait(state);
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
-    wgmma_wait<0>();
+      for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+    };
+    // Half a step behind the other, a warpgroup computes weights while that one has the tensor
+    // cores.
+    if (Traits::kStaggers && warpgroup == 1) ptx::named_barrier_sync(kTurnBarrier, 256);
+    if constexpr (Traits::kPrefetches) {
+      issue_all();
+      wgmma_wait<0>();
+    }
     for (int left = turn.steps; left > 0; --left) {
-      add_block<-1>(warpgroup, m, state, s, dk, dv, started,
-                    [&](int half, const uint32_t (&ds)[4][4]) {
-                      // Both warpgroups are through with the step before: its dS^T is whole, and
-                      // the buffer that was read two steps ago is free.
-                      if (half == 0) ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
-                      share_ds(warpgroup, buffer_of(state.step), half, ds);
-                      if (half + 1 < kHalves) return;
-                      ptx::fence_async_proxy();
-                      __syncwarp();
-                      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
-                    });
-      if (!started && warpgroup == 0) ptx::named_barrier_sync(kTurnBarrier, 256);
+      if constexpr (!Traits::kPrefetches) issue_all();
+      add_block<Traits::kPrefetches ? -1 : kHalves>(
+          warpgroup, m, state, s, dk, dv, started, [&](int half, const uint32_t (&ds)[4][4]) {
+            // Both warpgroups are through with the step before: its dS^T is whole, and the buffer
+            // that was read two steps ago is free.
+            if (half == 0) ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
+            share_ds(warpgroup, buffer_of(state.step), half, ds);
+            if (half + 1 < kHalves) return;
+            ptx::fence_async_proxy();
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
+          });
+      if (Traits::kStaggers && !started && warpgroup == 0) {
+        ptx::named_barrier_sync(kTurnBarrier, 256);
+      }
       issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
       // Under the products: what follows them is on nobody else's time.
       float* to = dq_of(warpgroup, last_block());
@@ -343,17 +350,21 @@ struct BwdKernel : BwdLoads<Traits_> {
       const QueryState last = state;
       state.advance();
       // After the last block the scores are those of stale data, and ignored.
-      if (left > 1) q_pipe.wait(state);
+      if (Traits::kPrefetches && left > 1) q_pipe.wait(state);
       wgmma_wait<1>();
       q_pipe.release(last);
       dout_pipe.release(last);
+      if constexpr (Traits::kPrefetches) {
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
-      wgmma_wait<kHalves>();
+        for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+        wgmma_wait<kHalves>();
+      } else {
+        wgmma_wait<0>();
+      }
       // In the first step what was computed is of the tile before, or of nothing.
       if (started) add_dq(to, dq);
       started = true;
-      wgmma_wait<0>();
+      if constexpr (Traits::kPrefetches) wgmma_wait<0>();
     }
     ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
     issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);

@@ -4,9 +4,8 @@
 // Tile map: SplitTiles (attn_fwd_tiles.cuh); here its host side and the merge: a thread block a
 //       row, 32 lanes along it, parts dealt to the warps.
 // Pipeline: the merge is launched to overlap with the attention (programmatic dependent launch):
-// its
-//       blocks are resident and wait when the last partial result is written. Sums are always taken
-//       in the same order.
+//       its blocks are resident and wait when the last partial result is written. Sums are always
+//       taken in the same order.
 // Memory: fp32 partial rows, written and read once, mostly in L2: for a decoded token a thousandth
 //       of the keys and values.
 // Limits: those of attn_fwd_sm90.cuh; 2^31 - 1 blocks of keys over all heads.

@@ -1,6 +1,6 @@
-// Math: what the backward needs of every row: lse2 = lse / log 2, +inf where the row sees no key
-// (its
-//       weights are then 0), and delta = sum_d dout_d out_d - dlse.
+// Math: what every backward (lctx::flash_bwd and the others) needs of the rows of its forward
+//       (lctx::flash_fwd): lse2 = lse / log 2, +inf where the row sees no key (its weights are then
+//       0), and delta = sum_d dout_d out_d - dlse.
 // Tile map: rows in the order of memory (b, t, h), `lanes` threads to a row, 128 / lanes rows to a
 //       block; a lane takes packs of 16 bytes.
 // Pipeline: none. The memory of the dQ sum is zeroed on the way, and the tile counter.

@@ -1,12 +1,10 @@
 // Math: dilated attention, backward: with lse and delta of the union of the branches, every branch
 //       adds what flash_bwd.cu computes over its own pairs (arXiv 2307.02486, section 2.3).
 // Tile map: attn_bwd_sm90.cuh with SegmentKeys, one launch a branch. Tensors are seen with stride
-// r:
-//       no gather, no scatter.
+//       r: no gather, no scatter.
 // Pipeline: largest rate first; dk and dv are summed in fp32, and the last branch writes them if
-// its
-//       rate is 1. dq of each branch is summed apart, since rows of different branches lie apart,
-//       and dilated_dq_kernel adds up the branches that select a row.
+//       its rate is 1. dq of each branch is summed apart, since rows of different branches lie
+//       apart, and dilated_dq_kernel adds up the branches that select a row.
 // Memory: fp32 dk and dv (B, T, Hkv, D); fp32 dq of the rows that each branch selects; their
 //       statistics, gathered into blocks; as flash_bwd.cu for each branch.
 // Limits: those of attn_bwd_sm90.cuh; any w, r, T.

@@ -1,8 +1,7 @@
 // Math: dQ = scale * (sum over the keys), summed in fp32 by the fused backward and rounded once.
 // Tile map: per (batch, query head), blocks of dq_block_rows queries; a block is two parts of 64 x
-// 64,
-//       one per warpgroup (halves of the columns, or for D <= 64 halves of the rows), each in the
-//       order of its accumulator registers, so that all threads add to neighbouring 16 bytes:
+//       64, one per warpgroup (halves of the columns, or for D <= 64 halves of the rows), each in
+//       the order of its accumulator registers, so that all threads add to neighbouring 16 bytes:
 //       [part][8 columns j][thread][4]. unpack_dq.cu puts it into (B, T, H, D).
 // Pipeline: none.
 // Memory: 4 bytes an element, D rounded up to 64 or 128, Tq to whole blocks.

@@ -1,8 +1,7 @@
 // Math: dense softmax attention, forward: out = softmax(scale q k^T) v over the keys a row sees,
 //       and its log-sum-exp.
 // Tile map: attn_fwd_launch.cuh chooses the tile; attn_fwd_sm90.cuh is the kernel. Few rows over
-// many
-//       keys go to flash_split_fwd.cu.
+//       many keys go to flash_split_fwd.cu.
 // Pipeline: one memset of the tile counter, one persistent launch of a block per multiprocessor.
 // Memory: q, k, v once (keys and values from L2), out and lse once.
 // Limits: bf16, fp16; Dk = Dv, a multiple of 8 up to 256; strides and data at multiples of 16

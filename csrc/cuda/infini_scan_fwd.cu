@@ -5,8 +5,7 @@
 // Pipeline: a thread walks through the segments; the gains of the next kAhead segments are loaded
 //       before they are needed.
 // Memory: per segment and head at most D^2 (4 read + 4 + 2 written) bytes: memory's speed. Gains
-// lie
-//       where the state after them is written. Parts of a segment are added in their order.
+//       lie where the state after them is written. Parts of a segment are added in their order.
 // Limits: used by infini_fwd, the norms by infini_bwd too; D a multiple of 8.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -10,8 +10,8 @@
 // Pipeline: stages of 64 rows of K (and V). sigma is applied in place in shared memory, to the next
 //       stage while the product of this one runs.
 // Memory: reads K and V (gain) or K (decay) once (D 256: twice, out of L2), writes D^2 floats a
-// unit: memory's speed.
-//       Floor at D 128, segment 2048: 4 N D bytes a head for the gain, 2 N D for the decay.
+//       unit: memory's speed. Floor at D 128, segment 2048: 4 N D bytes a head for the gain, 2 N D
+//       for the decay.
 // Limits: used by infini_fwd, the decays by infini_bwd too; csrc/api/infini.cpp checks.
 #include "../common/tensor_map.h"
 #include "infini_kernel.cuh"

@@ -1,7 +1,7 @@
-// Math: dq = scale * the sum that the fused backward made in fp32 (dq_sum.cuh), in the input dtype.
+// Math: dq = scale * the sum that the fused backward (lctx::flash_bwd, of lctx::flash_fwd) made in
+//       fp32 (dq_sum.cuh), in the input dtype.
 // Tile map: a block of 256 threads to a part of 64 x 64; a thread takes 8 columns of two rows,
-// which
-//       lie 64 bytes in a row in the sum.
+//       which lie 64 bytes in a row in the sum.
 // Pipeline: none.
 // Memory: the sum once, dq once: 8 threads write 128 bytes of a row.
 // Limits: bf16, fp16; D a multiple of 8 up to 128; dq contiguous.

@@ -82,7 +82,7 @@ __global__ void queue_kernel(const __grid_constant__ QueueParams p) {
       const int index = next;
       queue.publish(index);
       if (index >= p.order.num_tiles) return;
-      next = gridDim.x + atomicAdd(p.counter, 1);
+      next = ptx::num_blocks() + atomicAdd(p.counter, 1);
     }
     return;
   }
