@@ -19,12 +19,9 @@ namespace lctx::cuda {
 static __device__ __align__(16) float zero_statistics[64];
 
 // kGroups_: each warpgroup has statistics of its own, those of the group of keys that its keys are
-// in (LandmarkKeys). Fused: kPrefetches_: the next block's scores are computed while dQ is added;
-// kStaggers_: the second warpgroup starts half a step behind the first.
-template <class T_, int kHeadDim_, bool kFused_, bool kGroups_ = false, bool kPrefetches_ = true,
-          bool kStaggers_ = true>
+// in (LandmarkKeys).
+template <class T_, int kHeadDim_, bool kFused_, bool kGroups_ = false>
 struct BwdTile {
-  static constexpr bool kPrefetches = kPrefetches_, kStaggers = kStaggers_;
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kFused = kFused_, kGroups = kGroups_;

@@ -315,34 +315,26 @@ struct BwdKernel : BwdLoads<Traits_> {
     const auto buffer_of = [](uint32_t step) { return step % Traits::kDsBuffers; };
     bool started = false;
     float s[kHalves][32], dq[32];
-    const auto issue_all = [&] {
-      q_pipe.wait(state);
+    // The second warpgroup starts half a step behind the first: then one computes weights while the
+    // other has the tensor cores.
+    if (warpgroup == 1) ptx::named_barrier_sync(kTurnBarrier, 256);
+    q_pipe.wait(state);
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
-    };
-    // Half a step behind the other, a warpgroup computes weights while that one has the tensor
-    // cores.
-    if (Traits::kStaggers && warpgroup == 1) ptx::named_barrier_sync(kTurnBarrier, 256);
-    if constexpr (Traits::kPrefetches) {
-      issue_all();
-      wgmma_wait<0>();
-    }
+    for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+    wgmma_wait<0>();
     for (int left = turn.steps; left > 0; --left) {
-      if constexpr (!Traits::kPrefetches) issue_all();
-      add_block<Traits::kPrefetches ? -1 : kHalves>(
-          warpgroup, m, state, s, dk, dv, started, [&](int half, const uint32_t (&ds)[4][4]) {
-            // Both warpgroups are through with the step before: its dS^T is whole, and the buffer
-            // that was read two steps ago is free.
-            if (half == 0) ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
-            share_ds(warpgroup, buffer_of(state.step), half, ds);
-            if (half + 1 < kHalves) return;
-            ptx::fence_async_proxy();
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
-          });
-      if (Traits::kStaggers && !started && warpgroup == 0) {
-        ptx::named_barrier_sync(kTurnBarrier, 256);
-      }
+      add_block<-1>(warpgroup, m, state, s, dk, dv, started,
+                    [&](int half, const uint32_t (&ds)[4][4]) {
+                      // Both warpgroups are through with the step before: its dS^T is whole, and
+                      // the buffer that was read two steps ago is free.
+                      if (half == 0) ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
+                      share_ds(warpgroup, buffer_of(state.step), half, ds);
+                      if (half + 1 < kHalves) return;
+                      ptx::fence_async_proxy();
+                      __syncwarp();
+                      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
+                    });
+      if (!started && warpgroup == 0) ptx::named_barrier_sync(kTurnBarrier, 256);
       issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
       // Under the products: what follows them is on nobody else's time.
       float* to = dq_of(warpgroup, last_block());
@@ -350,21 +342,17 @@ struct BwdKernel : BwdLoads<Traits_> {
       const QueryState last = state;
       state.advance();
       // After the last block the scores are those of stale data, and ignored.
-      if (Traits::kPrefetches && left > 1) q_pipe.wait(state);
+      if (left > 1) q_pipe.wait(state);
       wgmma_wait<1>();
       q_pipe.release(last);
       dout_pipe.release(last);
-      if constexpr (Traits::kPrefetches) {
 #pragma unroll
-        for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
-        wgmma_wait<kHalves>();
-      } else {
-        wgmma_wait<0>();
-      }
+      for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+      wgmma_wait<kHalves>();
       // In the first step what was computed is of the tile before, or of nothing.
       if (started) add_dq(to, dq);
       started = true;
-      if constexpr (Traits::kPrefetches) wgmma_wait<0>();
+      wgmma_wait<0>();
     }
     ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
     issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);

@@ -8,9 +8,8 @@
 //       group); persistent blocks of two warpgroups, 64 rows each for Y and, at D 128, 64 rows of
 //       the sum dM over the rows of both; at D 64 each its own sum. A producer warp.
 // Pipeline: stages of 128 rows of Q and dO. a P takes Q's place in shared memory; dz is a product
-// of
-//       eight columns, two of them used: the two terms of P . Y / c. dq leaves from registers while
-//       these products run.
+//       of eight columns, two of them used: the two terms of P . Y / c. dq leaves from registers
+//       while these products run.
 // Memory: q and dO once, M once a unit, dq once: in fp32 as the start of dq_sum (dq_sum.cuh), which
 //       then need not be cleared, or in the inputs' type as dq_mem.
 // Limits: used by infini_bwd; bf16, fp16; D a multiple of 8 up to 128.

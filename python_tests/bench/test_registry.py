@@ -81,6 +81,7 @@ def test_flops_of_dense_attention():
     forward = 4 * 8 * 4096**2 * 64 / 2
     assert flops("flash", DENSE, "fwd", {}) == forward
     assert flops("flash", DENSE, "fwd_bwd", {}) == 3.5 * forward
+    assert flops("flash", DENSE, "bwd", {}) == 2.5 * forward
     assert flops("landmark", DENSE, "fwd", {"block_size": 64}) == forward
 
 
@@ -120,6 +121,7 @@ def test_bytes_count_inputs_and_outputs_once():
     tensor = 4096 * 8 * 64 * 4
     assert min_bytes("flash", DENSE, "fwd") == 4 * tensor
     assert min_bytes("flash", DENSE, "fwd_bwd") == 12 * tensor
+    assert min_bytes("flash", DENSE, "bwd") == 8 * tensor
     assert min_bytes("merge", DENSE, "fwd") == 3 * tensor
     decode = replace(DENSE, Tq=1, Hkv=2)
     assert min_bytes("flash", decode, "fwd") == 2 * tensor // 4 + 2 * tensor // 4096
