@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_bwd(const Tensor& dout, const OptTensor
                                              const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Tensor& out, const Tensor& lse,
                                              const OptTensor& cu_seqlens, bool causal, double scale,
-                                             int64_t window, bool deterministic) {
+                                             int64_t window, [[maybe_unused]] bool deterministic) {
   const Call call("lctx::flash_bwd",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(out), LCTX_ARG(lse),
                    LCTX_ARG(dout), LCTX_ARG(dlse), LCTX_ARG(cu_seqlens)});

@@ -34,7 +34,7 @@ void launch(const Call& call, const CarryParams& params, const CarryGrads& grads
 void flash_carry_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                      const Tensor& lse, const Tensor& delta, const Tensor& dq, const Tensor& dk,
                      const Tensor& dv, bool causal, double scale, int64_t window,
-                     int64_t query_start, int64_t key_start, bool deterministic) {
+                     int64_t query_start, int64_t key_start, [[maybe_unused]] bool deterministic) {
   const Call call("lctx::flash_carry_bwd",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(dout), LCTX_ARG(lse),
                    LCTX_ARG(delta), LCTX_ARG(dq), LCTX_ARG(dk), LCTX_ARG(dv)});

@@ -244,8 +244,8 @@ void launch(const InfiniParams& params, const InfiniStates& states, int blocks, 
   const ChainParams p{make_rows_map(k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, Traits::kRows),
                       make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, Traits::kRows),
                       states, params.has_mem};
-  launch_memory_kernel<Traits>("infini_chain_kernel", infini_chain_kernel<Traits>, p, dim3(blocks),
-                               stream);
+  launch_memory<Traits>("infini_chain_kernel", infini_chain_kernel<Traits>, p, dim3(blocks),
+                        stream);
 }
 
 template <class T>

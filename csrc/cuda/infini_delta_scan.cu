@@ -273,8 +273,8 @@ void launch(const InfiniStates& states, const InfiniGradStates& grads, Stream st
                          {Traits::kColumns, Traits::kHeadDim, 1, 1, 1}};
   const DeltaParams p{make_map(states.decay, DType::kFloat32, layout), states, grads};
   const dim3 grid(states.chains(), static_cast<unsigned>(ceil_div(states.D, Traits::kColumns)));
-  launch_memory_kernel<Traits>("infini_delta_scan_kernel", infini_delta_scan_kernel<Traits>, p,
-                               grid, stream);
+  launch_memory<Traits>("infini_delta_scan_kernel", infini_delta_scan_kernel<Traits>, p, grid,
+                        stream);
 }
 
 template <class Walk>

@@ -37,8 +37,8 @@ __device__ __forceinline__ void run_pipelined(const Params& p) {
 }
 
 template <class Traits, class Params>
-void launch_memory_kernel(const char* name, void (*kernel)(Params), const Params& p, dim3 grid,
-                          cudaStream_t stream) {
+void launch_memory(const char* name, void (*kernel)(Params), const Params& p, dim3 grid,
+                   cudaStream_t stream) {
   const dim3 block(Traits::kThreads);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
   kernel<<<grid, block, Traits::kSharedBytes, stream>>>(p);

@@ -423,9 +423,8 @@ void launch(const InfiniParams& params, const InfiniGrads& grads, const InfiniGr
                          dq_sum,
                          static_cast<float>(1 / params.scale),
                          static_cast<int>(units)};
-  launch_memory_kernel<Traits>("infini_retrieve_bwd_kernel", infini_retrieve_bwd_kernel<Traits>, p,
-                               dim3(static_cast<unsigned>(std::min<int64_t>(num_sms, units))),
-                               stream);
+  launch_memory<Traits>("infini_retrieve_bwd_kernel", infini_retrieve_bwd_kernel<Traits>, p,
+                        dim3(static_cast<unsigned>(std::min<int64_t>(num_sms, units))), stream);
 }
 
 template <class T>

@@ -267,8 +267,8 @@ void launch(const InfiniParams& params, const InfiniStates& states, int num_sms,
                     make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, Traits::kRows), states,
                     static_cast<int>(units)};
   const int64_t blocks = (Traits::kTile == 64 ? 2 : 1) * int64_t{num_sms};
-  launch_memory_kernel<Traits>("infini_sums_kernel", infini_sums_kernel<Traits>, p,
-                               dim3(static_cast<unsigned>(std::min(blocks, units))), stream);
+  launch_memory<Traits>("infini_sums_kernel", infini_sums_kernel<Traits>, p,
+                        dim3(static_cast<unsigned>(std::min(blocks, units))), stream);
 }
 
 template <bool kDecay, class T>

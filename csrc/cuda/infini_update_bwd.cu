@@ -430,9 +430,8 @@ void launch(const InfiniParams& params, const InfiniGradStates& states, const Te
                        dk,
                        dv,
                        static_cast<int>(units)};
-  launch_memory_kernel<Traits>("infini_update_bwd_kernel", infini_update_bwd_kernel<Traits>, p,
-                               dim3(static_cast<unsigned>(std::min<int64_t>(num_sms, units))),
-                               stream);
+  launch_memory<Traits>("infini_update_bwd_kernel", infini_update_bwd_kernel<Traits>, p,
+                        dim3(static_cast<unsigned>(std::min<int64_t>(num_sms, units))), stream);
 }
 
 template <Update kUpdate>
