@@ -6,7 +6,9 @@ tokens, for the same FLOPs (dilated), or as the local part alone (infini). A dec
 all keys and values once: its floor is the rate of a copy from device to device.
 """
 
-from .registry import Goal, Group, Shape
+from collections.abc import Sequence
+
+from .registry import Goal, Group, Pass, Shape
 
 CUDNN = "sdpa-cudnn"
 LOCAL = "local-sdpa-cudnn"
@@ -17,12 +19,25 @@ LANDMARK_LENGTHS = tuple(n * KIBI for n in (2, 4, 8, 16, 32))
 DILATED_LENGTHS = tuple(n * KIBI for n in (32, 64, 128, 256, 512, 1024))
 INFINI_LENGTHS = tuple(n * KIBI for n in (8, 32, 128, 512, 1024))
 SCALING_LENGTHS = tuple(2048 << i for i in range(10))  # 2k to 1M
+LANDMARK_GOALS = (
+    (128, 64, 0.92, 1.05),
+    (64, 64, 0.88, 1.0),
+    (128, 51, 0.75, 0.95),
+    (128, 256, 0.75, 0.95),
+)
 DENSE_SCALING_LIMIT = 256 * KIBI  # a dense call at 512k takes two seconds
 
 
 def hopper() -> list[Group]:
     """Every goal of the forward."""
-    return [*_dense(), *_landmark(), *_dilated(), *_infini(), *_carry(), *_decode()]
+    return [
+        *_dense(),
+        *landmark("fwd", LANDMARK_GOALS),
+        *dilated("fwd", 1.25, 1.0),
+        *infini("fwd", 1.15, 1.0, INFINI_LENGTHS),
+        *_carry(),
+        *_decode(),
+    ]
 
 
 def hopper_scaling() -> list[Group]:
@@ -68,36 +83,31 @@ def _dense() -> list[Group]:
     return groups
 
 
-def _landmark() -> list[Group]:
-    """Speed against dense cuDNN: D, block size, goal, aim."""
-    table = (
-        (128, 64, 0.92, 1.05),
-        (64, 64, 0.88, 1.0),
-        (128, 51, 0.75, 0.95),
-        (128, 256, 0.75, 0.95),
-    )
+def landmark(pass_: Pass, table: Sequence[tuple[int, int, float, float]]) -> list[Group]:
+    """Speed against dense cuDNN; table: D, block size, goal, aim."""
     groups = []
     for D, block_size, speed, aim in table:
         label = f"landmark, D {D}, block {block_size}"
         goal = Goal("landmark", CUDNN, speed, aim, label=label)
+        options = (("block_size", block_size),)
         groups += [
-            Group(shape(T, D), "fwd", (CUDNN, "landmark"), (goal,), (("block_size", block_size),))
+            Group(shape(T, D), pass_, (CUDNN, "landmark"), (goal,), options)
             for T in LANDMARK_LENGTHS
         ]
     return groups
 
 
-def _dilated() -> list[Group]:
+def dilated(pass_: Pass, cost: float, aim: float) -> list[Group]:
     """Time over that of the same FLOPs by cuDNN at length 2048."""
     goal = Goal(
-        "dilated", LOCAL, 1 / 1.25, 1.0, measure="flops", as_cost=True, label="dilated, D 64"
+        "dilated", LOCAL, 1 / cost, 1 / aim, measure="flops", as_cost=True, label="dilated, D 64"
     )
     return [
-        Group(shape(T, 64, B=1, Hq=16), "fwd", (LOCAL, "dilated"), (goal,)) for T in DILATED_LENGTHS
+        Group(shape(T, 64, B=1, Hq=16), pass_, (LOCAL, "dilated"), (goal,)) for T in DILATED_LENGTHS
     ]
 
 
-def _infini() -> list[Group]:
+def infini(pass_: Pass, cost: float, aim: float, lengths: Sequence[int]) -> list[Group]:
     """Time over that of the local part alone by cuDNN, with grouped or with repeated heads."""
     groups = []
     for Hkv in (32, 8):
@@ -105,13 +115,14 @@ def _infini() -> list[Group]:
         for update in ("linear", "delta"):
             label = f"infini, {update}, Hkv {Hkv}"
             goals = tuple(
-                Goal("infini", rival, 1 / 1.15, 1.0, as_cost=True, label=label) for rival in rivals
+                Goal("infini", rival, 1 / cost, 1 / aim, as_cost=True, label=label)
+                for rival in rivals
             )
             options = (("segment_len", 2048), ("update", update))
             groups += [
-                Group(shape(T, 128, B=1, Hq=32, Hkv=Hkv), "fwd", (*rivals, "infini"), goals,
+                Group(shape(T, 128, B=1, Hq=32, Hkv=Hkv), pass_, (*rivals, "infini"), goals,
                       options)
-                for T in INFINI_LENGTHS
+                for T in lengths
             ]  # fmt: skip
     return groups
 

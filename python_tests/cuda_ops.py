@@ -20,6 +20,7 @@ from op_cases import (
     INFINI_CASES,
     LANDMARK_CASES,
     Case,
+    label,
     with_options,
 )
 from op_checks import call_options, cotangents, infini_named, infini_tensors, named
@@ -268,3 +269,8 @@ CASES = {
     name: [*filter(runs_on_gpu, cases), *(standard(name, B=3, Dk=D) for D in (64, 128, 256))]
     for name, cases in CASES.items()
 }
+EVERY_CASE = [
+    pytest.param(name, case, id=f"{name} {label(case)}")
+    for name, cases in CASES.items()
+    for case in cases
+]

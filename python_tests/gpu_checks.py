@@ -24,6 +24,15 @@ def gpu_qkv(*args, dtype=torch.bfloat16, **kwargs):
     return [x.cuda() for x in random_qkv(*args, dtype=dtype, **kwargs)]
 
 
+def rows_of_landmarks_and_long_gaps():
+    """(3, 1500) bool: landmarks side by side, and far apart."""
+    is_landmark = torch.zeros(3, 1500, dtype=torch.bool, device="cuda")
+    is_landmark[0, :9] = True
+    is_landmark[1, 700:708] = True
+    is_landmark[2, [100, 101, 356, 1498, 1499]] = True
+    return is_landmark
+
+
 def baseline(q, k, v, *, causal=False, scale=None):
     """Errors of PyTorch's own attention, dense, in the dtype of q."""
     exact, _ = reference.flash_attention(

@@ -63,14 +63,10 @@ __global__ void __launch_bounds__(256) dilated_dq_kernel(const __grid_constant__
     const int at = branch.per_rate.divide(from);
     if (at * branch.rate != from) continue;
     constexpr int kRows = dq_block_rows(kHeadDim);
-    const int in_block = at % kRows;
     const int64_t block = static_cast<int64_t>(b * p.Hq + h) * branch.blocks_per_head +
                           segment * branch.blocks_per_segment + at / kRows;
-    const int part = kHeadDim == 64 ? in_block / 64 : column / 64;
-    const int in_part = in_block % 64;
-    const float2* sum =
-        reinterpret_cast<const float2*>(branch.sum + (block * 2 + part) * kDqPartFloats) +
-        (column % 64 / 8 * 128 + in_part / 16 * 32 + in_part % 8 * 4) * 2 + in_part % 16 / 8;
+    const auto* sum = reinterpret_cast<const float2*>(
+        branch.sum + dq_block_place<kHeadDim>(block, at, 0) + dq_sum_columns(column / 8));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 x = sum[2 * i];
@@ -91,7 +87,7 @@ __global__ void __launch_bounds__(256) dilated_dq_kernel(const __grid_constant__
 struct StatisticsParams {
   const float *lse2, *delta;  // of all rows
   float *branch_lse2, *branch_delta;
-  int T, pitch, segment_len, rate, rows_per_segment;
+  int T, pitch, segment_len, rate;
   int64_t count;
   FastDivisor per_head, per_segment;  // rows of a head, of a segment
   FastDivisor per_batch, per_offset;  // query heads; rate, or ceil(Hq / rate)
@@ -138,8 +134,8 @@ void launch_statistics(const DilatedParams& params, const Branch& branch, float*
   p.pitch = static_cast<int>(bwd_pitch(s));
   p.segment_len = static_cast<int>(branch.length);
   p.rate = static_cast<int>(branch.rate);
-  p.rows_per_segment = static_cast<int>(branch_blocks(branch, head_dim)) * dq_block_rows(head_dim);
-  p.per_segment = FastDivisor(p.rows_per_segment);
+  p.per_segment =
+      FastDivisor(static_cast<int>(branch_blocks(branch, head_dim)) * dq_block_rows(head_dim));
   p.per_head = FastDivisor(static_cast<int>(p.count / (s.B * s.Hq)));
   p.per_batch = FastDivisor(static_cast<int>(s.Hq));
   p.offset_block = params.head_offset_block;

@@ -27,14 +27,19 @@ constexpr int64_t dq_sum_floats(int64_t batches, int64_t heads, int64_t Tq, int 
   return batches * heads * dq_blocks(Tq, head_dim) * 2 * kDqPartFloats;
 }
 
-// Where columns 2 place + {0, 1} (place 0 .. 3) of row `row` of a (batch, query head) lie; those of
-// the j-th eight columns dq_sum_columns(j) behind.
+// Where columns 2 place + {0, 1} (place 0 .. 3) of a row of a block lie, `row` counted from this
+// block or an earlier one; those of the j-th eight columns dq_sum_columns(j) behind.
 template <int kHeadDim>
-LCTX_HOST_DEVICE constexpr int64_t dq_sum_place(int64_t head, int Tq, int row, int place) {
-  const int64_t block = head * dq_blocks(Tq, kHeadDim) + row / dq_block_rows(kHeadDim);
+LCTX_HOST_DEVICE constexpr int64_t dq_block_place(int64_t block, int row, int place) {
   const int part = kHeadDim == 64 ? row / 64 % 2 : 0;
   return (2 * block + part) * kDqPartFloats + (row % 64 / 16 * 32 + row % 8 * 4 + place) * 4 +
          row / 8 % 2 * 2;
+}
+// The same for row `row` of a (batch, query head).
+template <int kHeadDim>
+LCTX_HOST_DEVICE constexpr int64_t dq_sum_place(int64_t head, int Tq, int row, int place) {
+  const int64_t block = head * dq_blocks(Tq, kHeadDim) + row / dq_block_rows(kHeadDim);
+  return dq_block_place<kHeadDim>(block, row, place);
 }
 LCTX_HOST_DEVICE constexpr int dq_sum_columns(int j) { return j / 8 * kDqPartFloats + j % 8 * 512; }
 

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(256) carry_rows_kernel(const __grid_constant__
 struct AddDqParams {
   const float* sum;
   TensorView dq;  // fp32
-  int T, D;
+  int T;
   int64_t units;  // of 8 columns
   FastDivisor per_row, per_position, per_batch;
   float scale;
@@ -127,7 +127,6 @@ void add_dq(const CarryParams& params, const CarryGrads& grads, const float* dq_
   p.sum = dq_sum;
   p.dq = grads.dq;
   p.T = static_cast<int>(s.Tq);
-  p.D = static_cast<int>(s.Dk);
   p.per_row = FastDivisor(static_cast<int>(s.Dk / 8));
   p.per_position = FastDivisor(static_cast<int>(s.Hq));
   p.per_batch = FastDivisor(p.T);

@@ -2,16 +2,10 @@
 
 import pytest
 import torch
-from cuda_ops import CASES, NAMES, check_gradients, prepare, standard
+from cuda_ops import EVERY_CASE, NAMES, check_gradients, prepare, standard
 from gpu_checks import HALF
-from op_cases import label
 
 pytestmark = pytest.mark.cuda
-EVERY_CASE = [
-    pytest.param(name, case, id=f"{name} {label(case)}")
-    for name, cases in CASES.items()
-    for case in cases
-]
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

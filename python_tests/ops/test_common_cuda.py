@@ -2,19 +2,14 @@
 
 import pytest
 import torch
-from cuda_ops import CASES, NAMES, Call, check, prepare, standard
+from cuda_ops import EVERY_CASE, NAMES, Call, check, prepare, standard
 from gpu_checks import HALF
-from op_cases import LAYOUTS, label
+from op_cases import LAYOUTS
 
 import lctx_kernels
 from lctx_kernels._measure import peak_extra_bytes
 
 pytestmark = pytest.mark.cuda
-EVERY_CASE = [
-    pytest.param(name, case, id=f"{name} {label(case)}")
-    for name, cases in CASES.items()
-    for case in cases
-]
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

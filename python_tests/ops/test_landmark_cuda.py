@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_checks import HALF, check_result, gpu_qkv, needs_kernel
+from gpu_checks import HALF, check_result, gpu_qkv, needs_kernel, rows_of_landmarks_and_long_gaps
 from helpers import random_landmarks
 
 import lctx_kernels as lk
@@ -59,11 +59,7 @@ def test_irregular_landmarks(density, D):
 
 
 def test_rows_of_landmarks_and_long_gaps():
-    is_landmark = torch.zeros(3, 1500, dtype=torch.bool, device="cuda")
-    is_landmark[0, :9] = True
-    is_landmark[1, 700:708] = True
-    is_landmark[2, [100, 101, 356, 1498, 1499]] = True
-    check(*gpu_qkv(3, 1500, 2, 128), is_landmark=is_landmark)
+    check(*gpu_qkv(3, 1500, 2, 128), is_landmark=rows_of_landmarks_and_long_gaps())
 
 
 @pytest.mark.parametrize("block_size", [51, 64, 256])
