@@ -16,10 +16,8 @@ void launch_dense(const FlashParams& params, const AttnGrads& grads, const BwdSc
   typename Traits::Params p{};
   set_attention_bwd<Tile>(params, grads, scratch, p);
   p.window = static_cast<int>(std::min<int64_t>(params.window, INT32_MAX / 2));
-  p.order = KeyOrder(make_order(
-      "lctx::flash_bwd", ceil_div(s.Tk, Tile::kBlockN), s.Hkv, s.B,
-      (std::getenv("TRY") && std::atoi(std::getenv("TRY")) > 10 ? std::atoi(std::getenv("TRY")) - 10
-                                                                : bwd_section(s, s.Tq))));
+  p.order = KeyOrder(make_order("lctx::flash_bwd", ceil_div(s.Tk, Tile::kBlockN), s.Hkv, s.B,
+                                bwd_section(s, s.Tq)));
   launch_bwd<Traits>(p, num_sms, stream);
 }
 
@@ -33,10 +31,8 @@ void launch_packed(const FlashParams& params, const AttnGrads& grads, const BwdS
   p.window = static_cast<int>(std::min<int64_t>(params.window, INT32_MAX / 2));
   p.cu_seqlens = params.cu_seqlens;
   p.num_docs = static_cast<int>(params.num_docs);
-  p.order = KeyOrder(make_order(
-      "lctx::flash_bwd", s.Tk / Tile::kBlockN + params.num_docs, s.Hkv, s.B,
-      (std::getenv("TRY") && std::atoi(std::getenv("TRY")) > 10 ? std::atoi(std::getenv("TRY")) - 10
-                                                                : bwd_section(s, s.Tq))));
+  p.order = KeyOrder(make_order("lctx::flash_bwd", s.Tk / Tile::kBlockN + params.num_docs, s.Hkv,
+                                s.B, bwd_section(s, s.Tq)));
   launch_bwd<Traits>(p, num_sms, stream);
 }
 
