@@ -25,7 +25,11 @@ LANDMARK_GOALS = (
     (128, 51, 0.75, 0.95),
     (128, 256, 0.75, 0.95),
 )
-DENSE_SCALING_LIMIT = 256 * KIBI  # a dense call at 512k takes two seconds
+# Pass: the longest dense call (a forward at 512k takes two seconds), and the longest at all.
+SCALING_LIMITS: dict[Pass, tuple[int, int]] = {
+    "fwd": (256 * KIBI, 1024 * KIBI),
+    "bwd": (64 * KIBI, 512 * KIBI),
+}
 
 
 def hopper() -> list[Group]:
@@ -44,12 +48,13 @@ def hopper_scaling() -> list[Group]:
     """Time against length for the plot: 16 heads of 128, and of 64 for dilated attention."""
     dense = (CUDNN, "flash", "landmark", "dilated", "infini")
     groups = []
-    for T in SCALING_LENGTHS:
-        long = T > DENSE_SCALING_LIMIT
-        groups += [
-            Group(shape(T, 128, B=1), "fwd", dense[3:] if long else dense),
-            Group(shape(T, 64, B=1, Hq=16), "fwd", (LOCAL if long else CUDNN, "dilated")),
-        ]
+    for pass_, (longest_dense, longest) in SCALING_LIMITS.items():
+        for T in (n for n in SCALING_LENGTHS if n <= longest):
+            long = longest_dense < T
+            groups += [
+                Group(shape(T, 128, B=1), pass_, dense[3:] if long else dense),
+                Group(shape(T, 64, B=1, Hq=16), pass_, (LOCAL if long else CUDNN, "dilated")),
+            ]
     return groups
 
 

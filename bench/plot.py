@@ -28,24 +28,30 @@ def plot_cpu(sources: Sequence[Path], path: Path) -> None:
 
 
 def plot_hopper(sources: Sequence[Path], path: Path) -> None:
-    """Time of the forward by length, and its share of the matmul rate, from the scaling suite."""
+    """Time by length and share of the matmul rate, forward and backward, of the scaling suite."""
     (document,) = map(load, sources)
-    times = hopper_curves(document, lambda row: 1e3 * row.median_s)
-    shares = hopper_curves(document, lambda row: row.percent_of_peak)
-    dashed = [name for name in times if name.endswith("D 64")]
-    panels = [
-        Panel("forward", "ms", times, dashed=dashed),
-        Panel("rate of necessary FLOPs", "% of the matmul rate", shares, log=False, dashed=dashed),
-    ]
+    panels = []
+    for title, pass_ in (("forward", "fwd"), ("backward", "bwd")):
+        times = hopper_curves(document, pass_, lambda row: 1e3 * row.median_s)
+        if not times:
+            continue
+        shares = hopper_curves(document, pass_, lambda row: row.percent_of_peak)
+        dashed = [name for name in times if name.endswith("D 64")]
+        panels += [
+            Panel(title, "ms", times, dashed=dashed),
+            Panel(f"{title}: necessary FLOPs", "% of the matmul rate", shares, False, dashed),
+        ]
     note = f"bf16, causal, 16 heads of 128, or of 64 (D 64). {machine_line(document.machine)}"
     plot_panels(panels, path, note, {SOURCE_KEY: source_hash(sources)})
 
 
-def hopper_curves(document: Document, value: Callable[[Row], float]) -> dict[str, Curve]:
-    """A figure of every row by length, for each candidate but the floors, and head dimension."""
+def hopper_curves(
+    document: Document, pass_: str, value: Callable[[Row], float]
+) -> dict[str, Curve]:
+    """A figure by length of each candidate but the floors, per head dimension."""
     points: dict[str, dict[int, float]] = {}
     for row in document.rows:
-        if row.status == "ok" and row.op not in BASELINES:
+        if row.status == "ok" and row.pass_ == pass_ and row.op not in BASELINES:
             name = row.candidate.replace("sdpa-cudnn", "sdpa (cuDNN)")
             name += ", D 64" if row.shape["D"] == 64 else ""
             points.setdefault(name, {})[row.shape["T"]] = value(row)

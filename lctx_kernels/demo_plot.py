@@ -44,7 +44,7 @@ def short(length: float) -> str:
 def plot_panels(
     panels: Sequence[Panel], path: Path | str, note: str, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Draw the panels side by side into a PNG, `note` below them, `metadata` into the file.
+    """Draw the panels into a PNG, up to three side by side, `note` below, `metadata` in the file.
 
     Raises ImportError without matplotlib.
     """
@@ -52,10 +52,13 @@ def plot_panels(
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
+    columns = len(panels) if len(panels) <= 3 else 2
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 4.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     named: set[str] = set()  # by a legend
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, panel in zip(grid, panels, strict=False):
         lengths: set[int] = set()
         for name, curve in panel.curves.items():
             xs, ys = zip(*curve, strict=True)

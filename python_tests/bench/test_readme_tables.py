@@ -82,7 +82,7 @@ def hopper_scaling():
     for group in TIMED_SUITES["cuda"]["scaling"]():
         shape = dataclasses.asdict(group.shape)
         document.rows += [
-            Row(name, op_of(name), "fwd", shape, "ok", median_s=0.25, percent_of_peak=50.0)
+            Row(name, op_of(name), group.pass_, shape, "ok", median_s=0.25, percent_of_peak=50.0)
             for name in group.candidates
         ]
     return document
@@ -152,7 +152,7 @@ def test_of_two_rivals_the_faster_one_counts():
     assert [g.speed for g in binding(goals)] == [0.8, 0.7, 1.0, 1.0, 1.0]
 
 
-def test_the_plot_of_the_hopper_forward(checkout):
+def test_the_plot_of_both_hopper_passes(checkout):
     pytest.importorskip("matplotlib")
     document = hopper_scaling()
     document.save(checkout / "bench/results/h200/scaling.json")
@@ -161,7 +161,8 @@ def test_the_plot_of_the_hopper_forward(checkout):
     assert tool(checkout, "--check") == 0
     assert "](docs/img/h200.png)" in (checkout / "README.md").read_text()
     assert (checkout / "docs/img/h200.png").exists()
-    curves = hopper_curves(document, lambda row: row.median_s)
+    assert hopper_curves(document, "bwd", lambda row: row.median_s)["infini"][-1][0] == 1 << 19
+    curves = hopper_curves(document, "fwd", lambda row: row.median_s)
     assert list(curves) == ["sdpa (cuDNN)", "flash", "landmark", "dilated", "infini",
                             "sdpa (cuDNN), D 64", "dilated, D 64"]  # fmt: skip
     assert curves["infini"][-1] == (1 << 20, 0.25)
