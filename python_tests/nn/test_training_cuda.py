@@ -31,7 +31,7 @@ def trace(method, options, device, dtype):
         options={} if options is None else {method: options},
     )  # fmt: skip
     model = nn.Llama(config).to(device)
-    optimizer = torch.optim.AdamW(nn.parameter_groups(model, lr=2e-3, gate_lr=2e-2))
+    optimizer = torch.optim.AdamW(nn.parameter_groups(model, lr=5e-4, gate_lr=1e-2))
     generator = torch.Generator().manual_seed(1)
     # Texts that repeat phrases: there is something to learn, also from afar.
     ids = torch.randint(VOCAB, (4, 96), generator=generator).repeat(1, 6)[:, :520].to(device)
@@ -59,4 +59,4 @@ def test_losses_of_training_are_those_of_fp32(name, monkeypatch):
     assert right[-1] < right[0] - 1  # it learns
     error, allowed = (ours - right).abs().max(), (plain - right).abs().max()
     # The rest of the model is in bf16 in both: its rounding is most of either difference.
-    assert error <= 1.5 * allowed + 2e-3, (ours, plain, right)
+    assert error <= 1.5 * allowed + 5e-3, (ours, plain, right)
