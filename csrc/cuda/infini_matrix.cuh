@@ -106,4 +106,19 @@ struct RowFragments {
   }
 };
 
+// The same without keeping what is loaded; with kStore what use() leaves in the words goes back.
+template <class T, int kSteps, bool kStore = false, int kRows, class Use>
+__device__ __forceinline__ void for_row_pairs(const FragmentAddress<kRows>& address, Use&& use) {
+#pragma unroll
+  for (int t = 0; t < kSteps; ++t) {
+    uint32_t x[4];
+    ptx::ldmatrix_x4(address(t), x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      use(i % 2, 8 * t + 2 * i, 16 * t + i / 2 * 8, x[i], elu_plus_one2<T>(x[i]));
+    }
+    if constexpr (kStore) ptx::stmatrix_x4(address(t), x[0], x[1], x[2], x[3]);
+  }
+}
+
 }  // namespace lctx::cuda
