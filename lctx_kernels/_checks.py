@@ -173,11 +173,6 @@ def _hopper_gradient_limits(call: Call) -> None:
             NotImplementedError,
             f"gradients at head dimension {Dk} on a GPU; expected at most 128; {nearest}",
         )
-    if call.op == "landmark_attention" and call.arguments["is_landmark"] is not None:
-        call.refuse(
-            NotImplementedError,
-            f"gradients with is_landmark on a GPU; expected block_size; {nearest}",
-        )
     if call.op != "dilated_attention":
         return
     if call.arguments["mix_grad"] == "detached":

@@ -49,8 +49,9 @@ std::tuple<Tensor, Tensor> landmark_fwd(const Tensor& q, const Tensor& k, const 
 
 #ifdef LCTX_WITH_CUDA
 void landmark_bwd_cuda(const Call& call, const LandmarkParams& params, const AttnGrads& grads) {
-  check_bwd(call, params, grads);
   const CudaCall gpu(call);
+  if (zero_if_empty(params, grads, gpu.stream())) return;
+  check_bwd(call, params, grads);
   const BwdBuffers buffers(call, params.shape, 0);
   Tensor vectors = call.new_stat({cuda::landmark_vector_floats(params)});
   Tensor ints = call.new_plain(ScalarType::Int, {cuda::landmark_bwd_ints(params)});

@@ -207,7 +207,7 @@ struct RetrieveKernel {
                                         bool started) const {
     const float weight[2] = {-rows[0].weight * rows[0].slope, -rows[1].weight * rows[1].slope};
     const uint32_t to = smem + Traits::kZSums + (threadIdx.x / 32 * kHeadDim + own_column()) * 4;
-    float terms[8];
+    float terms[8] = {};
     for_row_pairs<T, kSteps>(address, [&](int row, int, int column, uint32_t, const float2& s) {
       const int i = column / 8 % 4 * 2;
       terms[i] = s.x * weight[row] + (row == 0 ? 0.f : terms[i]);

@@ -15,10 +15,6 @@ BLOCK_SIZES = (2, 3, 16, 17, 32, 51, 64, 65, 100, 128, 256, 1000)
 
 def check(q, k, v, block_size=None, is_landmark=None, **options):
     options |= {"block_size": block_size, "is_landmark": is_landmark}
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    if reasons := lk.supports("landmark_attention", *leaves, **options):
-        assert "gradients with is_landmark on a GPU" in reasons[0]
-        pytest.skip(reasons[0])
     grads = check_gradients(lk.landmark_attention, reference.landmark_attention, q, k, v, **options)
     if block_size is not None:
         assert (grads["v"][:, block_size - 1 :: block_size] == 0).all()
@@ -63,6 +59,17 @@ def test_irregular_landmarks(density, D):
 
 def test_rows_of_landmarks_and_long_gaps():
     check(*gpu_qkv(3, 1500, 2, 128), is_landmark=rows_of_landmarks_and_long_gaps())
+
+
+@pytest.mark.parametrize("irregular", [False, True])
+def test_empty_tensors(irregular):
+    for B, Tq, Tk in ((0, 5, 5), (2, 0, 5), (2, 0, 0)):
+        q, k, v = (x.requires_grad_() for x in gpu_qkv(B, Tq, 4, 64, Tk=Tk))
+        places = {"is_landmark": torch.arange(Tk, device="cuda").expand(B, Tk) % 3 == 2}
+        options = places if irregular else {"block_size": 3}
+        lk.landmark_attention(q, k, v, **options).sum().backward()
+        for x in (q, k, v):
+            assert x.grad.shape == x.shape and (x.grad == 0).all()
 
 
 @pytest.mark.parametrize("block_size", [51, 64, 256])
