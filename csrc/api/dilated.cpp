@@ -91,20 +91,23 @@ std::tuple<Tensor, Tensor> dilated_fwd(const Tensor& q, const Tensor& k, const T
 }
 
 #ifdef LCTX_WITH_CUDA
-void launch_bwd(const Call& call, const DilatedParams& params, const AttnGrads& grads) {
+void launch_bwd(const Call& call, const DilatedParams& params, const AttnGrads& grads, bool fused) {
   const AttnShape& s = params.shape;
   const CudaCall gpu(call);
   if (zero_if_empty(params, grads, gpu.stream())) return;
-  check_bwd(call, params, grads);
-  call.check(!params.mix_detached, "mix_grad is \"detached\"; expected \"exact\" on a GPU");
-  const BwdBuffers buffers(call, s, cuda::dilated_dq_floats(params));
-  Tensor sums = call.new_stat({2, s.B, s.Tk, s.Hkv, s.Dk});
+  check_bwd(call, params, grads, 256);
+  const BwdBuffers buffers(call, s, cuda::dilated_dq_floats(params, fused));
+  Tensor keys = call.new_stat({2, s.B, s.Tk, s.Hkv, s.Dk});
   Tensor statistics = call.new_stat({cuda::dilated_statistics_floats(params)});
-  float* dk_sum = static_cast<float*>(sums.mutable_data_ptr());
-  cuda::launch_bwd_rows(params, grads, buffers.scratch, buffers.dq_floats, gpu.stream());
-  cuda::launch_dilated_bwd(params, grads, buffers.scratch,
-                           static_cast<float*>(statistics.mutable_data_ptr()), dk_sum,
-                           dk_sum + s.B * s.Tk * s.Hkv * s.Dk, gpu.num_sms(), gpu.stream());
+  Tensor delta = call.new_stat({params.mix_detached ? s.B * s.Hq * cuda::bwd_pitch(s) : 0});
+  float* dk = static_cast<float*>(keys.mutable_data_ptr());
+  const cuda::DilatedSums sums{static_cast<float*>(statistics.mutable_data_ptr()), dk,
+                               dk + s.B * s.Tk * s.Hkv * s.Dk,
+                               static_cast<float*>(delta.mutable_data_ptr())};
+  cuda::launch_bwd_rows(params, grads, buffers.scratch, fused ? buffers.dq_floats : 0,
+                        gpu.stream());
+  cuda::launch_dilated_bwd(params, grads, buffers.scratch, sums, fused, gpu.num_sms(),
+                           gpu.stream());
 }
 #endif
 
@@ -113,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> dilated_bwd(
     const Tensor& out, const Tensor& lse, const OptTensor& seqlens,
     const std::vector<int64_t>& segment_lengths, const std::vector<int64_t>& dilation_rates,
     bool causal, double scale, const std::string& head_offset, const std::string& mix_grad,
-    bool /*deterministic: always*/) {
+    [[maybe_unused]] bool deterministic) {
   const Call call("lctx::dilated_bwd",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(out), LCTX_ARG(lse),
                    LCTX_ARG(dout), LCTX_ARG(dlse), LCTX_ARG(seqlens)});
@@ -125,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> dilated_bwd(
   auto results = set_grads(call, dout, dlse, params, grads);
 #ifdef LCTX_WITH_CUDA
   if (call.is_cuda()) {
-    launch_bwd(call, params, grads);
+    launch_bwd(call, params, grads, !deterministic && params.shape.Dk <= 128);
     return results;
   }
 #endif

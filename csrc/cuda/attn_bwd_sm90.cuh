@@ -262,6 +262,7 @@ struct BwdKernel : BwdLoads<Traits_> {
         continue;
       }
       note_seen(warpgroup, work);
+      if constexpr (Traits::Keys::kPrefetches) Traits::Keys::prefetch(*this, warpgroup, work);
       QueryRange own;
       if constexpr (Traits::kGroups) {
         own = Tiles::template queries_of_piece<kBlockM>(p, work, warpgroup);

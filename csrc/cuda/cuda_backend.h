@@ -62,12 +62,20 @@ void launch_attn_delta(const AttnParams& params, const AttnGrads& grads, float* 
 void launch_dilated_fwd(const DilatedParams& params, float* partial, int* counters, int num_sms,
                         Stream stream);
 
-// The backward sums dq in scratch.dq_sum, of dilated_dq_floats, and dk and dv in `dk_sum` and
-// `dv_sum`, fp32 (B, T, Hkv, D), which the launch zeroes.
-int64_t dilated_dq_floats(const DilatedParams& params);
+// Scratch memory of the backward, which need not be zero.
+struct DilatedSums {
+  float* statistics = nullptr;  // dilated_statistics_floats
+  float* dk = nullptr;          // fp32 (B, T, Hkv, D), as the next
+  float* dv = nullptr;
+  float* delta = nullptr;  // (B, Hq, bwd_pitch), with mix_detached
+};
+
+// dq is summed in scratch.dq_sum, of dilated_dq_floats, which must be zero if `fused`: then sums
+// are made in an order that changes from run to run, and D is at most 128.
+int64_t dilated_dq_floats(const DilatedParams& params, bool fused);
 int64_t dilated_statistics_floats(const DilatedParams& params);
 void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
-                        const BwdScratch& scratch, float* statistics, float* dk_sum, float* dv_sum,
+                        const BwdScratch& scratch, const DilatedSums& sums, bool fused,
                         int num_sms, Stream stream);
 
 // `scratch`: landmark_scratch_ints ints on the device.
