@@ -85,6 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infin
   if (M) grads.dM_in = dM.mutable_data_ptr();
   if (z) grads.dz_in = dz.mutable_data_ptr();
   if (gate) grads.dgate = dgate.mutable_data_ptr();
+  const bool empty = S == 0 || s.B == 0;
 #ifdef LCTX_WITH_CUDA
   if (call.is_cuda()) {
     AttnParams local = params;
@@ -92,14 +93,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infin
     check_bwd(call, local, grads);
     check_limits(call, params);
   }
-  if (call.is_cuda() && S > 0) {
+  if (call.is_cuda() && !empty) {
     launch(call, params, grads, deterministic);
     return {dq, dk, dv, dq_mem, dk_mem, dM, dz, dgate};
   }
 #else
   static_cast<void>(deterministic);  // always
 #endif
-  if (S > 0) {
+  if (!empty) {
     cpu::infini_bwd(params, grads, thread_pool());
   } else {
     if (M) set_state(dM_out, dM);

@@ -3,7 +3,8 @@
 //       with the gains G and decays T of infini_sums_fwd.cu. M and its sums are fp32; the product
 //       takes TF32 operands (11 bits), as many as fp16 inputs have. T is symmetric, so that the
 //       backward is the same recurrence from the last segment to the first, dM_s = dM_{s+1} + R_s -
-//       T_s dM_{s+1}, with what retrieval adds (infini_retrieve_bwd.cu).
+//       T_s dM_{s+1}, with what retrieval adds (infini_retrieve_bwd.cu); there, where what is left
+//       of dM may be small, both operands have two terms, and the product is three of them.
 // Tile map: columns of M do not meet: a block is (batch, key/value head, 32 columns); warpgroup w
 //       holds rows 64 w .. of M as the accumulator of the product. A producer warp loads T.
 // Pipeline: T arrives in stages of 32 of its columns. Per segment: the warpgroups write -M
@@ -12,6 +13,8 @@
 // Memory: per segment and head reads T (each of D / 32 blocks, once from HBM) and G, writes M and
 //       its 16-bit copy: 14 D^2 bytes. A chain of S dependent steps of under 1 us each.
 // Limits: used by infini_fwd and infini_bwd; D a multiple of 8 up to 256.
+#include <cstring>
+
 #include "../common/ptx_words.cuh"
 #include "../common/tensor_map.h"
 #include "../common/wgmma.cuh"
@@ -29,11 +32,13 @@ struct DeltaTraits {
   static constexpr int kChunks = kHeadDim / kColumns;
   static constexpr int kConsumerThreads = 2 * kHeadDim;
   static constexpr int kThreads = kConsumerThreads + 32;
-  static constexpr int kStages = kHeadDim == 256 ? 5 : 8;
+  static constexpr int kTerms = Walk::kTerms;
+  static constexpr int kStages = kTerms == 2 ? 4 : kHeadDim == 256 ? 5 : 8;
   static constexpr int kStageBytes = kHeadDim * kChunkRowBytes;
   static constexpr int kTileBytes = kColumns * kHeadDim * 4;
-  static constexpr int kTiles = kStages * kStageBytes;
-  static constexpr int kBarriers = kTiles + 2 * kTileBytes;
+  static constexpr int kLow = kStages * kStageBytes;  // second terms of T
+  static constexpr int kTiles = kTerms * kLow;
+  static constexpr int kBarriers = kTiles + 2 * kTerms * kTileBytes;
   static constexpr int kSharedBytes = kBarriers + Pipeline<kStages>::kBytes + 1024;
 };
 
@@ -43,9 +48,28 @@ struct DeltaParams {
   InfiniGradStates grads;  // backward
 };
 
+// The nearest TF32 number, and that to what is left.
+struct SplitFloat {
+  uint32_t high, low;
+
+  __device__ __forceinline__ explicit SplitFloat(float x) : high(ptx::round_tf32(x)) {
+    low = ptx::round_tf32(x - value_of(high));
+  }
+  __device__ __forceinline__ explicit SplitFloat(uint32_t bits) : SplitFloat(value_of(bits)) {}
+
+ private:
+  static __device__ __forceinline__ float value_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+  }
+};
+
 // What step i of the recurrence reads and leaves; element `at` of a matrix, two of a row at once.
 template <class T>
 struct ForwardWalk {
+  static constexpr int kTerms = 1;
+
   static __device__ __forceinline__ int segment(const DeltaParams&, int i) { return i; }
   static __device__ __forceinline__ float2 first(const DeltaParams& p, int chain, int at) {
     const float* M = p.states.M_in;
@@ -77,6 +101,8 @@ struct ForwardWalk {
 };
 
 struct BackwardWalk {
+  static constexpr int kTerms = 2;
+
   static __device__ __forceinline__ int segment(const DeltaParams& p, int i) {
     return p.states.S - 1 - i;
   }
@@ -189,11 +215,30 @@ struct DeltaKernel {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int k = pair_row(j), n = pair_column(j) + i;
-        ptx::store_shared_4(tile + k / 32 * chunk_bytes(kColumns) + n * kChunkRowBytes +
-                                ((k % 32 / 4 ^ n % 8) << 4) + k % 4 * 4,
-                            ptx::round_tf32(-M[2 * j + i]));
+        const uint32_t at = tile + k / 32 * chunk_bytes(kColumns) + n * kChunkRowBytes +
+                            ((k % 32 / 4 ^ n % 8) << 4) + k % 4 * 4;
+        const SplitFloat x(-M[2 * j + i]);
+        ptx::store_shared_4(at, x.high);
+        if constexpr (Traits::kTerms == 2) ptx::store_shared_4(at + Traits::kTileBytes, x.low);
       }
     }
+  }
+
+  // This warpgroup's rows of a stage of T as two terms, the first in place.
+  __device__ __forceinline__ void split_rows(uint32_t rows) const {
+    const uint32_t at = rows + threadIdx.x % 128 * 16;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint4 x = ptx::load_shared_16(at + i * 2048);
+      const SplitFloat terms[4] = {SplitFloat(x.x), SplitFloat(x.y), SplitFloat(x.z),
+                                   SplitFloat(x.w)};
+      ptx::store_shared_16(at + i * 2048,
+                           {terms[0].high, terms[1].high, terms[2].high, terms[3].high});
+      ptx::store_shared_16(at + i * 2048 + Traits::kLow,
+                           {terms[0].low, terms[1].low, terms[2].low, terms[3].low});
+    }
+    ptx::fence_async_proxy();
+    ptx::named_barrier_sync(2 + threadIdx.x / 128, 128);
   }
 
   // M += T (-M) over one part of T.
@@ -203,12 +248,17 @@ struct DeltaKernel {
     for (int c = 0; c < Traits::kChunks; ++c) {
       pipe.wait(state);
       const uint32_t a = smem + state.stage() * Traits::kStageBytes + threadIdx.x / 128 * 8192;
+      const uint32_t b = tile + c * chunk_bytes(kColumns);
+      if constexpr (Traits::kTerms == 2) split_rows(a);
       wgmma_fence();
 #pragma unroll
-      for (int t = 0; t < kColumns / 8; ++t) {
-        ptx::Wgmma<float, kColumns>::ss(
-            M, wgmma_descriptor(a, t * 32, 0),
-            wgmma_descriptor(tile + c * chunk_bytes(kColumns), t * 32, 0), 1);
+      for (int term = 0; term < 2 * Traits::kTerms - 1; ++term) {
+        const int low_a = term == 1 ? Traits::kLow : 0, low_b = term == 2 ? Traits::kTileBytes : 0;
+#pragma unroll
+        for (int t = 0; t < kColumns / 8; ++t) {
+          ptx::Wgmma<float, kColumns>::ss(M, wgmma_descriptor(a + low_a, t * 32, 0),
+                                          wgmma_descriptor(b + low_b, t * 32, 0), 1);
+        }
       }
       wgmma_commit();
       if (c > 0) {
@@ -234,7 +284,7 @@ struct DeltaKernel {
     }
     load_gain(0, next);
     for (int s = 0; s < x.S; ++s) {
-      const uint32_t tile = smem + Traits::kTiles + s % 2 * Traits::kTileBytes;
+      const uint32_t tile = smem + Traits::kTiles + s % 2 * (Traits::kTerms * Traits::kTileBytes);
       store_operand(tile, M);
       ptx::fence_async_proxy();
       ptx::named_barrier_sync(1, Traits::kConsumerThreads);
@@ -283,7 +333,7 @@ void choose(const InfiniStates& states, const InfiniGradStates& grads, Stream st
     launch<DeltaTraits<Walk, 64>>(states, grads, stream);
   } else if (states.D <= 128) {
     launch<DeltaTraits<Walk, 128>>(states, grads, stream);
-  } else {
+  } else if constexpr (Walk::kTerms == 1) {
     launch<DeltaTraits<Walk, 256>>(states, grads, stream);
   }
 }

@@ -115,7 +115,7 @@ void launch_infini_fwd(const InfiniParams& params, const InfiniPlan& plan,
     launch_infini_gains(params, states, num_sms, stream);
     launch_infini_z_scan(states, stream);
     if (params.update == InfiniUpdate::kDelta) {
-      launch_infini_decays(params, states, num_sms, stream);
+      launch_infini_decays(params, states, /*tf32=*/true, num_sms, stream);
       launch_infini_delta_scan(states, dtype, stream);
     } else {
       launch_infini_linear_scan(states, dtype, stream);

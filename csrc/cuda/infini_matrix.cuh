@@ -121,4 +121,34 @@ __device__ __forceinline__ void for_row_pairs(const FragmentAddress<kRows>& addr
   }
 }
 
+// Sums over the 16 rows of a warp of terms that come as for_pairs gives them.
+struct ColumnTerms {
+  float terms[8] = {};
+
+  // The columns whose sum this thread gets: of every 32 the one that is so far behind the first.
+  static __device__ __forceinline__ int own_column() {
+    const int lane = threadIdx.x % 32, i = lane / 4;
+    return i / 4 * 16 + i / 2 % 2 * 8 + i % 2 + fragment_column(lane);
+  }
+
+  // Takes in two terms. After those of the last rows of 32 columns calls use(which 32, sum).
+  template <class Use>
+  __device__ __forceinline__ void add(int row, int column, float x, float y, Use&& use) {
+    const int first = column / 8 % 4 * 2;
+    terms[first] = row == 0 ? x : terms[first] + x;
+    terms[first + 1] = row == 0 ? y : terms[first + 1] + y;
+    if (row == 0 || first != 6) return;
+#pragma unroll
+    for (int n = 4; n > 0; n /= 2) {
+      const bool upper = threadIdx.x & 4 * n;
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const float kept = upper ? terms[i + n] : terms[i], sent = upper ? terms[i] : terms[i + n];
+        terms[i] = kept + __shfl_xor_sync(~0u, sent, 4 * n);
+      }
+    }
+    use(column / 32, terms[0]);
+  }
+};
+
 }  // namespace lctx::cuda

@@ -184,38 +184,18 @@ struct RetrieveKernel {
     }
   }
 
-  // Adds eight columns of all 16 rows of a warp: this lane gets the sum of one of them.
-  static __device__ __forceinline__ float add_lanes(float (&x)[8]) {
-#pragma unroll
-    for (int n = 4; n > 0; n /= 2) {
-      const bool upper = threadIdx.x & 4 * n;
-#pragma unroll
-      for (int i = 0; i < n; ++i) {
-        const float kept = upper ? x[i + n] : x[i], sent = upper ? x[i] : x[i + n];
-        x[i] = kept + __shfl_xor_sync(~0u, sent, 4 * n);
-      }
-    }
-    return x[0];
-  }
-  // Which column that is, of the 32 of two 16-column steps.
-  static __device__ __forceinline__ int own_column() {
-    const int lane = threadIdx.x % 32, i = lane / 4;  // x[i]
-    return i / 4 * 16 + i / 2 % 2 * 8 + i % 2 + fragment_column(lane);
-  }
   // dz -= (a P)^T (P . Y / c) of this warp's rows, in shared memory.
   __device__ __forceinline__ void add_z(const FragmentAddress<kRows>& address, const Row (&rows)[2],
                                         bool started) const {
     const float weight[2] = {-rows[0].weight * rows[0].slope, -rows[1].weight * rows[1].slope};
-    const uint32_t to = smem + Traits::kZSums + (threadIdx.x / 32 * kHeadDim + own_column()) * 4;
-    float terms[8] = {};
+    const uint32_t to =
+        smem + Traits::kZSums + (threadIdx.x / 32 * kHeadDim + ColumnTerms::own_column()) * 4;
+    ColumnTerms terms;
     for_row_pairs<T, kSteps>(address, [&](int row, int, int column, uint32_t, const float2& s) {
-      const int i = column / 8 % 4 * 2;
-      terms[i] = s.x * weight[row] + (row == 0 ? 0.f : terms[i]);
-      terms[i + 1] = s.y * weight[row] + (row == 0 ? 0.f : terms[i + 1]);
-      if (row == 0 || i < 6) return;
-      const uint32_t at = to + column / 32 * 128;
-      const float before = started ? __int_as_float(ptx::load_shared_4(at)) : 0.f;
-      ptx::store_shared_4(at, __float_as_uint(before + add_lanes(terms)));
+      terms.add(row, column, s.x * weight[row], s.y * weight[row], [&](int i, float sum) {
+        const float before = started ? __int_as_float(ptx::load_shared_4(to + i * 128)) : 0.f;
+        ptx::store_shared_4(to + i * 128, __float_as_uint(before + sum));
+      });
     });
   }
 

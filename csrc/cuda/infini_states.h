@@ -95,8 +95,9 @@ void launch_infini_chains(const InfiniParams& params, const InfiniStates& states
 int infini_splits(const InfiniParams& params, int num_sms);  // so that all multiprocessors work
 void launch_infini_gains(const InfiniParams& params, const InfiniStates& states, int num_sms,
                          Stream stream);
-void launch_infini_decays(const InfiniParams& params, const InfiniStates& states, int num_sms,
-                          Stream stream);
+// tf32: rounded, as a product of such numbers takes them.
+void launch_infini_decays(const InfiniParams& params, const InfiniStates& states, bool tf32,
+                          int num_sms, Stream stream);
 void launch_infini_z_scan(const InfiniStates& states, Stream stream);
 void launch_infini_norms(const InfiniStates& states, Stream stream);  // of z that is there already
 void launch_infini_linear_scan(const InfiniStates& states, DType dtype, Stream stream);

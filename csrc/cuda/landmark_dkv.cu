@@ -29,8 +29,7 @@ void launch_pieces(const LandmarkDqParams& params, const AttnGrads& grads, int n
   set_attention_bwd<Tile>(params, grads, scratch, p);
   p.k[0] = make_rows_map(params.k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, 64);
   p.v[0] = make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, 64);
-  LandmarkTables tables(params.scratch + 2, s, 64, /*with_groups=*/true);
-  tables.max_tiles = static_cast<int>(num_pieces(params));
+  const LandmarkTables tables(params.scratch + 2, s, 64, /*with_groups=*/true, num_pieces(params));
   // Tiles that the tables leave out lie behind all keys.
   cudaMemsetAsync(tables.tiles, 0x3f, s.B * tables.max_tiles * sizeof(LandmarkTile), stream);
   launch_landmark_tables(params, 64, tables, stream);
