@@ -82,11 +82,14 @@ void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
 void launch_landmark_fwd(const LandmarkParams& params, int* scratch, int num_sms, Stream stream);
 int64_t landmark_scratch_ints(const LandmarkParams& params, int num_sms);
 
-// dq, dk, dv. Of `scratch` lse2 and delta are read; `vectors`: landmark_vector_floats, `ints`:
-// landmark_bwd_ints on the device.
+// dq, dk, dv. Of `scratch` lse2 and delta are read, and where there is a dq_sum (zero before,
+// flash_dq_sum_floats; only if landmark_fuses) dq is summed there, in an order that changes from
+// run to run. `vectors`: landmark_vector_floats, `ints`: landmark_bwd_ints on the device.
 void launch_landmark_bwd(const LandmarkParams& params, const AttnGrads& grads,
                          const BwdScratch& scratch, float* vectors, int* ints, int num_sms,
                          Stream stream);
+// Whether dq is made faster with a sum.
+bool landmark_fuses(const LandmarkParams& params);
 int64_t landmark_vector_floats(const LandmarkParams& params);
 int64_t landmark_bwd_ints(const LandmarkParams& params);
 
