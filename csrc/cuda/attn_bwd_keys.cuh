@@ -3,7 +3,8 @@
 //       StoreGroupKeys   the same for the pieces of landmark attention
 //       AddKeys     the same, added to fp32 tensors; the last to add may write the input dtype
 // Tile map: 64 keys of a warpgroup.
-// Pipeline: from registers, while the next tile is loaded.
+// Pipeline: from registers, while the next tile is loaded. kPrefetches: prefetch() when a tile
+//       begins; kReadsKeys: read_keys() while its keys are still there.
 // Memory: dK and dV once, 16 bytes a thread.
 // Limits: none of their own.
 #pragma once
@@ -15,7 +16,7 @@ namespace lctx::cuda {
 
 struct StoreKeys {
   struct Params {};
-  static constexpr bool kPrefetches = false;
+  static constexpr bool kPrefetches = false, kReadsKeys = false;
 
   template <class Kernel, int N>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
@@ -53,7 +54,7 @@ struct StoreKeys {
 // The same for the pieces of LandmarkKeys, of which the last keys count.
 struct StoreGroupKeys {
   struct Params {};
-  static constexpr bool kPrefetches = false;
+  static constexpr bool kPrefetches = false, kReadsKeys = false;
 
   template <class Kernel, int N>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
@@ -77,7 +78,7 @@ struct AddKeys {
     TensorView dk_sum, dv_sum;  // fp32
     bool last;                  // the sums go to BwdParams::dk and dv, and stay as they are
   };
-  static constexpr bool kPrefetches = false;
+  static constexpr bool kPrefetches = false, kReadsKeys = false;
 
   template <class Kernel, int N>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,

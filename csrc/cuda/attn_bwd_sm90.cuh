@@ -289,6 +289,9 @@ struct BwdKernel : BwdLoads<Traits_> {
       index = kept.x;
       queue.state.step = kept.y;
       __syncwarp();
+      if constexpr (Traits::Keys::kReadsKeys) {
+        Traits::Keys::read_keys(*this, warpgroup, find_work_again(index), dk);
+      }
       k_pipe.release(key_state());
       v_pipe.release(key_state());
       Traits::Keys::finish(*this, warpgroup, find_work_again(index), dk, dv);

@@ -10,7 +10,6 @@
 #include "../common/feature_map.cuh"
 #include "attn_bwd_launch.cuh"
 #include "attn_dq_launch.cuh"
-#include "infini_grads.h"
 #include "infini_rows.cuh"
 
 namespace lctx::cuda {
@@ -19,102 +18,84 @@ namespace {
 struct MemoryKeys : StoreKeys {
   struct Params {
     TensorView dk_add, dv_add;  // data nullptr: nothing
-    TensorView keys;
     const float* dz;  // (B, Hkv, S, D) of the states that segments leave; nullptr: is in dk_add
     int num_segments, Hkv;
     FastDivisor per_length;  // segment_len
   };
+
+  static constexpr bool kReadsKeys = true;
+
+  // dk = scale * dk + dz o min(sigma(k), 1).
+  template <class Kernel, int N>
+  static __device__ __forceinline__ void read_keys(const Kernel& kernel, int warpgroup,
+                                                   const KeyWork& work, float (&dk)[N]) {
+    using T = typename Kernel::T;
+    const auto& p = kernel.p;
+#pragma unroll
+    for (float& x : dk) x *= p.scale;
+    if (p.dz == nullptr) return;
+    const int64_t chain = int64_t{work.batch} * p.Hkv + work.head;
+    const int segment = p.per_length.divide(work.query_begin);
+    const float* dz =
+        p.dz + (chain * p.num_segments + segment) * p.D + fragment_column(warpgroup_thread());
+    const FragmentAddress<Kernel::kBlockN> address(kernel.smem + Kernel::Traits::kK, warpgroup * 64,
+                                                   warpgroup_thread());
+#pragma unroll
+    for (int t = 0; t < N / 8; ++t) {
+      uint32_t x[4];
+      ptx::ldmatrix_x4(address(t), x);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int column = 16 * t + 8 * half;
+        const float2 g =
+            column < p.D ? *reinterpret_cast<const float2*>(dz + column) : float2{0.f, 0.f};
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          const float2 s = elu_plus_one2<T>(x[2 * half + row]);
+          const int at = 8 * t + 4 * half + 2 * row;
+          dk[at] += g.x * fminf(s.x, 1.f);
+          dk[at + 1] += g.y * fminf(s.y, 1.f);
+        }
+      }
+    }
+  }
 
   template <class Kernel, int N>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
                                                 const KeyWork& work, float (&dk)[N],
                                                 float (&dv)[N]) {
     const auto& p = kernel.p;
-    add(kernel, warpgroup, work, p.dv_add, 1.f, dv);
+    add(kernel, warpgroup, work, p.dv_add, dv);
     store(kernel, warpgroup, work, dv, 1.f, p.dv);
-    add(kernel, warpgroup, work, p.dk_add, p.scale, dk);
-    if constexpr (Kernel::Traits::kFused) {  // the other has no registers for it
-      if (p.dz != nullptr) add_dz(kernel, warpgroup, work, dk);
-    }
+    add(kernel, warpgroup, work, p.dk_add, dk);
     store(kernel, warpgroup, work, dk, 1.f, p.dk);
   }
 
-  // This thread's 16 bytes of row i of a tile's keys in every 32 columns; zeros where there is
-  // none.
-  template <class Kernel, int N>
-  static __device__ __forceinline__ void load_row(const Kernel& kernel, int warpgroup,
-                                                  const KeyWork& work, const TensorView& view,
-                                                  int i, uint4 (&words)[N / 16]) {
-    using T = typename Kernel::T;
-    const int thread = warpgroup_thread(), column0 = 8 * (thread % 4);
-    const int key = work.key0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
-    const int columns = view.data != nullptr && key < work.key_end ? kernel.p.D - column0 : 0;
-    const T* row = static_cast<const T*>(view.data) + work.batch * view.stride_b +
-                   key * view.stride_t + work.head * view.stride_h + column0;
-#pragma unroll
-    for (int a = 0; a < N / 16; ++a) {
-      words[a] =
-          32 * a < columns ? *reinterpret_cast<const uint4*>(row + 32 * a) : make_uint4(0, 0, 0, 0);
-    }
-  }
-
-  // d = factor * d + rows of `view`.
+  // d += rows of `view`, 16 bytes a thread.
   template <class Kernel, int N>
   static __device__ __forceinline__ void add(const Kernel& kernel, int warpgroup,
                                              const KeyWork& work, const TensorView& view,
-                                             float factor, float (&d)[N]) {
+                                             float (&d)[N]) {
+    using T = typename Kernel::T;
+    const int thread = warpgroup_thread(), column0 = 8 * (thread % 4);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      uint4 words[N / 16];
-      load_row<Kernel, N>(kernel, warpgroup, work, view, i, words);
+      const int key = work.key0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
+      const int columns = view.data != nullptr && key < work.key_end ? kernel.p.D - column0 : 0;
+      const T* row = static_cast<const T*>(view.data) + work.batch * view.stride_b +
+                     key * view.stride_t + work.head * view.stride_h + column0;
 #pragma unroll
       for (int a = 0; a < N / 16; ++a) {
-        uint32_t x[4] = {words[a].x, words[a].y, words[a].z, words[a].w};
+        const uint4 words = 32 * a < columns ? *reinterpret_cast<const uint4*>(row + 32 * a)
+                                             : make_uint4(0, 0, 0, 0);
+        uint32_t x[4] = {words.x, words.y, words.z, words.w};
         quad_transpose(x);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int at = 4 * (4 * a + j) + 2 * i;
-          const float2 pair = unpack2<typename Kernel::T>(x[j]);
-          d[at] = factor * d[at] + pair.x;
-          d[at + 1] = factor * d[at + 1] + pair.y;
-        }
-      }
-    }
-  }
-
-  // dk += dz o min(sigma(k), 1).
-  template <class Kernel, int N>
-  static __device__ __forceinline__ void add_dz(const Kernel& kernel, int warpgroup,
-                                                const KeyWork& work, float (&dk)[N]) {
-    const auto& p = kernel.p;
-    uint4 words[2][N / 16];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      load_row<Kernel, N>(kernel, warpgroup, work, p.keys, i, words[i]);
-    }
-    const int64_t chain = int64_t{work.batch} * p.Hkv + work.head;
-    const int segment = p.per_length.divide(work.query_begin);
-    const float* dz =
-        p.dz + (chain * p.num_segments + segment) * p.D + fragment_column(warpgroup_thread());
-#pragma unroll
-    for (int a = 0; a < N / 16; ++a) {
-      __syncwarp();  // a few loads at a time, or there are no registers for them
-      float2 g[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int column = 32 * a + 8 * j;
-        g[j] = column < p.D ? *reinterpret_cast<const float2*>(dz + column) : float2{0.f, 0.f};
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        uint32_t x[4] = {words[i][a].x, words[i][a].y, words[i][a].z, words[i][a].w};
-        quad_transpose(x);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int at = 4 * (4 * a + j) + 2 * i;
-          const float2 s = elu_plus_one2<typename Kernel::T>(x[j]);
-          dk[at] += g[j].x * fminf(s.x, 1.f);
-          dk[at + 1] += g[j].y * fminf(s.y, 1.f);
+          const float2 pair = unpack2<T>(x[j]);
+          d[at] += pair.x;
+          d[at + 1] += pair.y;
         }
       }
     }
@@ -173,12 +154,8 @@ void launch_keys(const InfiniParams& params, const InfiniGrads& grads,
   set_segments(params, s.Hkv, p);
   p.dk_add = scratch.dk_add;
   p.dv_add = scratch.dv_add;
-  p.keys = params.k;
   const bool lacks_dz = params.update == InfiniUpdate::kDelta && params.k_mem.data == nullptr;
   p.dz = lacks_dz ? scratch.dz : nullptr;
-  if (lacks_dz && !Tile::kFused) {
-    launch_infini_add_dz(params, scratch.dz, params.k, scratch.dk_add, stream);
-  }
   p.num_segments = static_cast<int>(ceil_div(s.Tq, params.segment_len));
   p.Hkv = static_cast<int>(s.Hkv);
   p.per_length = FastDivisor(p.segment_len);

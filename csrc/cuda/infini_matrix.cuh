@@ -106,20 +106,46 @@ struct RowFragments {
   }
 };
 
-// The same without keeping what is loaded; with kStore what use() leaves in the words goes back.
-template <class T, int kSteps, bool kStore = false, int kRows, class Use>
-__device__ __forceinline__ void for_row_pairs(const FragmentAddress<kRows>& address, Use&& use) {
+// The same with sigma kept in fp32.
+template <class T, int kSteps>
+struct RowPairs {
+  float2 s[kSteps][4];
+
+  template <int kRows>
+  __device__ __forceinline__ void load(const FragmentAddress<kRows>& address) {
 #pragma unroll
-  for (int t = 0; t < kSteps; ++t) {
-    uint32_t x[4];
-    ptx::ldmatrix_x4(address(t), x);
+    for (int t = 0; t < kSteps; ++t) {
+      uint32_t x[4];
+      ptx::ldmatrix_x4(address(t), x);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      use(i % 2, 8 * t + 2 * i, 16 * t + i / 2 * 8, x[i], elu_plus_one2<T>(x[i]));
+      for (int i = 0; i < 4; ++i) s[t][i] = elu_plus_one2<T>(x[i]);
     }
-    if constexpr (kStore) ptx::stmatrix_x4(address(t), x[0], x[1], x[2], x[3]);
   }
-}
+  // Times the rows' weights, rounded, to where they came from.
+  template <int kRows>
+  __device__ __forceinline__ void store(const FragmentAddress<kRows>& address, float weight0,
+                                        float weight1) const {
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float weight = i % 2 == 0 ? weight0 : weight1;
+        x[i] = pack2<T>(s[t][i].x * weight, s[t][i].y * weight);
+      }
+      ptx::stmatrix_x4(address(t), x[0], x[1], x[2], x[3]);
+    }
+  }
+  // Calls use(row 0 or 1, first register of the accumulator, first column less the thread's, pair).
+  template <class Use>
+  __device__ __forceinline__ void for_pairs(Use&& use) const {
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) use(i % 2, 8 * t + 2 * i, 16 * t + i / 2 * 8, s[t][i]);
+    }
+  }
+};
 
 // Sums over the 16 rows of a warp of terms that come as for_pairs gives them.
 struct ColumnTerms {

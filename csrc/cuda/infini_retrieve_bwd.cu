@@ -84,7 +84,7 @@ struct RetrieveKernel {
   static constexpr int kHeadDim = Traits::kHeadDim, kRows = Traits::kRows;
   static constexpr bool kShared = kHeadDim == 128;  // both warpgroups sum over all rows
   static constexpr int kDepth = kShared ? kRows : 64;
-  static constexpr int kSteps = kHeadDim / 16;
+  using Pairs = RowPairs<T, kHeadDim / 16>;
 
   const RetrieveParams& p;
   const InfiniGradStates& x;
@@ -185,13 +185,12 @@ struct RetrieveKernel {
   }
 
   // dz -= (a P)^T (P . Y / c) of this warp's rows, in shared memory.
-  __device__ __forceinline__ void add_z(const FragmentAddress<kRows>& address, const Row (&rows)[2],
-                                        bool started) const {
+  __device__ __forceinline__ void add_z(const Pairs& P, const Row (&rows)[2], bool started) const {
     const float weight[2] = {-rows[0].weight * rows[0].slope, -rows[1].weight * rows[1].slope};
     const uint32_t to =
         smem + Traits::kZSums + (threadIdx.x / 32 * kHeadDim + ColumnTerms::own_column()) * 4;
     ColumnTerms terms;
-    for_row_pairs<T, kSteps>(address, [&](int row, int, int column, uint32_t, const float2& s) {
+    P.for_pairs([&](int row, int, int column, const float2& s) {
       terms.add(row, column, s.x * weight[row], s.y * weight[row], [&](int i, float sum) {
         const float before = started ? __int_as_float(ptx::load_shared_4(to + i * 128)) : 0.f;
         ptx::store_shared_4(to + i * 128, __float_as_uint(before + sum));
@@ -274,26 +273,26 @@ struct RetrieveKernel {
     const float logit = x.gate != nullptr ? x.gate[block.head] : 0.f;
     const float gate = 1.f / (1.f + __expf(-logit));
     float norm[2] = {0.f, 0.f}, dot[2] = {0.f, 0.f};
-    for_row_pairs<T, kSteps>(address, [&](int row, int, int column, uint32_t, const float2& s) {
+    Pairs P;
+    P.load(address);
+    P.for_pairs([&](int row, int, int column, const float2& s) {
       const float2 z = ptx::load_shared_float2(norm_address(column));
       norm[row] += s.x * z.x + s.y * z.y;
     });
     wgmma_wait<0>();
-    for_row_pairs<T, kSteps>(address, [&](int row, int at, int, uint32_t, const float2& s) {
-      dot[row] += s.x * y[at] + s.y * y[at + 1];
-    });
+    P.for_pairs(
+        [&](int row, int at, int, const float2& s) { dot[row] += s.x * y[at] + s.y * y[at + 1]; });
     Row rows[2];
     finish_rows(gate, norm, dot, block, rows);
-    add_z(address, rows, started);
+    add_z(P, rows, started);
     const float factor = p.dq.data != nullptr ? 1.f : p.inverse_scale;
-    const auto finish = [&](int row, int at, int column, uint32_t& pair, const float2& s) {
+    P.for_pairs([&](int row, int at, int column, const float2& s) {
       const float2 z = ptx::load_shared_float2(norm_address(column));
       const float weight = rows[row].weight * factor, slope = rows[row].slope;
       y[at] = weight * (y[at] - slope * z.x) * fminf(s.x, 1.f);
       y[at + 1] = weight * (y[at + 1] - slope * z.y) * fminf(s.y, 1.f);
-      pair = pack2<T>(s.x * rows[row].weight, s.y * rows[row].weight);
-    };
-    for_row_pairs<T, kSteps, /*kStore=*/true>(address, finish);
+    });
+    P.store(address, rows[0].weight, rows[1].weight);
     if (block.rows < kRows) clear_rows(dout, block.rows);
     ptx::fence_async_proxy();
     if constexpr (kShared) {
