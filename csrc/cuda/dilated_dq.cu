@@ -1,8 +1,9 @@
 // Math: the gradient of the queries in dilated attention (lctx::dilated_bwd; lctx::dilated_fwd has
 //       the forward): the sum over the branches that select a row of what each gives it.
-// Tile map: two ways. dilated_dq_kernel: a thread to 8 columns of a row, which it looks for in the
-//       parts that attn_bwd_sm90.cuh summed branch by branch. BranchDq: attn_dq_sm90.cuh with
-//       SegmentTiles, a launch a branch, largest rate first; a row goes on from the sum so far.
+// Tile map: two ways. dilated_dq_kernel: a block to 128 rows of a head, a thread to 8 columns of
+//       one of them, which it looks for in the parts that attn_bwd_sm90.cuh summed branch by
+//       branch. BranchDq: attn_dq_sm90.cuh with SegmentTiles, a launch a branch, largest rate
+//       first; a row goes on from the sum so far.
 // Pipeline: those of the kernels. Which branches have been there follows from the position of a
 //       row, so that no sum is zeroed before.
 // Memory: dilated_dq_kernel: every part once, dq once. BranchDq: as attn_dq_sm90.cuh for every
@@ -25,50 +26,53 @@ struct DqSumParams {
   int num_branches;
   TensorView dq;
   int T, D, Hq;
-  int64_t units;             // of 8 columns of (batch, position, head)
-  FastDivisor per_row;       // units of a row
-  FastDivisor per_position;  // heads
-  FastDivisor per_batch;     // positions
+  FastDivisor per_row, per_tile;  // units of 8 columns; heads
   const int32_t* seqlens;
   float scale;
 };
 
-// Columns 8 j .. 8 j + 7 of a row: dq_sum.cuh has the order.
+// Rows of a head that a thread block adds up: two rows of a branch that lie eight apart are
+// neighbours in its sum (dq_sum.cuh), up to rate 8 both are here.
+constexpr int kDqRows = 128;
+
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(256) dilated_dq_kernel(const __grid_constant__ DqSumParams p) {
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  if (unit >= p.units) return;
-  const int64_t row = unit / p.per_row.divisor;
-  const int column = static_cast<int>(unit - row * p.per_row.divisor) * 8;
-  const int bt = p.per_position.divide(static_cast<int>(row));
-  const int h = static_cast<int>(row) - bt * p.per_position.divisor;
-  const int b = p.per_batch.divide(bt), t = bt - b * p.T;
-  float dq[8] = {};
-  const bool exists = p.seqlens == nullptr || t < p.seqlens[b];
-  for (int m = 0; exists && m < p.num_branches; ++m) {
-    const DqBranch& branch = p.branches[m];
-    const int segment = branch.per_segment.divide(t);
-    const int at = branch.row_of(t, h, segment);
-    if (at < 0) continue;
-    constexpr int kRows = dq_block_rows(kHeadDim);
-    const int64_t block = static_cast<int64_t>(b * p.Hq + h) * branch.blocks_per_head +
-                          segment * branch.blocks_per_segment + at / kRows;
-    const auto* sum = reinterpret_cast<const float2*>(
-        branch.sum + dq_block_place<kHeadDim>(block, at, 0) + dq_sum_columns(column / 8));
+  // Heads of the same rows side by side, which lie so in dq.
+  const int tile = p.per_tile.divide(blockIdx.x), h = p.per_tile.modulo(blockIdx.x);
+  const int b = blockIdx.y;
+  const int length = p.seqlens == nullptr ? p.T : p.seqlens[b];
+  const int units = kDqRows * p.per_row.divisor;
+  for (int unit = threadIdx.x; unit < units; unit += 256) {
+    const int row = p.per_row.divide(unit), t = tile * kDqRows + row;
+    if (t >= p.T) return;
+    const int j = unit - row * p.per_row.divisor;  // columns 8 j .. 8 j + 7
+    float dq[8] = {};
+    for (int m = 0; t < length && m < p.num_branches; ++m) {
+      const DqBranch& branch = p.branches[m];
+      const int segment = branch.per_segment.divide(t);
+      const int at = branch.row_of(t, h, segment);
+      if (at < 0) continue;
+      constexpr int kRows = dq_block_rows(kHeadDim);
+      const int64_t block = static_cast<int64_t>(b * p.Hq + h) * branch.blocks_per_head +
+                            segment * branch.blocks_per_segment + at / kRows;
+      const auto* sum = reinterpret_cast<const float2*>(
+          branch.sum + dq_block_place<kHeadDim>(block, at, 0) + dq_sum_columns(j));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = sum[2 * i];
+        dq[2 * i] += x.x;
+        dq[2 * i + 1] += x.y;
+      }
+    }
+    uint32_t packed[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 x = sum[2 * i];
-      dq[2 * i] += x.x;
-      dq[2 * i + 1] += x.y;
+      packed[i] = pack2<T>(dq[2 * i] * p.scale, dq[2 * i + 1] * p.scale);
     }
+    T* to = static_cast<T*>(p.dq.data) + b * p.dq.stride_b + t * p.dq.stride_t + h * p.dq.stride_h +
+            8 * j;
+    *reinterpret_cast<uint4*>(to) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
   }
-  uint32_t packed[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    packed[i] = pack2<T>(dq[2 * i] * p.scale, dq[2 * i + 1] * p.scale);
-  }
-  T* to = static_cast<T*>(p.dq.data) + b * p.dq.stride_b + t * p.dq.stride_t + h * p.dq.stride_h;
-  *reinterpret_cast<uint4*>(to + column) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
 }
 
 // Adds rows of dQ to the sum over the branches. kLast: dq is written instead of the sum.
@@ -185,9 +189,6 @@ void launch_add_branches_dq(const DilatedParams& params, const AttnGrads& grads,
   p.T = static_cast<int>(s.Tq);
   p.Hq = static_cast<int>(s.Hq);
   p.per_row = FastDivisor(static_cast<int>(s.Dk / 8));
-  p.per_position = FastDivisor(p.Hq);
-  p.per_batch = FastDivisor(p.T);
-  p.units = s.B * s.Tq * s.Hq * (s.Dk / 8);
   p.seqlens = params.seqlens;
   p.scale = static_cast<float>(params.scale);
   const bool small = s.Dk <= 64;
@@ -195,7 +196,9 @@ void launch_add_branches_dq(const DilatedParams& params, const AttnGrads& grads,
       s.dtype == DType::kBFloat16
           ? (small ? dilated_dq_kernel<__nv_bfloat16, 64> : dilated_dq_kernel<__nv_bfloat16, 128>)
           : (small ? dilated_dq_kernel<__half, 64> : dilated_dq_kernel<__half, 128>);
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.units, 256)));
+  p.per_tile = FastDivisor(p.Hq);
+  const dim3 grid(static_cast<unsigned>(s.Hq * ceil_div(s.Tq, kDqRows)),
+                  static_cast<unsigned>(s.B));
   kernel<<<grid, 256, 0, stream>>>(p);
   check_launch("dilated_dq_kernel", grid, dim3(256), stream);
 }
