@@ -136,7 +136,7 @@ struct InfiniBwdScratch {
   float* dgate_parts = nullptr;  // (Hq, B, row_blocks)
   float* dq_sum = nullptr;       // dq_sum_floats
   int* counters = nullptr;       // 2
-  TensorView dk_add, dv_add;     // (B, T, Hkv, D) of the inputs' type
+  TensorView dk_add, dv_add;     // what the memory adds to dk and dv: in their own place
 };
 
 // What the memory contributes to all gradients, and what the local part's backward reads: lse2,
