@@ -92,20 +92,19 @@ std::tuple<Tensor, Tensor> dilated_fwd(const Tensor& q, const Tensor& k, const T
 
 #ifdef LCTX_WITH_CUDA
 void launch_bwd(const Call& call, const DilatedParams& params, const AttnGrads& grads, bool fused) {
-  const AttnShape& s = params.shape;
   const CudaCall gpu(call);
   const cuda::Stream stream = gpu.stream();
   if (zero_if_empty(params, grads, stream)) return;
   check_bwd(call, params, grads, 256);
-  const BwdBuffers buffers(call, s, cuda::dilated_dq_floats(params, fused));
-  Tensor keys = call.new_stat({2, s.B, s.Tk, s.Hkv, s.Dk});
-  Tensor statistics = call.new_stat({cuda::dilated_statistics_floats(params)});
-  Tensor delta = call.new_stat({params.mix_detached ? s.B * s.Hq * cuda::bwd_pitch(s) : 0});
-  const auto data = [](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
-  const cuda::DilatedSums sums{data(statistics), data(keys), data(keys) + s.B * s.Tk * s.Hkv * s.Dk,
-                               data(delta)};
-  cuda::launch_bwd_rows(params, grads, buffers.scratch, fused ? buffers.dq_floats : 0, stream);
-  cuda::launch_dilated_bwd(params, grads, buffers.scratch, sums, fused, gpu.num_sms(), stream);
+  const cuda::DilatedSizes sizes = cuda::dilated_sizes(params, fused);
+  const BwdBuffers buffers(call, params.shape, sizes.dq);
+  Tensor sums = call.new_stat({2 * sizes.keys + sizes.statistics + sizes.delta});
+  float* dk = static_cast<float*>(sums.mutable_data_ptr());
+  float *dv = dk + sizes.keys, *statistics = dv + sizes.keys;
+  float* delta = params.mix_detached ? statistics + sizes.statistics : nullptr;
+  cuda::launch_bwd_rows(params, grads, buffers.scratch, 0, stream);
+  cuda::launch_dilated_bwd(params, grads, buffers.scratch, {statistics, dk, dv, delta}, fused,
+                           gpu.num_sms(), stream);
 }
 #endif
 

@@ -62,21 +62,22 @@ void launch_attn_delta(const AttnParams& params, const AttnGrads& grads, float* 
 void launch_dilated_fwd(const DilatedParams& params, float* partial, int* counters, int num_sms,
                         Stream stream);
 
-// Scratch memory of the backward, which need not be zero.
+// Floats of the backward's scratch memory.
+struct DilatedSizes {
+  int64_t dq = 0;    // BwdScratch::dq_sum
+  int64_t keys = 0;  // dk and dv each
+  int64_t statistics = 0, delta = 0;
+};
 struct DilatedSums {
-  float* statistics = nullptr;  // dilated_statistics_floats
-  float* dk = nullptr;          // fp32 (B, T, Hkv, D), as the next
-  float* dv = nullptr;
-  float* delta = nullptr;  // (B, Hq, bwd_pitch), with mix_detached
+  float *statistics = nullptr, *dk = nullptr, *dv = nullptr, *delta = nullptr;
 };
 
-// dq is summed in scratch.dq_sum, of dilated_dq_floats, which must be zero if `fused`: then sums
-// are made in an order that changes from run to run, and D is at most 128.
-int64_t dilated_dq_floats(const DilatedParams& params, bool fused);
-int64_t dilated_statistics_floats(const DilatedParams& params);
+// Of `scratch` lse2 and delta are read; nothing need be zero. `fused`: sums of dq are made in an
+// order that changes from run to run; D is at most 128.
+DilatedSizes dilated_sizes(const DilatedParams& params, bool fused);
 void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
-                        const BwdScratch& scratch, const DilatedSums& sums, bool fused,
-                        int num_sms, Stream stream);
+                        const BwdScratch& scratch, const DilatedSums& sums, bool fused, int num_sms,
+                        Stream stream);
 
 // `scratch`: landmark_scratch_ints ints on the device.
 void launch_landmark_fwd(const LandmarkParams& params, int* scratch, int num_sms, Stream stream);

@@ -9,13 +9,18 @@
 //       begins.
 // Memory: fp32 dk and dv (B, T, Hkv, D); dq in fp32, fused of the rows that each branch selects,
 //       else (B, T, Hq, D); a branch's statistics, gathered into blocks; as flash_bwd.cu for each
-//       branch.
+//       branch. T here are the positions of a span: some whole segments of every branch, one span
+//       after the other, so that the sums take kSpanBytes, or what the shortest span takes.
 // Limits: those of attn_bwd_sm90.cuh; any w, r, T; 16 branches.
+#include <numeric>
+
 #include "attn_bwd_launch.cuh"
 #include "dilated_bwd.h"
 
 namespace lctx::cuda {
 namespace {
+
+constexpr int64_t kSpanBytes = int64_t{1} << 30;  // of fp32 sums
 
 // The sums over the branches: those of the branches before are read where they have been.
 struct BranchKeys : AddKeys {
@@ -91,9 +96,11 @@ int64_t branch_rows(const AttnShape& s, const Branch& branch) {
          dq_block_rows(dq_head_dim(s));
 }
 
-// Points `scratch` at the statistics of a branch, which it makes in `to`.
-void launch_statistics(const DilatedParams& params, const Branch& branch, float* to,
+// Points `scratch`, whose statistics are those by positions, at the ones of a branch, which it
+// makes in `to`.
+void launch_statistics(const DilatedSpan& span, const Branch& branch, float* to,
                        BwdScratch& scratch, Stream stream) {
+  const DilatedParams& params = span.params;
   const AttnShape& s = params.shape;
   StatisticsParams p{};
   p.count = branch_rows(s, branch);
@@ -102,7 +109,7 @@ void launch_statistics(const DilatedParams& params, const Branch& branch, float*
   p.branch_lse2 = to;
   p.branch_delta = to + p.count;
   p.T = static_cast<int>(s.Tq);
-  p.pitch = static_cast<int>(bwd_pitch(s));
+  p.pitch = span.pitch;
   p.segment_len = static_cast<int>(branch.length);
   p.rate = static_cast<int>(branch.rate);
   p.per_segment =
@@ -121,14 +128,14 @@ void launch_statistics(const DilatedParams& params, const Branch& branch, float*
 }
 
 template <class Tile>
-void launch_branch(const DilatedParams& params, const AttnGrads& grads, const BwdScratch& scratch,
-                   const std::vector<Branch>& branches, size_t m, const DilatedSums& sums,
-                   bool last, int num_sms, Stream stream) {
+void launch_branch(const DilatedSpan& span, const BwdScratch& scratch, size_t m,
+                   const DilatedSums& sums, bool last, int num_sms, Stream stream) {
   using Traits = BwdTraits<Tile, SegmentKeys<Tile::kBlockN>, BranchKeys, false>;
+  const DilatedParams& params = span.params;
   const AttnShape& s = params.shape;
-  const Branch& branch = branches[m];
+  const Branch& branch = span.branches[m];
   typename Traits::Params p{};
-  set_attention_bwd<Tile>(params, grads, scratch, p, branch.rate);
+  set_attention_bwd<Tile>(params, span.grads, scratch, p, branch.rate);
   const int64_t segments = ceil_div(s.Tq, branch.length);
   const int64_t rows = ceil_div(branch.length, branch.rate), group = s.Hq / s.Hkv;
   const int64_t sharing = ceil_div(s.Hq, branch.rate);  // heads of one offset, in blocks
@@ -153,17 +160,41 @@ void launch_branch(const DilatedParams& params, const AttnGrads& grads, const Bw
   };
   p.dk_sum = contiguous(sums.dk);
   p.dv_sum = contiguous(sums.dv);
-  p.earlier = BranchSet(params, branches, m);
+  p.earlier = BranchSet(params, span.branches, m);
   p.last = last;
   p.order = KeyOrder(make_order("lctx::dilated_bwd", ceil_div(rows, Tile::kBlockN),
                                 s.Hkv * slots * segments, s.B, bwd_section(s, rows)));
   launch_bwd<Traits>(p, num_sms, stream);
 }
 
+int64_t dq_floats(const DilatedParams& params, bool fused) {
+  const AttnShape& s = params.shape;
+  if (!fused) return s.B * s.Tq * s.Hq * s.Dk;
+  int64_t floats = 0;
+  for (const Branch& branch : ordered_branches(params)) floats += branch_floats(s, branch);
+  return floats;
+}
+
+// Positions whose sums are made at a time: as many as take kSpanBytes, in whole segments of every
+// branch.
+int64_t span_length(const DilatedParams& params, bool fused) {
+  const AttnShape& s = params.shape;
+  int64_t whole = 1;
+  for (const Branch& branch : ordered_branches(params)) {
+    whole = std::min(std::lcm(whole, branch.length), s.Tq);
+  }
+  if (whole >= s.Tq || params.seqlens != nullptr) return s.Tq;
+  DilatedParams least = params;
+  least.shape.Tq = least.shape.Tk = whole;
+  const int64_t floats = dq_floats(least, fused) + 2 * s.B * whole * s.Hkv * s.Dk;
+  const int64_t fit = kSpanBytes / (floats * static_cast<int64_t>(sizeof(float)));
+  return std::min(std::max<int64_t>(fit, 1) * whole, s.Tq);
+}
+
 // Sums to the inputs' type, where no branch wrote the result: 0 for rows that none selects.
 struct RoundParams {
   const float* sum;  // (B, T, H, D)
-  void* to;
+  TensorView to;
   int64_t units;                              // of 8 columns
   FastDivisor per_row, per_heads, per_batch;  // units, H, T
   int per_group;                              // query heads a head
@@ -187,21 +218,24 @@ __global__ void __launch_bounds__(256) dilated_round_kernel(const __grid_constan
     const float2 x = exists ? from[j] : make_float2(0.f, 0.f);
     packed[j] = pack2<T>(x.x, x.y);
   }
-  reinterpret_cast<uint4*>(p.to)[unit] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  T* to = static_cast<T*>(p.to.data) + b * p.to.stride_b + t * p.to.stride_t + h * p.to.stride_h;
+  reinterpret_cast<uint4*>(to)[unit - int64_t{row} * p.per_row.divisor] =
+      make_uint4(packed[0], packed[1], packed[2], packed[3]);
 }
 
-void launch_round(const DilatedParams& params, const std::vector<Branch>& branches,
-                  const float* sum, const TensorView& to, int64_t heads, Stream stream) {
+void launch_round(const DilatedSpan& span, const float* sum, const TensorView& to, int64_t heads,
+                  Stream stream) {
+  const DilatedParams& params = span.params;
   const AttnShape& s = params.shape;
   RoundParams p{};
   p.sum = sum;
-  p.to = to.data;
+  p.to = to;
   p.units = s.B * s.Tq * heads * (s.Dk / 8);
   p.per_row = FastDivisor(static_cast<int>(s.Dk / 8));
   p.per_heads = FastDivisor(static_cast<int>(heads));
   p.per_batch = FastDivisor(static_cast<int>(s.Tq));
   p.per_group = static_cast<int>(s.Hq / heads);
-  p.branches = BranchSet(params, branches, branches.size());
+  p.branches = BranchSet(params, span.branches, span.branches.size());
   p.seqlens = params.seqlens;
   const dim3 grid(static_cast<unsigned>(ceil_div(p.units, 256)));
   const auto kernel = s.dtype == DType::kBFloat16 ? dilated_round_kernel<__nv_bfloat16>
@@ -210,22 +244,52 @@ void launch_round(const DilatedParams& params, const std::vector<Branch>& branch
   check_launch("dilated_round_kernel", grid, dim3(256), stream);
 }
 
-}  // namespace
-
-int64_t dilated_dq_floats(const DilatedParams& params, bool fused) {
+// All of the backward of a span.
+void launch_span(const DilatedSpan& span, const DilatedSums& sums, bool fused, int num_sms,
+                 Stream stream) {
+  const DilatedParams& params = span.params;
   const AttnShape& s = params.shape;
-  if (!fused) return s.B * s.Tq * s.Hq * s.Dk;
-  int64_t floats = 0;
-  for (const Branch& branch : ordered_branches(params)) floats += branch_floats(s, branch);
-  return floats;
+  const size_t num_branches = span.branches.size();
+  const bool last_covers = last_covers_all(params, span.branches);
+  float* dq_sum = span.scratch.dq_sum;
+  if (fused) cudaMemsetAsync(dq_sum, 0, dq_floats(params, fused) * sizeof(float), stream);
+  for (size_t m = 0; m < num_branches; ++m) {
+    const bool last = last_covers && m + 1 == num_branches;
+    BwdScratch own = span.scratch;
+    if (params.mix_detached) {
+      launch_branch_delta(span, m, sums.delta, num_sms, stream);
+      own.delta = sums.delta;
+    }
+    if (!fused) launch_branch_dq(span, m, own.delta, last, num_sms, stream);
+    launch_statistics(span, span.branches[m], sums.statistics, own, stream);
+    own.dq_sum = dq_sum;
+    cudaMemsetAsync(own.counter, 0, sizeof(int), stream);
+    choose_bwd_tile<256>(params, fused, [&](auto tag) {
+      launch_branch<typename decltype(tag)::type>(span, own, m, sums, last, num_sms, stream);
+    });
+    if (fused) dq_sum += branch_floats(s, span.branches[m]);
+  }
+  if (fused) launch_add_branches_dq(span, stream);
+  if (last_covers) return;
+  launch_round(span, sums.dk, span.grads.dk, s.Hkv, stream);
+  launch_round(span, sums.dv, span.grads.dv, s.Hkv, stream);
+  if (!fused) launch_round(span, span.scratch.dq_sum, span.grads.dq, s.Hq, stream);
 }
 
-int64_t dilated_statistics_floats(const DilatedParams& params) {
-  int64_t most = 0;
-  for (const Branch& branch : ordered_branches(params)) {
-    most = std::max(most, 2 * branch_rows(params.shape, branch));
+}  // namespace
+
+DilatedSizes dilated_sizes(const DilatedParams& params, bool fused) {
+  DilatedParams span = params;
+  span.shape.Tq = span.shape.Tk = span_length(params, fused);
+  const AttnShape& s = span.shape;
+  DilatedSizes sizes;
+  sizes.dq = dq_floats(span, fused);
+  sizes.keys = s.B * s.Tk * s.Hkv * s.Dk;
+  for (const Branch& branch : ordered_branches(span)) {
+    sizes.statistics = std::max(sizes.statistics, 2 * branch_rows(s, branch));
   }
-  return most;
+  if (params.mix_detached) sizes.delta = s.B * s.Hq * bwd_pitch(params.shape);
+  return sizes;
 }
 
 void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
@@ -233,33 +297,27 @@ void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
                         Stream stream) {
   const AttnShape& s = params.shape;
   if (s.B * s.Tq * s.Hq == 0) return;
-  const std::vector<Branch> branches = ordered_branches(params);
-  const bool last_covers = last_covers_all(params, branches);
-  float* dq_sum = scratch.dq_sum;
-  for (size_t m = 0; m < branches.size(); ++m) {
-    const bool last = last_covers && m + 1 == branches.size();
-    BwdScratch own = scratch;
-    if (params.mix_detached) {
-      launch_branch_delta(params, grads, branches[m], sums.delta, scratch.counter, num_sms, stream);
-      own.delta = sums.delta;
+  LCTX_CHECK(params.num_branches <= kMaxBranches, "lctx::dilated_bwd: ", params.num_branches,
+             " branches; expected at most ", kMaxBranches, " on a GPU");
+  const int64_t length = span_length(params, fused);
+  for (int64_t begin = 0; begin < s.Tq; begin += length) {
+    DilatedSpan span{params, grads, scratch, static_cast<int>(bwd_pitch(s)), static_cast<int>(s.Tq),
+                     {}};
+    span.params.shape.Tq = span.params.shape.Tk = std::min(length, s.Tq - begin);
+    for (TensorView* x : {&span.params.q, &span.params.k, &span.params.v, &span.params.out,
+                          &span.grads.dout, &span.grads.dq, &span.grads.dk, &span.grads.dv}) {
+      x->data = static_cast<char*>(x->data) + begin * x->stride_t * dtype_size(s.dtype);
     }
-    if (!fused) {
-      launch_branch_dq(params, grads, branches, m, own, dq_sum, last, num_sms, stream);
+    if (grads.dlse != nullptr) {
+      span.grads.dlse = static_cast<const float*>(grads.dlse) + begin;
     }
-    launch_statistics(params, branches[m], sums.statistics, own, stream);
-    own.dq_sum = dq_sum;
-    cudaMemsetAsync(scratch.counter, 0, sizeof(int), stream);
-    choose_bwd_tile<256>(params, fused, [&](auto tag) {
-      launch_branch<typename decltype(tag)::type>(params, grads, own, branches, m, sums, last,
-                                                  num_sms, stream);
-    });
-    if (fused) dq_sum += branch_floats(s, branches[m]);
+    span.scratch.lse2 += begin;
+    span.scratch.delta += begin;
+    span.branches = ordered_branches(span.params);
+    DilatedSums own = sums;
+    if (own.delta != nullptr) own.delta += begin;
+    launch_span(span, own, fused, num_sms, stream);
   }
-  if (fused) launch_add_branches_dq(params, grads, branches, scratch.dq_sum, stream);
-  if (last_covers) return;
-  launch_round(params, branches, sums.dk, grads.dk, s.Hkv, stream);
-  launch_round(params, branches, sums.dv, grads.dv, s.Hkv, stream);
-  if (!fused) launch_round(params, branches, scratch.dq_sum, grads.dq, s.Hq, stream);
 }
 
 }  // namespace lctx::cuda

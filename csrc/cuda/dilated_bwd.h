@@ -37,20 +37,25 @@ void set_branch_rows(const DilatedParams& params, const Branch& branch, P& p) {
                        s.Hq * ceil_div(s.Tq, branch.length), s.B, heads_per_section(s, rows, 256));
 }
 
-// dilated_dq.cu: dq from the branches' parts in `dq_sum`, one after the other (dq_sum.cuh).
-void launch_add_branches_dq(const DilatedParams& params, const AttnGrads& grads,
-                            const std::vector<Branch>& branches, const float* dq_sum,
-                            Stream stream);
-// The same without atomics, branch by branch: that of branches[m] is added to `dq_sum`, fp32
-// (B, T, Hq, D), of which nothing need be zero, or with `last` dq is written. `scratch`: lse2 and
-// delta by positions.
-void launch_branch_dq(const DilatedParams& params, const AttnGrads& grads,
-                      const std::vector<Branch>& branches, size_t m, const BwdScratch& scratch,
-                      float* dq_sum, bool last, int num_sms, Stream stream);
+// The backward of some positions, with moved pointers: no segment of any branch ends outside.
+struct DilatedSpan {
+  DilatedParams params;
+  AttnGrads grads;
+  BwdScratch scratch;  // lse2 and delta by positions
+  int pitch, T;        // rows of a head in lse2 and delta, and in dlse
+  std::vector<Branch> branches;
+};
 
-// dilated_delta.cu: delta_i = dO_i . O_i - dlse_i with O of this branch alone, at the positions of
+// dilated_dq.cu: dq from the branches' parts in scratch.dq_sum, one after the other (dq_sum.cuh).
+void launch_add_branches_dq(const DilatedSpan& span, Stream stream);
+// The same without atomics, branch by branch: that of branches[m] is added to scratch.dq_sum, fp32
+// (B, T, Hq, D), of which nothing need be zero, or with `last` dq is written.
+void launch_branch_dq(const DilatedSpan& span, size_t m, const float* delta, bool last, int num_sms,
+                      Stream stream);
+
+// dilated_delta.cu: delta_i = dO_i . O_i - dlse_i with O of branches[m] alone, at the positions of
 // its rows.
-void launch_branch_delta(const DilatedParams& params, const AttnGrads& grads, const Branch& branch,
-                         float* delta, int* counter, int num_sms, Stream stream);
+void launch_branch_delta(const DilatedSpan& span, size_t m, float* delta, int num_sms,
+                         Stream stream);
 
 }  // namespace lctx::cuda

@@ -15,9 +15,9 @@ namespace {
 struct DeltaRows : StoreRows {
   struct Params {
     TensorView dout;
-    const float* dlse;  // (B, Hq, T), or nullptr
+    const float* dlse;  // (B, Hq, dlse_pitch), or nullptr
     float* delta;       // (B, Hq, stat_pitch)
-    int stat_pitch;
+    int dlse_pitch, stat_pitch;
   };
 
   template <class P>
@@ -50,42 +50,42 @@ struct DeltaRows : StoreRows {
       }
       sum = quad_sum(sum) * inverse[i];
       if (!inside || thread % 4 != 0) continue;
-      if (p.dlse != nullptr) sum -= p.dlse[head * p.Tq + position];
+      if (p.dlse != nullptr) sum -= p.dlse[head * p.dlse_pitch + position];
       p.delta[head * p.stat_pitch + position] = sum;
     }
   }
 };
 
 template <class Tile>
-void launch_rows(const DilatedParams& params, const AttnGrads& grads, const Branch& branch,
-                 float* delta, int* counter, int num_sms, Stream stream) {
+void launch_rows(const DilatedSpan& span, const Branch& branch, float* delta, int num_sms,
+                 Stream stream) {
   using Traits =
       FwdTraits<Tile, SegmentTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN, false>, DeltaRows>;
-  AttnParams without_out = params;
+  AttnParams without_out = span.params;
   without_out.out = {};
   typename Traits::Params p{};
-  set_attention(without_out, counter, p);
+  set_attention(without_out, span.scratch.counter, p);
   set_maps<Tile>(without_out, p, branch.rate);
-  set_branch_rows<Tile>(params, branch, p);
-  p.dout = grads.dout;
-  p.dlse = static_cast<const float*>(grads.dlse);
+  set_branch_rows<Tile>(span.params, branch, p);
+  p.dout = span.grads.dout;
+  p.dlse = static_cast<const float*>(span.grads.dlse);
   p.delta = delta;
-  p.stat_pitch = static_cast<int>(bwd_pitch(params.shape));
+  p.dlse_pitch = span.T;
+  p.stat_pitch = span.pitch;
   launch_fwd<Traits>(p, num_sms, stream);
 }
 
 }  // namespace
 
-void launch_branch_delta(const DilatedParams& params, const AttnGrads& grads, const Branch& branch,
-                         float* delta, int* counter, int num_sms, Stream stream) {
-  cudaMemsetAsync(counter, 0, sizeof(int), stream);
+void launch_branch_delta(const DilatedSpan& span, size_t m, float* delta, int num_sms,
+                         Stream stream) {
+  cudaMemsetAsync(span.scratch.counter, 0, sizeof(int), stream);
   const auto run = [&](auto tile) {
-    launch_rows<typename decltype(tile)::type>(params, grads, branch, delta, counter, num_sms,
-                                               stream);
+    launch_rows<typename decltype(tile)::type>(span, span.branches[m], delta, num_sms, stream);
   };
   const auto with_type = [&](auto type) {
     using T = typename decltype(type)::type;
-    const int64_t D = params.shape.Dk;
+    const int64_t D = span.params.shape.Dk;
     if (D <= 64) {
       run(TypeTag<FwdTile<T, 64, 128, 3, true>>());
     } else if (D <= 128) {
@@ -94,7 +94,7 @@ void launch_branch_delta(const DilatedParams& params, const AttnGrads& grads, co
       run(TypeTag<FwdTile<T, 256, 80, 2, false>>());
     }
   };
-  if (params.shape.dtype == DType::kBFloat16) {
+  if (span.params.shape.dtype == DType::kBFloat16) {
     with_type(TypeTag<__nv_bfloat16>());
   } else {
     with_type(TypeTag<__half>());

@@ -120,30 +120,29 @@ struct BranchDq : StoreRows {
 };
 
 template <class Tile, bool kLast>
-void launch_rows(const DilatedParams& params, const AttnGrads& grads,
-                 const std::vector<Branch>& branches, size_t m, const BwdScratch& scratch,
-                 float* dq_sum, int num_sms, Stream stream) {
+void launch_rows(const DilatedSpan& span, size_t m, const float* delta, int num_sms,
+                 Stream stream) {
   using Traits = FwdTraits<Tile, SegmentTiles<Tile::kBlockM>, DenseGrads<Tile::kBlockN, false>,
                            BranchDq<kLast>>;
-  const AttnShape& s = params.shape;
-  const int64_t rate = branches[m].rate;
-  AttnParams to_dq = params;
-  to_dq.out = grads.dq;
+  const AttnShape& s = span.params.shape;
+  const int64_t rate = span.branches[m].rate;
+  AttnParams to_dq = span.params;
+  to_dq.out = span.grads.dq;
   typename Traits::Params p{};
-  set_attention(to_dq, scratch.counter, p);
+  set_attention(to_dq, span.scratch.counter, p);
   set_maps<Tile>(to_dq, p, rate);
   for (int i = 0; i < (rate == 1 ? 1 : 2); ++i) {
     const int64_t rows = i == 0 ? ceil_div(s.Tq, rate) : s.Tq / rate;
-    p.dout[i] =
-        make_rows_map(grads.dout, s.dtype, s.B, std::max<int64_t>(rows, 1), s.Hq, s.Dv, 64, rate);
+    p.dout[i] = make_rows_map(span.grads.dout, s.dtype, s.B, std::max<int64_t>(rows, 1), s.Hq, s.Dv,
+                              64, rate);
   }
-  p.lse2 = scratch.lse2;
-  p.delta = scratch.delta;
-  p.stat_pitch = static_cast<int>(bwd_pitch(s));
-  p.scale = static_cast<float>(params.scale);
-  set_branch_rows<Tile>(params, branches[m], p);
-  p.dq_sum = dq_sum;
-  p.earlier = BranchSet(params, branches, m);
+  p.lse2 = span.scratch.lse2;
+  p.delta = delta;
+  p.stat_pitch = span.pitch;
+  p.scale = static_cast<float>(span.params.scale);
+  set_branch_rows<Tile>(span.params, span.branches[m], p);
+  p.dq_sum = span.scratch.dq_sum;
+  p.earlier = BranchSet(span.params, span.branches, m);
   launch_dq<Traits>(p, num_sms, stream);
 }
 
@@ -160,24 +159,23 @@ struct BranchDqTile<T, 128> : DqTile<T, 128, 96, 2, 3, false> {
 
 }  // namespace
 
-void launch_branch_dq(const DilatedParams& params, const AttnGrads& grads,
-                      const std::vector<Branch>& branches, size_t m, const BwdScratch& scratch,
-                      float* dq_sum, bool last, int num_sms, Stream stream) {
-  cudaMemsetAsync(scratch.counter, 0, sizeof(int), stream);
-  choose_type_and_dim(params.shape, [&](auto type, auto dim) {
+void launch_branch_dq(const DilatedSpan& span, size_t m, const float* delta, bool last, int num_sms,
+                      Stream stream) {
+  cudaMemsetAsync(span.scratch.counter, 0, sizeof(int), stream);
+  choose_type_and_dim(span.params.shape, [&](auto type, auto dim) {
     using T = typename decltype(type)::type;
     using Tile = BranchDqTile<T, dim.value>;
     const auto run = last ? launch_rows<Tile, true> : launch_rows<Tile, false>;
-    run(params, grads, branches, m, scratch, dq_sum, num_sms, stream);
+    run(span, m, delta, num_sms, stream);
   });
 }
 
-void launch_add_branches_dq(const DilatedParams& params, const AttnGrads& grads,
-                            const std::vector<Branch>& branches, const float* dq_sum,
-                            Stream stream) {
+void launch_add_branches_dq(const DilatedSpan& span, Stream stream) {
+  const DilatedParams& params = span.params;
   const AttnShape& s = params.shape;
+  const float* dq_sum = span.scratch.dq_sum;
   DqSumParams p{};
-  for (const Branch& branch : branches) {
+  for (const Branch& branch : span.branches) {
     DqBranch& at = p.branches[p.num_branches++];
     static_cast<BranchRows&>(at) = BranchRows(params, branch);
     at.sum = dq_sum;
@@ -185,7 +183,7 @@ void launch_add_branches_dq(const DilatedParams& params, const AttnGrads& grads,
     at.blocks_per_head = at.blocks_per_segment * static_cast<int>(ceil_div(s.Tq, branch.length));
     dq_sum += branch_floats(s, branch);
   }
-  p.dq = grads.dq;
+  p.dq = span.grads.dq;
   p.T = static_cast<int>(s.Tq);
   p.Hq = static_cast<int>(s.Hq);
   p.per_row = FastDivisor(static_cast<int>(s.Dk / 8));

@@ -94,6 +94,22 @@ def test_same_bits_from_run_to_run(D, mix_grad):
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
+def test_long_sequences_equal_their_parts():
+    """Sums of a gigabyte are made one span of whole segments after the other."""
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(1, 2 * 32768 + 5000, 16, 128, Hkv=16))
+    branches, dout = ([16384, 32768], [1, 2]), torch.randn_like(q)
+
+    def grads(part):
+        leaves = [x[:, part] for x in (q, k, v)]
+        out = lk.dilated_attention(*leaves, *branches, deterministic=True)
+        return torch.autograd.grad(out, leaves, dout[:, part])
+
+    whole = grads(slice(None))
+    for begin in range(0, q.shape[1], 32768):
+        part = slice(begin, begin + 32768)
+        assert all(torch.equal(x[:, part], y) for x, y in zip(whole, grads(part), strict=True))
+
+
 @deterministic
 def test_empty_tensors(deterministic):
     for B, T in ((0, 5), (2, 0)):
