@@ -55,7 +55,6 @@ struct SplitFloat {
   __device__ __forceinline__ explicit SplitFloat(float x) : high(ptx::round_tf32(x)) {
     low = ptx::round_tf32(x - value_of(high));
   }
-  __device__ __forceinline__ explicit SplitFloat(uint32_t bits) : SplitFloat(value_of(bits)) {}
 
  private:
   static __device__ __forceinline__ float value_of(uint32_t bits) {
@@ -160,9 +159,11 @@ struct DeltaKernel {
       const int s = Walk::segment(p, step);
       for (int i = 0; i < x.splits * Traits::kChunks; ++i) {
         const uint32_t full = pipe.acquire(state, Traits::kStageBytes);
+        // With two terms the parts of a chunk are added up before they are multiplied.
+        const int chunk = Traits::kTerms == 2 ? i / x.splits : i % Traits::kChunks;
+        const int part = Traits::kTerms == 2 ? i % x.splits : i / Traits::kChunks;
         ptx::tma_load_5d(smem + state.stage() * Traits::kStageBytes, &p.decay, full,
-                         i % Traits::kChunks * kColumns, 0, 0, static_cast<int>(x.state(chain, s)),
-                         i / Traits::kChunks);
+                         chunk * kColumns, 0, 0, static_cast<int>(x.state(chain, s)), part);
         state.advance();
       }
     }
@@ -224,32 +225,50 @@ struct DeltaKernel {
     }
   }
 
-  // This warpgroup's rows of a stage of T as two terms, the first in place.
-  __device__ __forceinline__ void split_rows(uint32_t rows) const {
-    const uint32_t at = rows + threadIdx.x % 128 * 16;
+  // Waits for all parts of a chunk of T and leaves this warpgroup's rows of their sum in the last
+  // stage: as two terms, the other one kLow behind.
+  __device__ __forceinline__ void add_parts() {
+    float4 sum[4] = {};
+    for (int part = 0;; ++part) {
+      pipe.wait(state);
+      const uint32_t at = own_rows() + threadIdx.x % 128 * 16;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 low = ptx::load_shared_float2(at + i * 2048);
+        const float2 high = ptx::load_shared_float2(at + i * 2048 + 8);
+        sum[i] = {sum[i].x + low.x, sum[i].y + low.y, sum[i].z + high.x, sum[i].w + high.y};
+      }
+      if (part + 1 == x.splits) break;
+      __syncwarp();
+      pipe.release(state);
+      state.advance();
+    }
+    const uint32_t at = own_rows() + threadIdx.x % 128 * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint4 x = ptx::load_shared_16(at + i * 2048);
-      const SplitFloat terms[4] = {SplitFloat(x.x), SplitFloat(x.y), SplitFloat(x.z),
-                                   SplitFloat(x.w)};
-      ptx::store_shared_16(at + i * 2048,
-                           {terms[0].high, terms[1].high, terms[2].high, terms[3].high});
-      ptx::store_shared_16(at + i * 2048 + Traits::kLow,
-                           {terms[0].low, terms[1].low, terms[2].low, terms[3].low});
+      const SplitFloat x(sum[i].x), y(sum[i].y), z(sum[i].z), w(sum[i].w);
+      ptx::store_shared_16(at + i * 2048, {x.high, y.high, z.high, w.high});
+      ptx::store_shared_16(at + i * 2048 + Traits::kLow, {x.low, y.low, z.low, w.low});
     }
     ptx::fence_async_proxy();
     ptx::named_barrier_sync(2 + threadIdx.x / 128, 128);
   }
+  // This warpgroup's rows of the current stage.
+  __device__ __forceinline__ uint32_t own_rows() const {
+    return smem + state.stage() * Traits::kStageBytes + threadIdx.x / 128 * 8192;
+  }
 
-  // M += T (-M) over one part of T.
+  // M += T (-M) over one part of T, or over all of them with two terms.
   __device__ __forceinline__ void multiply(uint32_t tile, float (&M)[2 * kPairs]) {
     PipelineState<Traits::kStages> last = state;
 #pragma unroll
     for (int c = 0; c < Traits::kChunks; ++c) {
-      pipe.wait(state);
-      const uint32_t a = smem + state.stage() * Traits::kStageBytes + threadIdx.x / 128 * 8192;
-      const uint32_t b = tile + c * chunk_bytes(kColumns);
-      if constexpr (Traits::kTerms == 2) split_rows(a);
+      if constexpr (Traits::kTerms == 2) {
+        add_parts();
+      } else {
+        pipe.wait(state);
+      }
+      const uint32_t a = own_rows(), b = tile + c * chunk_bytes(kColumns);
       wgmma_fence();
 #pragma unroll
       for (int term = 0; term < 2 * Traits::kTerms - 1; ++term) {
@@ -293,7 +312,7 @@ struct DeltaKernel {
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) gain[j] = next[j];
       if (s + 1 < x.S) load_gain(s + 1, next);
-      for (int part = 0; part < x.splits; ++part) multiply(tile, M);
+      for (int part = 0; part < (Traits::kTerms == 2 ? 1 : x.splits); ++part) multiply(tile, M);
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {
         M[2 * j] += gain[j].x;
