@@ -3,7 +3,8 @@
 //       was written before, is added to the sums before they are rounded.
 // Tile map: attn_bwd_sm90.cuh over the segments; deterministic: dK and dV by it, dQ by
 //       attn_dq_sm90.cuh.
-// Pipeline: as those of flash_bwd.cu.
+// Pipeline: as those of flash_bwd.cu; the memory's rows are brought to the L2 cache when a tile
+//       begins.
 // Memory: as flash_bwd.cu, and the memory's part of dk and dv once, in the inputs' type. That of dq
 //       is what dq_sum starts with.
 // Limits: those of flash_bwd.cu; D up to 128.
@@ -23,7 +24,21 @@ struct MemoryKeys : StoreKeys {
     FastDivisor per_length;  // segment_len
   };
 
-  static constexpr bool kReadsKeys = true;
+  static constexpr bool kPrefetches = true, kReadsKeys = true;
+
+  // Lanes 0 to 15 see to a row of dK each, the others to those of dV.
+  template <class Kernel>
+  static __device__ __forceinline__ void prefetch(const Kernel& kernel, int warpgroup,
+                                                  const KeyWork& work) {
+    const auto& p = kernel.p;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+    const int key = work.key0 + warpgroup * 64 + warp * 16 + lane % 16;
+    const TensorView& view = lane < 16 ? p.dk_add : p.dv_add;
+    if (view.data == nullptr || key >= work.key_end) return;
+    const auto* row = static_cast<const typename Kernel::T*>(view.data) +
+                      work.batch * view.stride_b + key * view.stride_t + work.head * view.stride_h;
+    for (int column = 0; column < p.D; column += 64) ptx::prefetch_l2(row + column);
+  }
 
   // dk = scale * dk + dz o min(sigma(k), 1).
   template <class Kernel, int N>
