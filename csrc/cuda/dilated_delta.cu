@@ -7,6 +7,7 @@
 // Memory: q, k, v and dO of the branch's rows once; a float a row.
 // Limits: those of attn_fwd_sm90.cuh.
 #include "../common/feature_map.cuh"
+#include "attn_fwd_launch.cuh"
 #include "dilated_bwd.h"
 
 namespace lctx::cuda {
