@@ -40,14 +40,12 @@ struct MemoryKeys : StoreKeys {
     for (int column = 0; column < p.D; column += 64) ptx::prefetch_l2(row + column);
   }
 
-  // dk = scale * dk + dz o min(sigma(k), 1).
+  // dk = scale * dk + dz o min(sigma(k), 1), where there is a dz.
   template <class Kernel, int N>
   static __device__ __forceinline__ void read_keys(const Kernel& kernel, int warpgroup,
                                                    const KeyWork& work, float (&dk)[N]) {
     using T = typename Kernel::T;
     const auto& p = kernel.p;
-#pragma unroll
-    for (float& x : dk) x *= p.scale;
     if (p.dz == nullptr) return;
     const int64_t chain = int64_t{work.batch} * p.Hkv + work.head;
     const int segment = p.per_length.divide(work.query_begin);
@@ -68,8 +66,8 @@ struct MemoryKeys : StoreKeys {
         for (int row = 0; row < 2; ++row) {
           const float2 s = elu_plus_one2<T>(x[2 * half + row]);
           const int at = 8 * t + 4 * half + 2 * row;
-          dk[at] += g.x * fminf(s.x, 1.f);
-          dk[at + 1] += g.y * fminf(s.y, 1.f);
+          dk[at] = p.scale * dk[at] + g.x * fminf(s.x, 1.f);
+          dk[at + 1] = p.scale * dk[at + 1] + g.y * fminf(s.y, 1.f);
         }
       }
     }
@@ -80,17 +78,17 @@ struct MemoryKeys : StoreKeys {
                                                 const KeyWork& work, float (&dk)[N],
                                                 float (&dv)[N]) {
     const auto& p = kernel.p;
-    add(kernel, warpgroup, work, p.dv_add, dv);
+    add(kernel, warpgroup, work, p.dv_add, 1.f, dv);
     store(kernel, warpgroup, work, dv, 1.f, p.dv);
-    add(kernel, warpgroup, work, p.dk_add, dk);
+    add(kernel, warpgroup, work, p.dk_add, p.dz == nullptr ? p.scale : 1.f, dk);
     store(kernel, warpgroup, work, dk, 1.f, p.dk);
   }
 
-  // d += rows of `view`, 16 bytes a thread.
+  // d = factor * d + rows of `view`, 16 bytes a thread.
   template <class Kernel, int N>
   static __device__ __forceinline__ void add(const Kernel& kernel, int warpgroup,
                                              const KeyWork& work, const TensorView& view,
-                                             float (&d)[N]) {
+                                             float factor, float (&d)[N]) {
     using T = typename Kernel::T;
     const int thread = warpgroup_thread(), column0 = 8 * (thread % 4);
 #pragma unroll
@@ -109,8 +107,8 @@ struct MemoryKeys : StoreKeys {
         for (int j = 0; j < 4; ++j) {
           const int at = 4 * (4 * a + j) + 2 * i;
           const float2 pair = unpack2<T>(x[j]);
-          d[at] += pair.x;
-          d[at + 1] += pair.y;
+          d[at] = factor * d[at] + pair.x;
+          d[at + 1] = factor * d[at + 1] + pair.y;
         }
       }
     }
