@@ -184,6 +184,12 @@ struct FwdKernel {
       queue.publish(index);
       if (index >= Tiles::end(p)) break;
       next = Tiles::next(p, index);
+      if constexpr (Rows::kMakesStates) {
+        if (Tiles::makes_state(p, index)) {
+          Rows::template States<FwdKernel>::load(*this, index, q_state, k_state, v_state);
+          continue;
+        }
+      }
       Work work = Tiles::find(p, index);
       const KeyRange keys = tile_keys(work);
       if (keys.end <= keys.begin) continue;
@@ -259,6 +265,9 @@ struct FwdKernel {
   __device__ __forceinline__ Turn next_turn(int warpgroup) {
     Turn turn{queue.take(), {}, 0, true, false};
     if (turn.index >= Tiles::end(p)) return turn;
+    if constexpr (Rows::kMakesStates) {
+      if (Tiles::makes_state(p, turn.index)) return turn;
+    }
     const Work work = Tiles::find(p, turn.index);
     const KeyRange all = tile_keys(work);
     const int position0 = work.position0 + Tiles::position_of(p, warpgroup * 64);
@@ -324,14 +333,35 @@ struct FwdKernel {
     store_lse(warpgroup, work, lse);
   }
 
+  template <int N, int M>
+  static __device__ __forceinline__ auto& choose_o(float (&own)[N], float (&shared)[M]) {
+    if constexpr (Rows::kMakesStates) {
+      return shared;
+    } else {
+      return own;
+    }
+  }
+
   __device__ __forceinline__ void consume(int warpgroup) {
     constexpr bool kPrefetch = Traits::kQStages > 1;
     KVState k_state, v_state;
     QState q_state;
     float s[kBlockN / 2];
+    // Accumulators that outlive their tile take registers where the tiles meet. But those of tiles
+    // that make states have to be the same ones: ptxas takes what nothing has been written to for
+    // alive in all of the kernel.
+    float shared_o[Rows::kMakesStates ? kValueDim / 2 : 1];
     bool prefetched = false;  // s holds the first scores of `turn`
     Turn turn = next_turn(warpgroup);
     while (turn.index < Tiles::end(p)) {
+      if constexpr (Rows::kMakesStates) {
+        if (Tiles::makes_state(p, turn.index)) {
+          using States = typename Rows::template States<FwdKernel>;
+          States(*this, warpgroup, turn.index).run(q_state, k_state, v_state, shared_o, s);
+          turn = next_turn(warpgroup);
+          continue;
+        }
+      }
       if (turn.empty) {
         finish_empty(warpgroup, turn, q_state, k_state, v_state);
         turn = next_turn(warpgroup);
@@ -339,7 +369,8 @@ struct FwdKernel {
       }
       const int index = turn.index;
       const KeyRange keys = turn.keys;
-      float o[kValueDim / 2];
+      float own_o[Rows::kMakesStates ? 1 : kValueDim / 2];
+      auto& o = choose_o(own_o, shared_o);
       float alpha[2], inverse[2], lse[2];
       State state;
       uint32_t weights[kBlockN / 16][4];

@@ -9,7 +9,7 @@
 
 #include "../common/feature_map.cuh"
 #include "attn_fwd_sm90.cuh"
-#include "infini_states.h"
+#include "infini_state_tiles.cuh"
 
 namespace lctx::cuda {
 
@@ -37,25 +37,56 @@ struct LocalTiles : OneHeadTiles {
   }
 };
 
-// A forward tile with room for a row of norms.
-template <class Tile>
-struct MemoryTile : Tile {
-  static constexpr int kNorms = Tile::kBarriers + Tile::kBarrierBytes;
-  static constexpr int kSharedBytes = Tile::kSharedBytes + (kNormOffset + Tile::kHeadDim) * 4;
+// The same among tiles that make states (infini_state_tiles.cuh), which every section of the order
+// begins with.
+template <int kBlockM>
+struct MemoryTiles : LocalTiles<kBlockM> {
+  struct Params : LocalTiles<kBlockM>::Params {
+    FastDivisor per_section;  // tiles
+    int states_per_section, num_tiles;
+  };
+
+  template <class P>
+  static __device__ __forceinline__ int end(const P& p) {
+    return p.num_tiles;
+  }
+  template <class P>
+  static __device__ __forceinline__ bool makes_state(const P& p, int index) {
+    return p.per_section.modulo(index) < p.states_per_section;
+  }
+  template <class P>
+  static __device__ __forceinline__ Work find(const P& p, int index) {
+    const int states = (p.per_section.divide(index) + 1) * p.states_per_section;
+    return LocalTiles<kBlockM>::find(p, index - states);
+  }
 };
 
+// A forward tile with room for two rows of norms, that of a tile of queries and that of a state.
+template <class Tile>
+struct MemoryTile : Tile {
+  static constexpr int kRowBytes = (kNormOffset + Tile::kHeadDim) * 4;
+  static constexpr int kNorms = Tile::kBarriers + Tile::kBarrierBytes;
+  static constexpr int kStateRow = kNorms + kRowBytes;
+  static constexpr int kSharedBytes = Tile::kSharedBytes + 2 * kRowBytes;
+};
+
+// kMakesStates: there may be tiles that make states, by the delta rule if kDelta.
+template <bool kMakesStates_, bool kDelta>
 struct MemoryRows : StoreRows {
   struct Params {
-    CUtensorMap memory;         // scale M: (column, row, 1, state, 1)
-    CUtensorMap q_mem;          // as FwdParams::q, loaded after the last scores
-    CUtensorMap local_out;      // as FwdParams::out
-    TensorView local_view;      // data nullptr: A_dot itself is not kept
-    const float *gate, *norms;  // norms, ready: see infini_states.h
-    const int* ready;           // nullptr: all states are there
-    int S, Hkv;
+    CUtensorMap memory;     // scale M: (column, row, 1, state, 1)
+    CUtensorMap q_mem;      // as FwdParams::q, loaded after the last scores
+    CUtensorMap local_out;  // as FwdParams::out
+    TensorView local_view;  // data nullptr: A_dot itself is not kept
+    CUtensorMap k_mem;      // as FwdParams::k, for the tiles that make states
+    const float* gate;
+    InfiniStates states;
+    bool waits;  // states are made meanwhile
     bool has_q_mem, has_mem, first_bypass;
   };
-  static constexpr bool kCarries = false, kRetrieves = true;
+  static constexpr bool kCarries = false, kRetrieves = true, kMakesStates = kMakesStates_;
+  template <class Kernel>
+  using States = StateTile<Kernel, kDelta>;
 
   // M comes in blocks of so many of its rows, which fit a stage of values.
   template <class Kernel>
@@ -87,11 +118,11 @@ struct MemoryRows : StoreRows {
     const auto& p = kernel.p;
     const Work work = kernel.find_work_again(index);
     if (!reads(p, work)) return;
-    const int chain = work.batch * p.Hkv + p.per_group.divide(work.head);
-    const int at = chain * p.S + work.segment;
+    const int chain = work.batch * p.states.Hkv + p.per_group.divide(work.head);
+    const int at = chain * p.states.S + work.segment;
     if (p.has_q_mem) kernel.load_queries(q_state, &p.q_mem, kernel.find_work_again(index));
-    if (p.ready != nullptr) {
-      while (ptx::load_acquire(p.ready + chain) <= work.segment) __nanosleep(100);
+    if (p.waits) {
+      while (ptx::load_acquire(p.states.ready + chain) <= work.segment) __nanosleep(100);
       ptx::fence_async_proxy_global();
     }
     const int norm_bytes = (kNormOffset + p.D) * 4;
@@ -100,8 +131,8 @@ struct MemoryRows : StoreRows {
           v_state, tile_bytes(kRows, Kernel::kHeadDim) + (block == 0 ? norm_bytes : 0));
       const uint32_t dst = kernel.smem + Traits::kV + v_state.stage() * Traits::kVBytes;
       if (block == 0) {
-        ptx::bulk_load(kernel.smem + Traits::kNorms, p.norms + int64_t{at} * (kNormOffset + p.D),
-                       full, norm_bytes);
+        ptx::bulk_load(kernel.smem + Traits::kNorms,
+                       p.states.norms + int64_t{at} * (kNormOffset + p.D), full, norm_bytes);
       }
 #pragma unroll 1
       for (int c = 0; c < Kernel::kChunks; ++c) {
