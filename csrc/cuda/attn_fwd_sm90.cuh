@@ -343,7 +343,7 @@ struct FwdKernel {
   }
 
   __device__ __forceinline__ void consume(int warpgroup) {
-    constexpr bool kPrefetch = Traits::kQStages > 1;
+    constexpr bool kPrefetch = Traits::kQStages > 1 || !Rows::kRetrieves;
     KVState k_state, v_state;
     QState q_state;
     float s[kBlockN / 2];

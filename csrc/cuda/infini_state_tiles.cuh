@@ -5,7 +5,7 @@
 //       Operands are rounded to the inputs' type: sigma, the M that sigma(K) meets, and what the
 //       delta rule takes back. M, z and all sums stay fp32.
 // Tile map: a tile is (batch, key/value head, segment); warpgroup w has rows 64 w .. of M as
-//       accumulators. Warpgroups without rows (D 64) let the keys pass.
+//       accumulators.
 // Pipeline: keys and values come through those of attention. A operands of sigma(K)^T are made by
 //       ldmatrix.trans while the product of the block before runs. Delta: sigma replaces K in
 //       shared memory, M comes in place of queries, R = sigma(K) M / norm goes through the memory
@@ -51,10 +51,11 @@ struct StateTile {
   using QState = typename Kernel::QState;
   using KVState = typename Kernel::KVState;
   static constexpr int kHeadDim = Kernel::kHeadDim, kBlockN = Kernel::kBlockN;
-  static constexpr int kThreads = 2 * kHeadDim;  // of the warpgroups that have rows of M
+  static constexpr int kThreads = 128 * Traits::kConsumers;
   static constexpr int kBarrier = 4;             // attention uses 1 + warpgroup
   static constexpr float kLog2e = 1.4426950408889634f;
-  static_assert(!kDelta || kHeadDim == kBlockN, "sigma(K) and M share a shape");
+  static_assert(kHeadDim == 64 * Traits::kConsumers && kHeadDim == kBlockN,
+                "every consumer has rows of M; sigma(K) and M share a shape");
   using Operand = uint32_t[kBlockN / 16][4];
   using Sums = float[kHeadDim / 2];
 
@@ -118,7 +119,7 @@ struct StateTile {
     while (ptx::load_acquire(x.ready + work.chain) <= work.segment) __nanosleep(100);
   }
 
-  // Of the consumers that have rows of M.
+  // Of the consumers.
   __device__ __forceinline__ int thread() const { return warpgroup * 128 + warpgroup_thread(); }
   __device__ __forceinline__ int fragment_row0() const {
     return warpgroup * 64 + fragment_row(warpgroup_thread());
@@ -426,10 +427,6 @@ struct StateTile {
 
   __device__ __forceinline__ void run(QState& q_state, KVState& k_state, KVState& v_state, Sums& M,
                                       float (&r)[kBlockN / 2]) const {
-    if (warpgroup >= kHeadDim / 64) {
-      kernel.skip((find().rows + kBlockN - 1) / kBlockN, k_state, v_state);
-      return;
-    }
     store_first();
     float sums[2] = {0.f, 0.f};
     if constexpr (kDelta) {
