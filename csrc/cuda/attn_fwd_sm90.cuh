@@ -333,6 +333,15 @@ struct FwdKernel {
     store_lse(warpgroup, work, lse);
   }
 
+  // What an ordinary instruction wrote to s must not meet the products: ptxas would serialise them.
+  // A product of no consequence stands between.
+  __device__ __forceinline__ void forget(float (&s)[kBlockN / 2]) const {
+    wgmma_fence();
+    gemm_nt<T, kBlockN, 16>(s, smem, 64, smem + Traits::kK, kBlockN);
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+
   template <int N, int M>
   static __device__ __forceinline__ auto& choose_o(float (&own)[N], float (&shared)[M]) {
     if constexpr (Rows::kMakesStates) {
@@ -343,7 +352,7 @@ struct FwdKernel {
   }
 
   __device__ __forceinline__ void consume(int warpgroup) {
-    constexpr bool kPrefetch = Traits::kQStages > 1 || !Rows::kRetrieves;
+    constexpr bool kPrefetch = Traits::kQStages > 1;
     KVState k_state, v_state;
     QState q_state;
     float s[kBlockN / 2];
@@ -358,6 +367,7 @@ struct FwdKernel {
         if (Tiles::makes_state(p, turn.index)) {
           using States = typename Rows::template States<FwdKernel>;
           States(*this, warpgroup, turn.index).run(q_state, k_state, v_state, shared_o, s);
+          forget(s);
           turn = next_turn(warpgroup);
           continue;
         }

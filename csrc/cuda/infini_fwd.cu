@@ -54,7 +54,7 @@ void set_order(const AttnShape& s, const InfiniStates& states, bool beside,
 template <class BaseTile, bool kMakesStates, bool kDelta>
 void launch_rows(const InfiniParams& params, bool beside, const InfiniStates& states, int* counter,
                  int num_sms, Stream stream) {
-  using Tile = MemoryTile<BaseTile>;
+  using Tile = MemoryTile<BaseTile, kMakesStates>;
   using Rows = MemoryRows<kMakesStates, kDelta>;
   using Tiles =
       std::conditional_t<kMakesStates, MemoryTiles<Tile::kBlockM>, LocalTiles<Tile::kBlockM>>;

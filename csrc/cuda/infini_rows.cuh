@@ -61,13 +61,13 @@ struct MemoryTiles : LocalTiles<kBlockM> {
   }
 };
 
-// A forward tile with room for two rows of norms, that of a tile of queries and that of a state.
-template <class Tile>
+// A forward tile with room for a row of norms, and for one more of a state that is made.
+template <class Tile, bool kMakesStates>
 struct MemoryTile : Tile {
   static constexpr int kRowBytes = (kNormOffset + Tile::kHeadDim) * 4;
   static constexpr int kNorms = Tile::kBarriers + Tile::kBarrierBytes;
   static constexpr int kStateRow = kNorms + kRowBytes;
-  static constexpr int kSharedBytes = Tile::kSharedBytes + 2 * kRowBytes;
+  static constexpr int kSharedBytes = Tile::kSharedBytes + (kMakesStates ? 2 : 1) * kRowBytes;
 };
 
 // kMakesStates: there may be tiles that make states, by the delta rule if kDelta.

@@ -52,10 +52,11 @@ struct StateTile {
   using KVState = typename Kernel::KVState;
   static constexpr int kHeadDim = Kernel::kHeadDim, kBlockN = Kernel::kBlockN;
   static constexpr int kThreads = 128 * Traits::kConsumers;
-  static constexpr int kBarrier = 4;             // attention uses 1 + warpgroup
+  static constexpr int kBarrier = 4;  // attention uses 1 + warpgroup
   static constexpr float kLog2e = 1.4426950408889634f;
   static_assert(kHeadDim == 64 * Traits::kConsumers && kHeadDim == kBlockN,
                 "every consumer has rows of M; sigma(K) and M share a shape");
+  static constexpr int kAhead = 6;  // blocks that are asked for in the L2 cache beforehand
   using Operand = uint32_t[kBlockN / 16][4];
   using Sums = float[kHeadDim / 2];
 
@@ -89,7 +90,16 @@ struct StateTile {
     Work place;
     place.batch = work.batch;
     place.head = work.head;
+    const auto fetch = [&](int at) {
+      if (at >= work.rows) return;
+      for (int c = 0; c < kHeadDim; c += kChunkColumns) {
+        ptx::tma_prefetch_5d(&kernel.p.k_mem, c, work.row0 + at, 0, work.head, work.batch);
+        ptx::tma_prefetch_5d(&kernel.p.v[0], c, work.row0 + at, 0, work.head, work.batch);
+      }
+    };
+    for (int i = Traits::kStages; i < kAhead; ++i) fetch(i * kBlockN);
     for (int at = 0; at < work.rows; at += kBlockN) {
+      fetch(at + kAhead * kBlockN);
       const KeyBlock block{&kernel.p.k_mem, &kernel.p.v[0], work.row0 + at, 0};
       kernel.template load_block<kHeadDim>(kernel.k_pipe, k_state, Traits::kK, block.k, place,
                                            block, 0);
@@ -190,31 +200,39 @@ struct StateTile {
     return scale;
   }
 
-  // The next state. `M` and `sums` are what the segment adds.
-  __device__ __forceinline__ void store_next(Sums& M, float (&sums)[2]) const {
+  // The next state. `M` and `sums` are what the segment adds; `last`: registers.
+  __device__ __forceinline__ void store_next(Sums& M, Sums& last, float (&sums)[2]) const {
     const StateWork work = find();
     const int s = work.segment + 1;
     wait_for_state(work);
-    const float scale = store_z(work, sums);
+    const int64_t at = int64_t{fragment_row0()} * x.D + fragment_column(warpgroup_thread());
+    const float* from = x.M(work.chain, work.segment) + at;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = fragment_row0() + 8 * i;
-      if (row >= x.D) continue;
-      const int column0 = fragment_column(warpgroup_thread());
-      const int64_t at = int64_t{row} * x.D + column0;
-      const float* last = x.M(work.chain, work.segment) + at;
-      float* full = x.M(work.chain, s) + at;
-      T* half = static_cast<T*>(x.half) + x.state(work.chain, s) * x.matrix() + at;
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
-        if (8 * j >= x.D) break;
-        float2 pair = *reinterpret_cast<const float2*>(last + 8 * j);
-        pair.x += M[4 * j + 2 * i];
-        pair.y += M[4 * j + 2 * i + 1];
-        *reinterpret_cast<float2*>(full + 8 * j) = pair;
-        if (s < x.S) {
-          *reinterpret_cast<uint32_t*>(half + 8 * j) = pack2<T>(pair.x * scale, pair.y * scale);
+        if (fragment_row0() + 8 * i < x.D && 8 * j < x.D) {
+          const float2 pair = *reinterpret_cast<const float2*>(from + 8 * i * x.D + 8 * j);
+          last[4 * j + 2 * i] = pair.x;
+          last[4 * j + 2 * i + 1] = pair.y;
         }
+      }
+    }
+    const float scale = store_z(work, sums);
+    float* full = x.M(work.chain, s) + at;
+    T* half = static_cast<T*>(x.half) + x.state(work.chain, s) * x.matrix() + at;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (fragment_row0() + 8 * i >= x.D) continue;
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; ++j) {
+        if (8 * j >= x.D) continue;
+        const float2 pair{M[4 * j + 2 * i] + last[4 * j + 2 * i],
+                          M[4 * j + 2 * i + 1] + last[4 * j + 2 * i + 1]};
+        *reinterpret_cast<float2*>(full + 8 * i * x.D + 8 * j) = pair;
+        if (s == x.S) continue;
+        *reinterpret_cast<uint32_t*>(half + 8 * i * x.D + 8 * j) =
+            pack2<T>(pair.x * scale, pair.y * scale);
       }
     }
     publish(work, s);
@@ -230,12 +248,9 @@ struct StateTile {
   }
   static constexpr uint32_t kMinusInfinity = std::is_same_v<T, __half> ? 0xfc00u : 0xff80u;
 
-  // sigma(K)^T of this warpgroup's columns of K, kSteps x 16 rows of it from the one at `tile` on,
-  // 0 from row `rows` on. Adds to `sums` this thread's share of the sums over the rows. kReady:
-  // sigma has been applied.
-  template <bool kReady, int kSteps>
-  __device__ __forceinline__ void read_transposed(uint32_t tile, int rows, uint32_t (&a)[kSteps][4],
-                                                  float (&sums)[2]) const {
+  // The transpose of this warpgroup's columns of K, kSteps x 16 rows from the one at `tile` on.
+  template <int kSteps>
+  __device__ __forceinline__ void load_transposed(uint32_t tile, uint32_t (&a)[kSteps][4]) const {
     const int thread = warpgroup_thread(), lane = thread % 32;
     const uint32_t unit = static_cast<uint32_t>(thread / 32 * 2 + lane / 8 % 2 ^ lane % 8);
     const uint32_t address = tile + warpgroup * chunk_bytes(kBlockN) +
@@ -244,8 +259,16 @@ struct StateTile {
     for (int t = 0; t < kSteps; ++t) {
       ptx::ldmatrix_x4_trans(address + t * 16 * kChunkRowBytes, a[t]);
     }
-    if (!kReady && rows < 16 * kSteps) {  // exp(-infinity) = 0
-      const int left = rows - fragment_column(thread);
+  }
+
+  // The same of sigma(K), 0 from row `rows` on. Adds to `sums` this thread's share of the sums over
+  // the rows.
+  template <int kSteps>
+  __device__ __forceinline__ void read_transposed(uint32_t tile, int rows, uint32_t (&a)[kSteps][4],
+                                                  float (&sums)[2]) const {
+    load_transposed(tile, a);
+    if (rows < 16 * kSteps) {  // exp(-infinity) = 0
+      const int left = rows - fragment_column(warpgroup_thread());
 #pragma unroll
       for (int t = 0; t < kSteps; ++t) {
 #pragma unroll
@@ -260,9 +283,9 @@ struct StateTile {
     for (int t = 0; t < kSteps; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 key = kReady ? unpack2<T>(a[t][i]) : sigma2(a[t][i]);
+        const float2 key = sigma2(a[t][i]);
         sums[i % 2] += key.x + key.y;
-        if (!kReady) a[t][i] = pack2<T>(key.x, key.y);
+        a[t][i] = pack2<T>(key.x, key.y);
       }
     }
   }
@@ -289,7 +312,7 @@ struct StateTile {
     int rows = find().rows;
     bool started = false;
     kernel.k_pipe.wait(k_state);
-    read_transposed<false>(keys(k_state), rows, a[0], sums);
+    read_transposed(keys(k_state), rows, a[0], sums);
 #pragma unroll 1
     for (; rows > 0; rows -= kBlockN) {
       kernel.v_pipe.wait(v_state);
@@ -302,14 +325,14 @@ struct StateTile {
         wgmma_commit();
         const int done = (part + 1) * kRows;
         if (part + 1 < kParts) {
-          read_transposed<false>(keys(k_state) + (part + 1) * kPartBytes, rows - done,
-                                 a[(part + 1) % 2], sums);
+          read_transposed(keys(k_state) + (part + 1) * kPartBytes, rows - done, a[(part + 1) % 2],
+                          sums);
         } else {
           kernel.k_pipe.release(k_state);
           k_state.advance();
           if (rows > kBlockN) {
             kernel.k_pipe.wait(k_state);
-            read_transposed<false>(keys(k_state), rows - done, a[0], sums);
+            read_transposed(keys(k_state), rows - done, a[0], sums);
           }
         }
         wgmma_wait<0>();
@@ -322,10 +345,26 @@ struct StateTile {
 
   // ---- delta rule ----
 
+  // This thread's columns of K in a sum over rows, one per 16: see add_columns.
+  using ColumnSums = float[kHeadDim / 16];
+
+  // Adds the 16 columns of a step over the eight threads that hold them, which halve their columns
+  // before they exchange: sum gets column 8 (lane / 16) + 2 (lane % 4) + lane / 8 % 2. x: columns
+  // 0, 1, 8, 9 of fragment_column.
+  static __device__ __forceinline__ void add_columns(const float (&x)[4], float& sum) {
+    const bool half = threadIdx.x & 16, odd = threadIdx.x & 8;
+    float a = half ? x[2] : x[0], b = half ? x[3] : x[1];
+    a += __shfl_xor_sync(~0u, half ? x[0] : x[2], 16);
+    b += __shfl_xor_sync(~0u, half ? x[1] : x[3], 16);
+    float c = odd ? b : a;
+    c += __shfl_xor_sync(~0u, odd ? a : b, 8);
+    sum += c + __shfl_xor_sync(~0u, c, 4);
+  }
+
   // sigma in place on this warpgroup's 64 keys of a block, 0 from key `rows` on, and as operand
   // `a`; factor: -1 / norm of this thread's two keys.
   __device__ __forceinline__ void apply_sigma(uint32_t tile, int rows, Operand& a,
-                                              float (&factor)[2]) const {
+                                              float (&factor)[2], ColumnSums& sums) const {
     const int thread = warpgroup_thread();
     const FragmentAddress<kBlockN> address(tile, warpgroup * 64, thread);
     const int row0 = fragment_row0();
@@ -334,6 +373,7 @@ struct StateTile {
 #pragma unroll
     for (int t = 0; t < kHeadDim / 16; ++t) {
       ptx::ldmatrix_x4(address(t), a[t]);
+      float columns[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float2 weight = ptx::load_shared_float2(z + (16 * t + 8 * half) * 4);
@@ -342,9 +382,12 @@ struct StateTile {
           uint32_t& pair = a[t][2 * half + i];
           const float2 key = sigma2(row0 + 8 * i < rows ? pair : kMinusInfinity * 0x10001u);
           norm[i] += key.x * weight.x + key.y * weight.y;
+          columns[2 * half] += key.x;
+          columns[2 * half + 1] += key.y;
           pair = pack2<T>(key.x, key.y);
         }
       }
+      add_columns(columns, sums[t]);
       ptx::stmatrix_x4(address(t), a[t][0], a[t][1], a[t][2], a[t][3]);
     }
     const float least = ptx::load_shared_float2(row()).x * kMemoryEps;
@@ -375,8 +418,9 @@ struct StateTile {
     bool started = false;
     Operand a, transposed;
     float factor[2];
+    ColumnSums columns = {};
     kernel.k_pipe.wait(k_state);
-    apply_sigma(keys(k_state), rows, a, factor);
+    apply_sigma(keys(k_state), rows, a, factor, columns);
     kernel.q_pipe.wait(q_state);
     const uint32_t memory = kernel.smem + q_state.stage() * Traits::kQBytes;
 #pragma unroll 1
@@ -385,7 +429,7 @@ struct StateTile {
       wgmma_fence();
       gemm_rn<T, kHeadDim, kHeadDim>(r, a, memory, kHeadDim, false);
       wgmma_commit();
-      read_transposed<true>(keys(k_state), rows, transposed, sums);
+      load_transposed(keys(k_state), transposed);
       ptx::fence_async_proxy();  // what sigma wrote there, before the next keys
       kernel.k_pipe.release(k_state);
       k_state.advance();
@@ -413,7 +457,7 @@ struct StateTile {
       wgmma_commit();
       if (rows > kBlockN) {
         kernel.k_pipe.wait(k_state);
-        apply_sigma(keys(k_state), rows - kBlockN, a, factor);
+        apply_sigma(keys(k_state), rows - kBlockN, a, factor, columns);
       }
       wgmma_wait<0>();
       kernel.v_pipe.release(v_state);
@@ -421,6 +465,32 @@ struct StateTile {
     }
     kernel.q_pipe.release(q_state);
     q_state.advance();
+    add_warps(removed, columns, sums);
+  }
+
+  // Of the columns' sums of all warps those of this thread's two rows of M, where it is the first
+  // of the four that share them.
+  __device__ __forceinline__ void add_warps(uint32_t buffer, const ColumnSums& columns,
+                                            float (&sums)[2]) const {
+    const int lane = thread() % 32;
+    const int column = lane / 16 * 8 + lane % 4 * 2 + lane / 8 % 2;
+    sync();
+#pragma unroll
+    for (int t = 0; t < kHeadDim / 16; ++t) {
+      if (lane & 4) continue;
+      ptx::store_shared_4(buffer + (thread() / 32 * kHeadDim + 16 * t + column) * 4,
+                          __float_as_uint(columns[t]));
+    }
+    sync();
+    if (lane % 4 != 0) return;
+#pragma unroll
+    for (int warp = 0; warp < kThreads / 32; ++warp) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int at = warp * kHeadDim + fragment_row0() + 8 * i;
+        sums[i] += __int_as_float(ptx::load_shared_4(buffer + at * 4));
+      }
+    }
   }
 
   // ---- consumers ----
@@ -434,7 +504,7 @@ struct StateTile {
     } else {
       add_linear(k_state, v_state, M, sums);
     }
-    store_next(M, sums);
+    store_next(M, r, sums);
   }
 };
 
