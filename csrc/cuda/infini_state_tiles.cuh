@@ -261,24 +261,11 @@ struct StateTile {
     }
   }
 
-  // The same of sigma(K), 0 from row `rows` on. Adds to `sums` this thread's share of the sums over
-  // the rows.
+  // The same of sigma(K). Adds to `sums` this thread's share of the sums over the rows.
   template <int kSteps>
-  __device__ __forceinline__ void read_transposed(uint32_t tile, int rows, uint32_t (&a)[kSteps][4],
+  __device__ __forceinline__ void read_transposed(uint32_t tile, uint32_t (&a)[kSteps][4],
                                                   float (&sums)[2]) const {
     load_transposed(tile, a);
-    if (rows < 16 * kSteps) {  // exp(-infinity) = 0
-      const int left = rows - fragment_column(warpgroup_thread());
-#pragma unroll
-      for (int t = 0; t < kSteps; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int at = 16 * t + i / 2 * 8;
-          if (at >= left) a[t][i] = (a[t][i] & 0xffff0000u) | kMinusInfinity;
-          if (at + 1 >= left) a[t][i] = (a[t][i] & 0xffffu) | kMinusInfinity << 16;
-        }
-      }
-    }
 #pragma unroll
     for (int t = 0; t < kSteps; ++t) {
 #pragma unroll
@@ -290,15 +277,25 @@ struct StateTile {
     }
   }
 
-  // Rows of values from `rows` on: 0 times what they hold could be NaN.
-  __device__ __forceinline__ void clear_values(uint32_t tile, int rows) const {
+  // Rows of a tile from `rows` on become `word`. Keys: sigma(-infinity) = 0. Values: 0 times what
+  // they hold could be NaN.
+  __device__ __forceinline__ void fill(uint32_t tile, int rows, uint32_t word) const {
     if (rows >= kBlockN) return;
     constexpr int kUnits = kHeadDim / 8;
     for (int i = rows * kUnits + thread(); i < kBlockN * kUnits; i += kThreads) {
-      ptx::store_shared_16(tile + swizzled_unit(kBlockN, i / kUnits, i % kUnits), {0, 0, 0, 0});
+      ptx::store_shared_16(tile + swizzled_unit(kBlockN, i / kUnits, i % kUnits),
+                           {word, word, word, word});
     }
     ptx::fence_async_proxy();
     sync();
+  }
+  __device__ __forceinline__ void wait_for_keys(const KVState& state, int rows) const {
+    kernel.k_pipe.wait(state);
+    fill(keys(state), rows, kMinusInfinity * 0x10001u);
+  }
+  __device__ __forceinline__ void wait_for_values(const KVState& state, int rows) const {
+    kernel.v_pipe.wait(state);
+    fill(values(state), rows, 0);
   }
 
   // ---- linear rule ----
@@ -311,28 +308,25 @@ struct StateTile {
     uint32_t a[2][kRows / 16][4];
     int rows = find().rows;
     bool started = false;
-    kernel.k_pipe.wait(k_state);
-    read_transposed(keys(k_state), rows, a[0], sums);
+    wait_for_keys(k_state, rows);
+    read_transposed(keys(k_state), a[0], sums);
 #pragma unroll 1
     for (; rows > 0; rows -= kBlockN) {
-      kernel.v_pipe.wait(v_state);
-      clear_values(values(v_state), rows);
+      wait_for_values(v_state, rows);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         wgmma_fence();
         gemm_rn<T, kHeadDim, kRows>(M, a[part % 2], values(v_state) + part * kPartBytes, kBlockN,
                                     started || part != 0);
         wgmma_commit();
-        const int done = (part + 1) * kRows;
         if (part + 1 < kParts) {
-          read_transposed(keys(k_state) + (part + 1) * kPartBytes, rows - done, a[(part + 1) % 2],
-                          sums);
+          read_transposed(keys(k_state) + (part + 1) * kPartBytes, a[(part + 1) % 2], sums);
         } else {
           kernel.k_pipe.release(k_state);
           k_state.advance();
           if (rows > kBlockN) {
-            kernel.k_pipe.wait(k_state);
-            read_transposed(keys(k_state), rows - done, a[0], sums);
+            wait_for_keys(k_state, rows - kBlockN);
+            read_transposed(keys(k_state), a[0], sums);
           }
         }
         wgmma_wait<0>();
@@ -361,13 +355,12 @@ struct StateTile {
     sum += c + __shfl_xor_sync(~0u, c, 4);
   }
 
-  // sigma in place on this warpgroup's 64 keys of a block, 0 from key `rows` on, and as operand
-  // `a`; factor: -1 / norm of this thread's two keys.
-  __device__ __forceinline__ void apply_sigma(uint32_t tile, int rows, Operand& a,
-                                              float (&factor)[2], ColumnSums& sums) const {
+  // sigma in place on this warpgroup's 64 keys of a block, and as operand `a`; factor: -1 / norm of
+  // this thread's two keys.
+  __device__ __forceinline__ void apply_sigma(uint32_t tile, Operand& a, float (&factor)[2],
+                                              ColumnSums& sums) const {
     const int thread = warpgroup_thread();
     const FragmentAddress<kBlockN> address(tile, warpgroup * 64, thread);
-    const int row0 = fragment_row0();
     const uint32_t z = row() + (kNormOffset + fragment_column(thread)) * 4;
     float norm[2] = {0.f, 0.f};
 #pragma unroll
@@ -380,7 +373,7 @@ struct StateTile {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           uint32_t& pair = a[t][2 * half + i];
-          const float2 key = sigma2(row0 + 8 * i < rows ? pair : kMinusInfinity * 0x10001u);
+          const float2 key = sigma2(pair);
           norm[i] += key.x * weight.x + key.y * weight.y;
           columns[2 * half] += key.x;
           columns[2 * half + 1] += key.y;
@@ -419,8 +412,8 @@ struct StateTile {
     Operand a, transposed;
     float factor[2];
     ColumnSums columns = {};
-    kernel.k_pipe.wait(k_state);
-    apply_sigma(keys(k_state), rows, a, factor, columns);
+    wait_for_keys(k_state, rows);
+    apply_sigma(keys(k_state), a, factor, columns);
     kernel.q_pipe.wait(q_state);
     const uint32_t memory = kernel.smem + q_state.stage() * Traits::kQBytes;
 #pragma unroll 1
@@ -433,8 +426,7 @@ struct StateTile {
       ptx::fence_async_proxy();  // what sigma wrote there, before the next keys
       kernel.k_pipe.release(k_state);
       k_state.advance();
-      kernel.v_pipe.wait(v_state);
-      clear_values(values(v_state), rows);
+      wait_for_values(v_state, rows);
       wgmma_fence();
       gemm_rn<T, kHeadDim, kBlockN>(M, transposed, values(v_state), kBlockN, started);
       started = true;
@@ -456,8 +448,8 @@ struct StateTile {
       gemm_rn<T, kHeadDim, kBlockN>(M, transposed, removed, kBlockN, true);
       wgmma_commit();
       if (rows > kBlockN) {
-        kernel.k_pipe.wait(k_state);
-        apply_sigma(keys(k_state), rows - kBlockN, a, factor, columns);
+        wait_for_keys(k_state, rows - kBlockN);
+        apply_sigma(keys(k_state), a, factor, columns);
       }
       wgmma_wait<0>();
       kernel.v_pipe.release(v_state);
