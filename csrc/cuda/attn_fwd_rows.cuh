@@ -24,6 +24,9 @@ struct StoreRows {
   struct Params {};
   static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
 
+  template <class Kernel>
+  struct Query {};  // of a memory
+
   // Whether the tile's row `row` is one to keep, and where its lse goes.
   template <class P>
   static __device__ __forceinline__ bool exists(const P&, const Work& work, int row) {
@@ -258,6 +261,8 @@ struct SplitRows {
     int heads_of_group;  // query heads per key/value head
   };
   static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
+  template <class Kernel>
+  struct Query {};
 
   template <class P>
   static __device__ __forceinline__ int head_in_group(const P& p, const Work& work, int row) {

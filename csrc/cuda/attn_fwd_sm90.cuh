@@ -418,7 +418,11 @@ struct FwdKernel {
       const int left = keys.begin - tile_keys(work).begin;  // blocks to the left of those it sees
       store_lse(warpgroup, work, lse);
       bool retrieves = false;  // and its memory holds the values' other stage
-      if constexpr (Rows::kRetrieves) retrieves = Rows::plan(*this, work, q_state, v_state);
+      typename Rows::template Query<FwdKernel> query;
+      if constexpr (Rows::kRetrieves) {
+        retrieves = Rows::plan(*this, work, q_state, v_state);
+        Rows::prepare(*this, warpgroup, index, q_state, v_state, query);
+      }
       if constexpr (kPrefetch) {
         turn = next_turn(warpgroup);
         // One block may pass unread while this tile still holds a stage, none while its memory
@@ -438,7 +442,7 @@ struct FwdKernel {
       skip(left, k_state, v_state);
       if constexpr (Scores::kFolds) Scores::complete(*this, warpgroup, o, state);
       if constexpr (Rows::kRetrieves) {
-        Rows::retrieve(*this, warpgroup, index, q_state, v_state, o, inverse);
+        Rows::retrieve(*this, warpgroup, index, q_state, v_state, query, o, inverse);
       }
       Rows::finish(*this, warpgroup, find_work_again(index), o, inverse);
       if constexpr (kPrefetch) {

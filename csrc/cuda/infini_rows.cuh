@@ -205,7 +205,7 @@ struct MemoryRows : StoreRows {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           uint32_t& pair = a[t][2 * half + row];
-          const float2 x = elu_plus_one2<T>(pair);
+          const float2 x = elu_plus_one2_here<T>(pair);
           norm[row] += x.x * weight.x + x.y * weight.y;
           pair = pack2<T>(x.x, x.y);
         }
@@ -229,21 +229,50 @@ struct MemoryRows : StoreRows {
     return kernel.p.gate != nullptr ? kernel.p.gate[kernel.find_work_again(index).head] : 0.f;
   }
 
+  // No registers for all of sigma(q) at once.
+  template <class Kernel>
+  static constexpr bool kWide = kBlocks<Kernel> > 1;
+
+  // What the queries bring to the retrieval, made while the last P V runs.
+  template <class Kernel>
+  struct Query {
+    Operand<Kernel> a;
+    float norm[2], logit;
+  };
+  template <class Kernel>
+  static __device__ __forceinline__ void prepare(const Kernel& kernel, int warpgroup, int index,
+                                                 const typename Kernel::QState& q_state,
+                                                 const typename Kernel::KVState& v_state,
+                                                 Query<Kernel>& query) {
+    const typename Kernel::QState queries{q_state.step - 1};
+    query = {};  // or ptxas takes it for alive from the beginning of the kernel
+    if (!reads(kernel.p, kernel.find_work_again(index))) {
+      kernel.q_pipe.release(queries);
+      return;
+    }
+    if constexpr (kWide<Kernel>) return;
+    query.logit = gate(kernel, index);
+    if (kernel.p.has_q_mem) kernel.q_pipe.wait(queries);
+    kernel.v_pipe.wait(typename Kernel::KVState{v_state.step - 1});
+    query.norm[0] = query.norm[1] = 0.f;
+    read_queries(kernel, warpgroup, queries.stage(), 0, query.a, query.norm);
+    kernel.q_pipe.release(queries);
+  }
+
   // Leaves in o and `factor` what is to be stored: factor * o.
   template <class Kernel>
   static __device__ __forceinline__ void retrieve(const Kernel& kernel, int warpgroup, int index,
                                                   const typename Kernel::QState& q_state,
                                                   const typename Kernel::KVState& v_state,
+                                                  Query<Kernel>& query,
                                                   float (&o)[Kernel::kHeadDim / 2],
                                                   float (&factor)[2]) {
     using Traits = typename Kernel::Traits;
     constexpr int kRows = kBlockRows<Kernel>;
-    constexpr bool kWide = kBlocks<Kernel> > 1;  // no registers for all of sigma(q)
     const auto& p = kernel.p;
     const typename Kernel::QState queries{q_state.step - 1};
+    store_local(kernel, warpgroup, index, o, factor);
     if (!reads(p, kernel.find_work_again(index))) {
-      kernel.q_pipe.release(queries);
-      store_local(kernel, warpgroup, index, o, factor);
       if (p.first_bypass) return;
       const float rest = 1.f / (1.f + __expf(gate(kernel, index)));  // 1 - g
       factor[0] *= rest;
@@ -251,20 +280,19 @@ struct MemoryRows : StoreRows {
       return;
     }
     typename Kernel::KVState blocks{v_state.step - kBlocks<Kernel>};
-    if constexpr (kWide) store_local(kernel, warpgroup, index, o, factor);
-    if (p.has_q_mem) kernel.q_pipe.wait(queries);
-    kernel.v_pipe.wait(blocks);
-    Operand<Kernel> a;
-    float norm[2] = {0.f, 0.f};
+    Operand<Kernel>& a = query.a;
+    float (&norm)[2] = query.norm;
+    if constexpr (kWide<Kernel>) {
+      query.logit = gate(kernel, index);
+      if (p.has_q_mem) kernel.q_pipe.wait(queries);
+      kernel.v_pipe.wait(blocks);
+      norm[0] = norm[1] = 0.f;
 #pragma unroll
-    for (int block = 0; block < kBlocks<Kernel>; ++block) {
-      read_queries(kernel, warpgroup, queries.stage(), block, a, norm);
+      for (int block = 0; block < kBlocks<Kernel>; ++block) {
+        read_queries(kernel, warpgroup, queries.stage(), block, a, norm);
+      }
     }
-    if constexpr (!kWide) {
-      kernel.q_pipe.release(queries);
-      store_local(kernel, warpgroup, index, o, factor);
-    }
-    const float logit = gate(kernel, index), rest = 1.f / (1.f + __expf(logit));
+    const float logit = query.logit, rest = 1.f / (1.f + __expf(logit));
     const float g = fmaxf(1.f / (1.f + __expf(-logit)), 1e-20f);
     const float least = ptx::load_shared_float2(kernel.smem + Traits::kNorms).x * kMemoryEps;
     float weight[2];
@@ -277,7 +305,7 @@ struct MemoryRows : StoreRows {
     scale_rows<Kernel::kHeadDim>(o, weight);
 #pragma unroll
     for (int block = 0; block < kBlocks<Kernel>; ++block) {
-      if constexpr (kWide) {
+      if constexpr (kWide<Kernel>) {
         kernel.v_pipe.wait(blocks);
         read_queries(kernel, warpgroup, queries.stage(), block, a, norm);
         if (block + 1 == kBlocks<Kernel>) kernel.q_pipe.release(queries);

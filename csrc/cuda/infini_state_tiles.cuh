@@ -53,7 +53,6 @@ struct StateTile {
   static constexpr int kHeadDim = Kernel::kHeadDim, kBlockN = Kernel::kBlockN;
   static constexpr int kThreads = 128 * Traits::kConsumers;
   static constexpr int kBarrier = 4;  // attention uses 1 + warpgroup
-  static constexpr float kLog2e = 1.4426950408889634f;
   static_assert(kHeadDim == 64 * Traits::kConsumers && kHeadDim == kBlockN,
                 "every consumer has rows of M; sigma(K) and M share a shape");
   static constexpr int kAhead = 6;  // blocks that are asked for in the L2 cache beforehand
@@ -240,12 +239,6 @@ struct StateTile {
 
   // ---- operands ----
 
-  // The exponential is volatile: it stays above the wait for the product that runs meanwhile.
-  static __device__ __forceinline__ float2 sigma2(uint32_t pair) {
-    const float2 in = unpack2<T>(pair);
-    const float2 power{ptx::exp2_approx(in.x * kLog2e), ptx::exp2_approx(in.y * kLog2e)};
-    return {in.x > 0.f ? in.x + 1.f : power.x, in.y > 0.f ? in.y + 1.f : power.y};
-  }
   static constexpr uint32_t kMinusInfinity = std::is_same_v<T, __half> ? 0xfc00u : 0xff80u;
 
   // The transpose of this warpgroup's columns of K, kSteps x 16 rows from the one at `tile` on.
@@ -270,7 +263,7 @@ struct StateTile {
     for (int t = 0; t < kSteps; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 key = sigma2(a[t][i]);
+        const float2 key = elu_plus_one2_here<T>(a[t][i]);
         sums[i % 2] += key.x + key.y;
         a[t][i] = pack2<T>(key.x, key.y);
       }
@@ -373,7 +366,7 @@ struct StateTile {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           uint32_t& pair = a[t][2 * half + i];
-          const float2 key = sigma2(pair);
+          const float2 key = elu_plus_one2_here<T>(pair);
           norm[i] += key.x * weight.x + key.y * weight.y;
           columns[2 * half] += key.x;
           columns[2 * half + 1] += key.y;
