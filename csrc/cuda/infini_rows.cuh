@@ -229,34 +229,49 @@ struct MemoryRows : StoreRows {
     return kernel.p.gate != nullptr ? kernel.p.gate[kernel.find_work_again(index).head] : 0.f;
   }
 
-  // No registers for all of sigma(q) at once.
   template <class Kernel>
-  static constexpr bool kWide = kBlocks<Kernel> > 1;
+  static constexpr bool kWide = kBlocks<Kernel> > 1;  // no registers for all of sigma(q) at once
+  template <class Kernel>
+  static constexpr bool kEarly = Kernel::kHeadDim == 128;  // registers for it beside the weights
 
-  // What the queries bring to the retrieval, made while the last P V runs.
+  // What the queries bring to the retrieval.
   template <class Kernel>
   struct Query {
     Operand<Kernel> a;
     float norm[2], logit;
   };
   template <class Kernel>
+  static __device__ __forceinline__ void read_query(const Kernel& kernel, int warpgroup, int index,
+                                                    const typename Kernel::QState& queries,
+                                                    const typename Kernel::KVState& blocks,
+                                                    Query<Kernel>& query) {
+    query.logit = gate(kernel, index);
+    query.norm[0] = query.norm[1] = 0.f;
+    if (kernel.p.has_q_mem) kernel.q_pipe.wait(queries);
+    kernel.v_pipe.wait(blocks);
+#pragma unroll
+    for (int block = 0; block < kBlocks<Kernel>; ++block) {
+      read_queries(kernel, warpgroup, queries.stage(), block, query.a, query.norm);
+    }
+    if constexpr (!kWide<Kernel>) kernel.q_pipe.release(queries);
+  }
+
+  // While the last P V runs, where there are registers for it.
+  template <class Kernel>
   static __device__ __forceinline__ void prepare(const Kernel& kernel, int warpgroup, int index,
                                                  const typename Kernel::QState& q_state,
                                                  const typename Kernel::KVState& v_state,
                                                  Query<Kernel>& query) {
     const typename Kernel::QState queries{q_state.step - 1};
-    query = {};  // or ptxas takes it for alive from the beginning of the kernel
+    if constexpr (kEarly<Kernel>) {
+      query = {};  // or ptxas takes it for alive from the beginning of the kernel
+    }
     if (!reads(kernel.p, kernel.find_work_again(index))) {
       kernel.q_pipe.release(queries);
-      return;
+    } else if constexpr (kEarly<Kernel>) {
+      const typename Kernel::KVState blocks{v_state.step - 1};
+      read_query(kernel, warpgroup, index, queries, blocks, query);
     }
-    if constexpr (kWide<Kernel>) return;
-    query.logit = gate(kernel, index);
-    if (kernel.p.has_q_mem) kernel.q_pipe.wait(queries);
-    kernel.v_pipe.wait(typename Kernel::KVState{v_state.step - 1});
-    query.norm[0] = query.norm[1] = 0.f;
-    read_queries(kernel, warpgroup, queries.stage(), 0, query.a, query.norm);
-    kernel.q_pipe.release(queries);
   }
 
   // Leaves in o and `factor` what is to be stored: factor * o.
@@ -280,18 +295,11 @@ struct MemoryRows : StoreRows {
       return;
     }
     typename Kernel::KVState blocks{v_state.step - kBlocks<Kernel>};
+    if constexpr (!kEarly<Kernel>) {
+      read_query(kernel, warpgroup, index, queries, blocks, query);
+    }
     Operand<Kernel>& a = query.a;
     float (&norm)[2] = query.norm;
-    if constexpr (kWide<Kernel>) {
-      query.logit = gate(kernel, index);
-      if (p.has_q_mem) kernel.q_pipe.wait(queries);
-      kernel.v_pipe.wait(blocks);
-      norm[0] = norm[1] = 0.f;
-#pragma unroll
-      for (int block = 0; block < kBlocks<Kernel>; ++block) {
-        read_queries(kernel, warpgroup, queries.stage(), block, a, norm);
-      }
-    }
     const float logit = query.logit, rest = 1.f / (1.f + __expf(logit));
     const float g = fmaxf(1.f / (1.f + __expf(-logit)), 1e-20f);
     const float least = ptx::load_shared_float2(kernel.smem + Traits::kNorms).x * kMemoryEps;
