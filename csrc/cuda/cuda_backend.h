@@ -96,8 +96,8 @@ int64_t landmark_bwd_ints(const LandmarkParams& params);
 
 // How the forward makes its memory states.
 struct InfiniPlan {
-  int chain_blocks = 0;  // > 0: segment after segment, on so many multiprocessors beside attention
-  int splits = 0;        // else all segments at once, each in so many parts
+  bool beside = false;  // segment after segment, by tiles among those of attention
+  int splits = 0;       // else all segments at once before it, each in so many parts
 };
 InfiniPlan plan_infini(const InfiniParams& params, int num_sms);
 
