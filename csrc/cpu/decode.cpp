@@ -132,7 +132,7 @@ class LandmarkDecode : Rows<C> {
     std::iota(order.begin(), order.end(), 0);
     const auto better = [&](int32_t x, int32_t y) {
       const C a = best[static_cast<size_t>(x)], c = best[static_cast<size_t>(y)];
-      return a > c || (a == c && x < y);
+      return a > c || (a == c && x > y);
     };
     const auto end = order.begin() + d_.used;
     std::partial_sort(order.begin(), end, order.end(), better);

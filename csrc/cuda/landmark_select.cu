@@ -1,11 +1,11 @@
 // Math: the blocks that landmark_decode reads. Row (t, h) scores landmark n by R(p_t - s_n) q . k_n,
 //       s_n = 0 for all but the last `used` blocks, which have places of their own; the choice is
 //       the largest `used` scores of a row, or of max over rows of (score - lse of the row), where
-//       tokens or heads choose together. Of equal scores the earlier block wins.
+//       tokens or heads choose together. Of equal scores the later block wins.
 // Tile map: scores: a thread block for 128 landmarks of a key/value head and 8 rows; then 8 near
 //       landmarks with places of their own. The first one of a head also lets the new keys, rotated,
 //       and values join the open block. Combination: 256 blocks of a choice. Selection: a thread
-//       block a choice, by radix select over (score, -n), 11 bits at a time.
+//       block a choice, by radix select over (score, n), 11 bits at a time.
 // Pipeline: two or three launches, each resident and waiting when the one before ends.
 // Memory: every landmark once; scores written and read a few times, in L2.
 // Limits: bf16, fp16; D a multiple of 8 up to 256; 2^31 - 1 landmarks; 16384 chosen blocks.
@@ -163,11 +163,11 @@ __global__ void __launch_bounds__(kDecodeThreads)
   call.scratch.combined[choice * p.count + n] = best;
 }
 
-// Larger for larger scores, and for smaller n among equal ones.
+// Larger for larger scores, and for larger n among equal ones.
 __device__ __forceinline__ uint64_t sort_key(float score, int n) {
   const uint32_t x = __float_as_uint(score + 0.f);
   const uint32_t ordered = x ^ (static_cast<int32_t>(x) < 0 ? ~0u : 0x80000000u);
-  return static_cast<uint64_t>(ordered) << 32 | static_cast<uint32_t>(~n);
+  return static_cast<uint64_t>(ordered) << 32 | static_cast<uint32_t>(n);
 }
 
 // The smallest of the `wanted` largest keys.

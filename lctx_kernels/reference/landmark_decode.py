@@ -12,7 +12,7 @@ def landmark_decode(q, k, v, blocks_k, blocks_v, open_k, open_v, *, open_len, to
     Stored keys are rotated to their places 0 to L - 1 in the block; the last one is its landmark.
     Queries stand where this puts them: blocks before the last top_k share the first place, the
     chosen ones follow in order, the `always` ones, the open one. rope: (2, places, D) cos and sin.
-    select: whose choice the largest landmark scores make: "token_and_head", "head", "token".
+    select: whose choice the largest scores of landmarks are: "token_and_head", "head", "token".
     Returns out, lse as landmark_attention on these blocks, and their numbers (B, T|1, Hq|1, used).
     Source: Mohtashami & Jaggi 2023 (arXiv 2305.16300), section 3.2."""
     (B, T, Hq, D), (Hkv, L), count = q.shape, open_k.shape[1:3], blocks_k.shape[1] - always
@@ -36,7 +36,7 @@ def landmark_decode(q, k, v, blocks_k, blocks_v, open_k, open_v, *, open_len, to
     scores = scale * torch.einsum("bthnd,bnhd->bthn", turned, past_k[:, :count, :, -1])
     if select != "token_and_head":
         scores = scores.log_softmax(-1).amax(1 if select == "head" else 2, keepdim=True)
-    blocks = scores.argsort(dim=-1, descending=True, stable=True)[..., :used].sort(-1).values
+    blocks = scores.argsort(dim=-1, stable=True)[..., count - used :].sort(-1).values
 
     m = torch.arange(used + always, device=dev)
     chosen = torch.cat([blocks.expand(B, T, Hq, -1), (count + m[:always]).expand(B, T, Hq, -1)], -1)
