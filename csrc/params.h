@@ -88,12 +88,12 @@ struct LandmarkDecodeParams : AttnParams {
   BlockChoice choice = BlockChoice::kTokenAndHead;
   int64_t block_size = 0, open_len = 0;
   int64_t count = 0, always = 0, used = 0;  // blocks to choose from, read in any case, chosen
-  TensorView landmarks;           // (B, count + always, Hkv, Dk)
+  TensorView landmarks;                     // (B, count + always, Hkv, Dk)
   TensorView blocks_k, blocks_v;  // (B, count + always, Hkv, block_size, D), stride_t of a block
   void *open_k = nullptr, *open_v = nullptr;  // (B, Hkv, block_size, D) contiguous
   const void* rope = nullptr;                 // stat (2, rope_len, Dk) cos and sin, or no rotation
   int64_t rope_len = 0;
-  int32_t* blocks = nullptr;  // (B, choice_tokens, choice_heads, used)
+  int32_t* blocks = nullptr;                    // (B, choice_tokens, choice_heads, used)
   int64_t choice_tokens = 0, choice_heads = 0;  // Tq, Hq, or 1 where they share a choice
   int64_t moved = 0;  // 1 where the last `used` blocks are not all: earlier ones share a place
 };

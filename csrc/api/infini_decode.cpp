@@ -13,10 +13,10 @@ std::tuple<Tensor, Tensor> infini_decode(const Tensor& q, const Tensor& k, const
                                          const Tensor& open_v, const OptTensor& M,
                                          const OptTensor& z, const OptTensor& gate,
                                          int64_t open_len, bool bypass, double scale) {
-  const Call call("lctx::infini_decode",
-                  {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(q_mem), LCTX_ARG(k_mem),
-                   LCTX_ARG(open_k), LCTX_ARG(open_k_mem), LCTX_ARG(open_v), LCTX_ARG(M),
-                   LCTX_ARG(z), LCTX_ARG(gate)});
+  const Call call(
+      "lctx::infini_decode",
+      {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(q_mem), LCTX_ARG(k_mem), LCTX_ARG(open_k),
+       LCTX_ARG(open_k_mem), LCTX_ARG(open_v), LCTX_ARG(M), LCTX_ARG(z), LCTX_ARG(gate)});
   InfiniDecodeParams p;
   set_attention(call, q, k, v, /*causal=*/true, scale, p);
   const AttnShape& s = p.shape;

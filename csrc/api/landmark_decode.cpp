@@ -21,7 +21,8 @@ TensorView blocks(const Call& call, const char* name, const Tensor& x, const Ten
     inner *= x.size(i);
   }
   call.check(fits, name, " does not fit; expected (", s.B, ", ", n, ", ", s.Hkv, ", ", block_size,
-             ", ", D, ") in q's dtype, on its device or in the CPU's pinned memory, contiguous but "
+             ", ", D,
+             ") in q's dtype, on its device or in the CPU's pinned memory, contiguous but "
              "for the batch");
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), s.Hkv * block_size * D,
           block_size * D};
@@ -64,11 +65,13 @@ BlockChoice choice(const Call& call, const std::string& select) {
                                                              : BlockChoice::kToken;
 }
 
-std::tuple<Tensor, Tensor, Tensor> landmark_decode(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& landmarks,
-    const Tensor& blocks_k, const Tensor& blocks_v, const Tensor& open_k, const Tensor& open_v,
-    const OptTensor& rope, int64_t open_len, int64_t top_k, int64_t always, std::string select,
-    double scale) {
+std::tuple<Tensor, Tensor, Tensor> landmark_decode(const Tensor& q, const Tensor& k,
+                                                   const Tensor& v, const Tensor& landmarks,
+                                                   const Tensor& blocks_k, const Tensor& blocks_v,
+                                                   const Tensor& open_k, const Tensor& open_v,
+                                                   const OptTensor& rope, int64_t open_len,
+                                                   int64_t top_k, int64_t always,
+                                                   std::string select, double scale) {
   const Call call("lctx::landmark_decode",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(landmarks), LCTX_ARG(blocks_k),
                    LCTX_ARG(blocks_v), LCTX_ARG(open_k), LCTX_ARG(open_v), LCTX_ARG(rope)});
@@ -85,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> landmark_decode(
   p.used = top_k;
   set_store(call, q, landmarks, blocks_k, blocks_v, open_k, open_v, rope, p);
   auto [out, lse] = set_outputs(call, p);
-  Tensor chosen = call.new_plain(ScalarType::Int,
-                                 {p.shape.B, p.choice_tokens, p.choice_heads, p.used});
+  Tensor chosen =
+      call.new_plain(ScalarType::Int, {p.shape.B, p.choice_tokens, p.choice_heads, p.used});
   p.blocks = static_cast<int32_t*>(chosen.mutable_data_ptr());
   if (p.shape.B * p.shape.Tq == 0) return {out, lse, chosen};
 #ifdef LCTX_WITH_CUDA

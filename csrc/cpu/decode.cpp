@@ -19,8 +19,9 @@ namespace {
 
 template <class F>
 void parallel(const ThreadPool& pool, int64_t count, const F& task) {
-  pool.run(count, [](void* f, int64_t i) { (*static_cast<const F*>(f))(i); },
-           const_cast<void*>(static_cast<const void*>(&task)));
+  pool.run(
+      count, [](void* f, int64_t i) { (*static_cast<const F*>(f))(i); },
+      const_cast<void*>(static_cast<const void*>(&task)));
 }
 
 const char* at(const TensorView& x, DType dtype, int64_t b, int64_t t, int64_t h) {
@@ -156,8 +157,8 @@ class LandmarkDecode : Rows<C> {
     }
     const int64_t visible = std::min(d_.open_len + t + 1, L - 1);
     C* own = &scores[static_cast<size_t>(read * L)];
-    this->score(query_at(b, t, h, d_.open_len + t),
-                this->open_row(d_.open_k, b, kv, L, 0, s_.Dk), visible, own);
+    this->score(query_at(b, t, h, d_.open_len + t), this->open_row(d_.open_k, b, kv, L, 0, s_.Dk),
+                visible, own);
     gates.back() = log_sum_exp(own, visible);
     const C lse = log_sum_exp(gates.data(), read + 1);
     std::vector<C> out(static_cast<size_t>(s_.Dv));
@@ -272,8 +273,7 @@ void run(const LandmarkDecodeParams& p, const ThreadPool& pool) {
   parallel(pool, s.B * s.Hkv, [&](int64_t i) { decode.join(i); });
   if (p.used > 0) {
     parallel(pool, s.B * s.Tq * s.Hq, [&](int64_t i) { decode.score_landmarks(i); });
-    parallel(pool, s.B * p.choice_tokens * p.choice_heads,
-             [&](int64_t i) { decode.choose(i); });
+    parallel(pool, s.B * p.choice_tokens * p.choice_heads, [&](int64_t i) { decode.choose(i); });
   }
   parallel(pool, s.B * s.Tq * s.Hq, [&](int64_t i) { decode.attend(i); });
 }

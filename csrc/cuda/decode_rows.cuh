@@ -17,7 +17,7 @@
 namespace lctx::cuda {
 
 constexpr int kDecodeWarps = 8, kDecodeThreads = 32 * kDecodeWarps;
-constexpr int kDecodeLoads = 4;       // of 16 bytes that a lane has on the way, keys and values each
+constexpr int kDecodeLoads = 4;  // of 16 bytes that a lane has on the way, keys and values each
 constexpr int kDecodeClusterMost = 8;  // thread blocks
 constexpr int kDecodeSharedMost = 224 * 1024;
 
@@ -29,8 +29,8 @@ struct DecodeTile {
   static constexpr int kColumns = 8 * kLanes, kSub = 32 / kLanes, kPiece = kSub * kDecodeLoads;
 };
 
-// Neighbouring keys. A row at position t sees the first min(visible + t, values) of them; a last one
-// without a value is the landmark, whose score is the weight of all.
+// Neighbouring keys. A row at position t sees the first min(visible + t, values) of them; a last
+// one without a value is the landmark, whose score is the weight of all.
 struct KeyRange {
   const void *k, *v;
   int64_t stride_k, stride_v;

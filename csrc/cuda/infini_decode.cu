@@ -27,7 +27,8 @@ __device__ __forceinline__ const T* row_of(const TensorView& x, int64_t b, int64
 }
 
 template <class T>
-__device__ void append(const InfiniDecodeParams& p, const TensorView& x, void* open, int b, int kv) {
+__device__ void append(const InfiniDecodeParams& p, const TensorView& x, void* open, int b,
+                       int kv) {
   const int D = static_cast<int>(p.shape.Dk);
   for (int i = threadIdx.x; i < p.shape.Tq * D; i += kDecodeThreads) {
     const int64_t place = (b * p.shape.Hkv + kv) * p.segment_len + p.open_len + i / D;
@@ -98,8 +99,8 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int rows = min(Tile::kRows, Tq * G - first);
   const auto token = [&](int row) { return (first + row) / G; };
   const auto head = [&](int row) { return kv * G + (first + row) % G; };
-  DecodeBlock<Tile> block(memory, DecodeLayout(Tile::kRows, Tile::kColumns, 2, 2,
-                                               call.per_part + Tq), D);
+  DecodeBlock<Tile> block(memory,
+                          DecodeLayout(Tile::kRows, Tile::kColumns, 2, 2, call.per_part + Tq), D);
 
   if (threadIdx.x == 0) {
     const int begin = min(part * call.per_part, static_cast<int>(p.open_len));
@@ -157,8 +158,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
     if (p.M != nullptr) {
       float held = 0.f;
       for (int i = 0; i < parts; ++i) {
-        held += cluster.map_shared_rank(block.shared + block.at.held,
-                                        i)[row * Tile::kColumns + d];
+        held += cluster.map_shared_rank(block.shared + block.at.held, i)[row * Tile::kColumns + d];
       }
       x += g * held / norms[row];
     }
@@ -184,8 +184,8 @@ void launch_infini_decode(const InfiniDecodeParams& params, int num_sms, Stream 
       call.per_part = static_cast<int>(ceil_div(params.open_len, cluster));
       const DecodeLayout layout(rows, 8 * decode_lanes(s.Dk), 2, 2,
                                 call.per_part + static_cast<int>(s.Tq));
-      const bool more = cluster < kDecodeClusterMost && units * cluster < num_sms &&
-                        call.per_part > 64;
+      const bool more =
+          cluster < kDecodeClusterMost && units * cluster < num_sms && call.per_part > 64;
       if (layout.bytes() > kDecodeSharedMost || more) continue;
       choose_decode_rows(s.dtype, s.Dk, rows, [&](auto tag) {
         launch_decode(infini_decode_kernel<typename decltype(tag)::type>, call,

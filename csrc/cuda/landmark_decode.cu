@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kDecodeThreads)
 
   ptx::grid_dependency_wait();
   const int choice = (all.b * static_cast<int>(p.choice_tokens) + (all.tokens ? 0 : all.t)) *
-                         static_cast<int>(p.choice_heads) + (all.heads ? 0 : all.h);
+                         static_cast<int>(p.choice_heads) +
+                     (all.heads ? 0 : all.h);
   const int32_t* blocks = p.blocks + int64_t{choice} * p.used;
   const auto chosen = [&](int m) {
     return m < p.used ? blocks[m] : static_cast<int>(p.count + m - p.used);
@@ -92,8 +93,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
     const bool shifted = m < read && p.moved && chosen(m) >= p.count - p.used;
     const int start = m < read ? (m + shifted) * L : place_of_token(p, 0) - int(p.open_len);
     const T* q = row_of<T>(p.q, all.b, t, all.head(first + row));
-    block.query(n, row)[d] =
-        d < D ? factor * rotated(p, q, place_of_token(p, t) - start, d) : 0.f;
+    block.query(n, row)[d] = d < D ? factor * rotated(p, q, place_of_token(p, t) - start, d) : 0.f;
   }
   __syncthreads();
   const auto position = [&](int row) { return all.token(first + row); };
@@ -128,9 +128,9 @@ AttendPlan plan_attend(const LandmarkDecodeParams& p, int num_sms) {
     plan.units = s.B * (tokens ? 1 : s.Tq) * (heads ? s.Hkv : s.Hq) * plan.row_tiles;
     for (; plan.cluster <= kDecodeClusterMost; plan.cluster *= 2) {
       const int own = static_cast<int>(ceil_div(ranges, plan.cluster));
-      plan.bytes = DecodeLayout(most, 8 * decode_lanes(s.Dk), own, own,
-                                own * static_cast<int>(p.block_size))
-                       .bytes();
+      plan.bytes =
+          DecodeLayout(most, 8 * decode_lanes(s.Dk), own, own, own * static_cast<int>(p.block_size))
+              .bytes();
       const bool more = plan.cluster < kDecodeClusterMost && plan.cluster < ranges &&
                         plan.units * plan.cluster < num_sms;
       if (plan.bytes <= kDecodeSharedMost && !more) return plan;

@@ -10,8 +10,8 @@ constexpr int kLandmarkChunk = 128;
 
 // Scratch of landmark_decode, in floats.
 struct LandmarkDecodeScratch {
-  float* scores = nullptr;    // (B, Tq, Hq, count), log2
-  float2* stats = nullptr;    // (B, Tq, Hq, chunks): largest score of a chunk, sum of 2^(s - largest)
+  float* scores = nullptr;  // (B, Tq, Hq, count), log2
+  float2* stats = nullptr;  // (B, Tq, Hq, chunks): largest score of a chunk, sum of 2^(s - largest)
   float* combined = nullptr;  // (choices, count), where several rows choose together
   int far_chunks = 0, chunks = 0;
 };

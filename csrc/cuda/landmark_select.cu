@@ -1,11 +1,12 @@
-// Math: the blocks that landmark_decode reads. Row (t, h) scores landmark n by R(p_t - s_n) q . k_n,
+// Math: the blocks that landmark_decode reads. Row (t, h) scores landmark n by R(p_t - s_n) q .
+// k_n,
 //       s_n = 0 for all but the last `used` blocks, which have places of their own; the choice is
 //       the largest `used` scores of a row, or of max over rows of (score - lse of the row), where
 //       tokens or heads choose together. Of equal scores the later block wins.
 // Tile map: scores: a thread block for 128 landmarks of a key/value head and 8 rows; then 8 near
-//       landmarks with places of their own. The first one of a head also lets the new keys, rotated,
-//       and values join the open block. Combination: 256 blocks of a choice. Selection: a thread
-//       block a choice, by radix select over (score, n), 11 bits at a time.
+//       landmarks with places of their own. The first one of a head also lets the new keys,
+//       rotated, and values join the open block. Combination: 256 blocks of a choice. Selection: a
+//       thread block a choice, by radix select over (score, n), 11 bits at a time.
 // Pipeline: two or three launches, each resident and waiting when the one before ends.
 // Memory: every landmark once; scores written and read a few times, in L2.
 // Limits: bf16, fp16; D a multiple of 8 up to 256; 2^31 - 1 landmarks; 16384 chosen blocks.
@@ -47,8 +48,7 @@ __device__ void join_open_block(const LandmarkDecodeParams& p, int b, int kv) {
     const int t = i / D, d = i % D;
     const int64_t to = ((b * s.Hkv + kv) * p.block_size + p.open_len + t) * D + d;
     const int place = static_cast<int>(p.open_len) + t;
-    static_cast<T*>(p.open_k)[to] =
-        static_cast<T>(rotated(p, row_of<T>(p.k, b, t, kv), place, d));
+    static_cast<T*>(p.open_k)[to] = static_cast<T>(rotated(p, row_of<T>(p.k, b, t, kv), place, d));
     static_cast<T*>(p.open_v)[to] = row_of<T>(p.v, b, t, kv)[d];
   }
 }
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int column = lane % Tile::kLanes * 8, sub = lane / Tile::kLanes;
   const int own = static_cast<int>(far) + (chunk - call.scratch.far_chunks) * kDecodeWarps + warp;
   const int64_t first = near ? own - warp : int64_t{chunk} * kLandmarkChunk;
-  const int n = static_cast<int>(min(near ? int64_t{kDecodeWarps} : int64_t{kLandmarkChunk},
-                                     (near ? p.count : far) - first));
+  const int n = static_cast<int>(
+      min(near ? int64_t{kDecodeWarps} : int64_t{kLandmarkChunk}, (near ? p.count : far) - first));
   const T* landmarks = row_of<T>(p.landmarks, b, first, kv) + column;
   const auto query = [&](int row, int start, int d) {  // of a block that begins at `start`
     const int t = (first_row + row) / G, h = kv * G + (first_row + row) % G;
@@ -90,13 +90,14 @@ __global__ void __launch_bounds__(kDecodeThreads)
   if (near) {  // a landmark a warp
     if (warp < n) {
       const int start = static_cast<int>((own - far + 1) * p.block_size);
-      const uint4 key = column < D ? *reinterpret_cast<const uint4*>(
-                                         landmarks + warp * p.landmarks.stride_t)
-                                   : make_uint4(0, 0, 0, 0);
+      const uint4 key =
+          column < D ? *reinterpret_cast<const uint4*>(landmarks + warp * p.landmarks.stride_t)
+                     : make_uint4(0, 0, 0, 0);
       float* mine = queries + warp * Tile::kColumns;
       for (int row = 0; row < rows; ++row) {
         __syncwarp();
-        for (int d = lane; d < Tile::kColumns; d += 32) mine[d] = d < D ? query(row, start, d) : 0.f;
+        for (int d = lane; d < Tile::kColumns; d += 32)
+          mine[d] = d < D ? query(row, start, d) : 0.f;
         __syncwarp();
         const float sum = Block::dot(mine + column, key);
         if (lane == 0) scores[row * kLandmarkChunk + warp] = sum;
@@ -234,8 +235,8 @@ __global__ void __launch_bounds__(kSelectThreads)
     for (int i = threadIdx.x; i < used; i += kSelectThreads) blocks[i] = i;
     return;
   }
-  const float* scores = call.scratch.combined != nullptr ? call.scratch.combined
-                                                         : call.scratch.scores;
+  const float* scores =
+      call.scratch.combined != nullptr ? call.scratch.combined : call.scratch.scores;
   scores += int64_t{blockIdx.x} * count;
   if (threadIdx.x == 0) size = 0;
   const uint64_t least = threshold(scores, count, used);

@@ -131,8 +131,8 @@ class _Blocks(Buffer):
         if self.room is not None:
             self._wait()
             rows = rows.to(self.room.device)
-            shape = (rows.numel(), *self.room.shape[1:])
-            chosen.room = torch.index_select(self.room, 0, rows, out=self._new(self.room, shape))
+            chosen.room = self._new(self.room, (rows.numel(), *self.room.shape[1:]))
+            chosen.room.copy_(self.room.index_select(0, rows))
         chosen.length = self.length
         return chosen
 

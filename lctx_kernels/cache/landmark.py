@@ -103,10 +103,11 @@ class RetrievalState:
     """All blocks kept, the best `top_k` of them read: of a token and head, a head, or a token.
 
     Earlier blocks lie in a store, perhaps in the CPU's memory; their landmarks stay with the
-    computation. A call scores the landmarks, fetches the best blocks, and attends to them and to
-    the tokens of the open block and of this call. Positions never grow: the farthest blocks share
-    the first place, the last `top_k` follow in order, then the open block (the paper's section
-    3.2.2). Of blocks with equal scores the later ones are chosen. With at most `top_k` blocks stored the result is that of `LandmarkState`.
+    computation. A call scores the landmarks, fetches the best blocks (of equal ones the later), and
+    attends to them and to the tokens of the open block and of this call. Positions never grow: the
+    farthest blocks share the first place, the last `top_k` follow in order, then the open block
+    (the paper's section 3.2.2). With at most `top_k` blocks stored the result is that of
+    `LandmarkState`.
 
     Keys are stored as rotated to their places inside of their block, once: rotations add up, so a
     block is put elsewhere by rotating the query. Up to 16 tokens without gradient, with a `rope`
@@ -167,7 +168,7 @@ class RetrievalState:
         self.seen += q.shape[1]
         if self.open is None:
             self.open = self._room(k), self._room(v)
-        if self._can_decode(q, k, v, rope, scale):
+        if isinstance(rope, RopeTable) and self._can_decode(q, k, v, scale):
             return self._decode(q, k, v, rope, scale)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         inside = self.open_len + torch.arange(q.shape[1], device=q.device)[:, None]
@@ -202,11 +203,9 @@ class RetrievalState:
             chosen.open, chosen.open_len = (k, v), self.open_len
         return chosen
 
-    def _can_decode(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope, scale: float | None) -> bool:
+    def _can_decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> bool:
         """Whether the op for decoding does what `attend` is asked for."""
-        if not isinstance(rope, RopeTable) or not can_decode(
-            "landmark_decode", scale, q, k, v, *(self.open or ())
-        ):
+        if not can_decode("landmark_decode", scale, q, k, v, *(self.open or ())):
             return False
         L, read = self.block_size, min(self.top_k, self.store.count) + 2
         if q.is_cuda and not fits_in_shared_memory(q.shape[-1], read * L, read):
@@ -263,7 +262,8 @@ class RetrievalState:
             self.store.append(*blocks)
         self.open_len = k.shape[2] - whole
         pad = (0, 0, 0, L - self.open_len)
-        self.open = tuple(pad_tokens(x[:, :, whole:], pad).contiguous() for x in (k, v))
+        k, v = (pad_tokens(x[:, :, whole:], pad).contiguous() for x in (k, v))
+        self.open = k, v
 
     def _choose(self, q: Tensor, inside: Tensor, rope: Rope, scale: float) -> Retrieved:
         """The best blocks for queries at `inside` (T, 1) of the open block."""
