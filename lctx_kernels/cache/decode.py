@@ -42,6 +42,10 @@ class RopeTable:
         cos, sin = rope(half, torch.arange(size, device=like.device)).chunk(2, dim=-1)
         return cls(torch.stack([torch.cat([x, x], dim=-1) for x in (cos, sin)]))
 
+    def fits(self, x: Tensor) -> bool:
+        """Whether the table is on x's device and precise enough for it."""
+        return self.table.device == x.device and self.table.dtype == stat_dtype(x.dtype)
+
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x (..., D) at positions (int64, broadcasting to x's shape without D), in fp32."""
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -142,6 +146,32 @@ def infini_decode(
         scale,
     )  # fmt: skip
     return out, lse
+
+
+def _fake_landmark(
+    q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor, blocks_k: Tensor, blocks_v: Tensor,
+    open_k: Tensor, open_v: Tensor, rope: Tensor | None, open_len: int, top_k: int, always: int,
+    select: str, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (B, T, H, _), used = q.shape, min(top_k, landmarks.shape[1] - always)
+    tokens, heads = (1 if select == "head" else T), (1 if select == "token" else H)
+    chosen = q.new_empty(B, tokens, heads, used, dtype=torch.int32)
+    return *_fake_attention(q, v), chosen
+
+
+def _fake_infini(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    return _fake_attention(q, v)
+
+
+def _fake_attention(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    lse = q.new_empty(B, H, T, dtype=stat_dtype(q.dtype))
+    return q.new_empty(B, T, H, v.shape[-1]), lse
+
+
+if _load.LIBRARY_ERROR is None:
+    torch.library.register_fake("lctx::landmark_decode", _fake_landmark)
+    torch.library.register_fake("lctx::infini_decode", _fake_infini)
 
 
 @cache
