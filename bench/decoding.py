@@ -218,12 +218,13 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--no-models", action="store_true", help="states alone")
     parser.add_argument("--seconds", type=float, default=6.0, help="of the timing on the device")
     arguments = parser.parse_args()
     rows = measure(arguments.seconds)
     print(table(rows), flush=True)
     torch.cuda.empty_cache()
-    models = measure_models()
+    models = [] if arguments.no_models else measure_models()
     for found in models:
         print(
             f"model, {found['method']}, {found['history'] // KIBI}k: "

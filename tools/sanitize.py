@@ -52,7 +52,7 @@ def _decode() -> None:
 def _decode_states() -> None:
     from lctx_kernels.cache import InfiniState, RetrievalState, RopeTable
 
-    angle = torch.rand(1, 200, 64).repeat(1, 1, 2)
+    angle = torch.rand(1, 500, 64).repeat(1, 1, 2)
     rope = RopeTable(torch.cat([angle.cos(), angle.sin()]).cuda())
     q, k, v = qkv(300, 128, B=2)
     states = [RetrievalState(16, 3, x, offload=x == "token") for x in ("token_and_head", "token")]

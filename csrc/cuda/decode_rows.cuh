@@ -61,6 +61,18 @@ struct DecodeLayout {
   int64_t bytes() const { return int64_t{4} * floats; }
 };
 
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  return x;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
 template <class Tile>
 struct DecodeBlock {
   using T = typename Tile::T;
@@ -87,6 +99,7 @@ struct DecodeBlock {
     int range, piece;
   };
   __device__ Cursor settle(Cursor c) {
+#pragma unroll 1
     for (; c.range < at.ranges; ++c.range) {
       const int pieces = (range(c.range).keys + Tile::kPiece - 1) / Tile::kPiece;
       if (c.piece < pieces) break;
@@ -139,6 +152,7 @@ struct DecodeBlock {
   __device__ void score(Cursor c, const uint4 (&x)[kDecodeLoads], int rows) {
     const KeyRange& r = range(c.range);
     float* scores = shared + at.scores + r.slot;
+#pragma unroll 1
     for (int row = 0; row < rows; ++row) {
       const float* q = query(r.query, row) + column;
 #pragma unroll
@@ -155,40 +169,48 @@ struct DecodeBlock {
   template <class Position>
   __device__ void normalize(int rows, const Position& position) {
     float *tops = shared + at.tops, *factors = shared + at.factors;
+#pragma unroll 1
     for (int i = warp; i < rows * at.ranges; i += kDecodeWarps) {
       const int row = i / at.ranges, n = i - row * at.ranges;
       const KeyRange& r = range(n);
       float* scores = shared + at.scores + row * at.slots + r.slot;
       const int seen = min(r.visible + position(row), r.values);
       float top = -INFINITY, sum = 0.f;
+#pragma unroll 1
       for (int j = lane; j < seen; j += 32) top = fmaxf(top, scores[j]);
-      for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      top = warp_max(top);
       const float gate = r.keys > r.values ? scores[r.values] : 0.f;
+#pragma unroll 1
       for (int j = lane; j < r.values; j += 32) {
-        const float weight = j < seen ? exp2f(scores[j] - top) : 0.f;
+        const float weight = j < seen ? ptx::exp2_anywhere(scores[j] - top) : 0.f;
         scores[j] = weight;
         sum += weight;
       }
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      sum = warp_sum(sum);
       if (lane == 0) {
         const bool has_gate = r.keys > r.values;
-        tops[i] = seen <= 0 ? -INFINITY : has_gate ? gate : top + log2f(sum);
-        factors[i] = seen <= 0 ? 0.f : 1.f / sum;
+        tops[i] = seen <= 0 ? -INFINITY : has_gate ? gate : top + __log2f(sum);
+        factors[i] = seen <= 0 ? 0.f : __fdividef(1.f, sum);
       }
     }
     __syncthreads();
+#pragma unroll 1
     for (int row = warp; row < rows; row += kDecodeWarps) {
       float top = -INFINITY, sum = 0.f;
+#pragma unroll 1
       for (int n = lane; n < at.ranges; n += 32) top = fmaxf(top, tops[row * at.ranges + n]);
-      for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      top = warp_max(top);
       const bool none = top == -INFINITY;
+#pragma unroll 1
       for (int n = lane; n < at.ranges; n += 32) {
-        sum += none ? 0.f : exp2f(tops[row * at.ranges + n] - top);
+        sum += none ? 0.f : ptx::exp2_anywhere(tops[row * at.ranges + n] - top);
       }
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      const float lse = none ? -INFINITY : top + log2f(sum);
+      sum = warp_sum(sum);
+      const float lse = none ? -INFINITY : top + __log2f(sum);
+#pragma unroll 1
       for (int n = lane; n < at.ranges; n += 32) {
-        factors[row * at.ranges + n] *= none ? 0.f : exp2f(tops[row * at.ranges + n] - lse);
+        factors[row * at.ranges + n] *=
+            none ? 0.f : ptx::exp2_anywhere(tops[row * at.ranges + n] - lse);
       }
       if (lane == 0) shared[at.row_lse + row] = lse;
     }
@@ -229,6 +251,7 @@ struct DecodeBlock {
       }
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < kRows * kColumns; i += kDecodeThreads) {
       float sum = 0.f;
 #pragma unroll
@@ -238,16 +261,20 @@ struct DecodeBlock {
     __syncthreads();
   }
 
-  // Ranges and queries are ready, and visible to all threads: the result is in shared memory, rows
-  // that do not exist have weights of nothing.
-  template <class Position>
-  __device__ void attend(int rows, const Position& position) {
+  // Ranges are ready and visible to all threads; prepare() makes the queries while keys and values
+  // are on their way. The result is in shared memory, rows that do not exist have weights of
+  // nothing.
+  template <class Prepare, class Position>
+  __device__ void attend(int rows, const Prepare& prepare, const Position& position) {
     uint4 keys[kDecodeLoads], values[kDecodeLoads], ahead[kDecodeLoads];
     Cursor c = first();
     if (exists(c)) {
       load(c, false, keys);
       load(c, true, values);
     }
+    prepare();
+    __syncthreads();
+#pragma unroll 1
     while (exists(c)) {
       const Cursor after = next(c);
       if (exists(after)) load(after, false, ahead);
@@ -256,15 +283,18 @@ struct DecodeBlock {
       for (int l = 0; l < kDecodeLoads; ++l) keys[l] = ahead[l];
       c = after;
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < (kRows - rows) * at.slots; i += kDecodeThreads) {
       shared[at.scores + rows * at.slots + i] = 0.f;
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < (kRows - rows) * at.ranges; i += kDecodeThreads) {
       shared[at.factors + rows * at.ranges + i] = 0.f;
     }
     __syncthreads();
     normalize(rows, position);
     float sums[kRows][8] = {};
+#pragma unroll 1
     for (c = first(); exists(c);) {
       const Cursor after = next(c);
       if (exists(after)) load(after, true, ahead);
@@ -277,37 +307,37 @@ struct DecodeBlock {
   }
 };
 
-// What the thread blocks of a cluster found, for one of them: finish(row, column, value) and
-// finish_row(row, lse in log2) for every row and column.
+// What the thread blocks of a cluster found, its columns dealt to all of them: finish(row, column,
+// value) and finish_row(row, lse in log2). Nobody leaves before all have read.
 template <class Tile, class Finish, class FinishRow>
 __device__ void merge_cluster(DecodeBlock<Tile>& block, int rows, const Finish& finish,
                               const FinishRow& finish_row) {
   const auto cluster = cooperative_groups::this_cluster();
+  const int parts = static_cast<int>(cluster.num_blocks());
+  const float* lses = block.shared + block.at.row_lse;
+  const float* results = block.shared + block.at.result;
   cluster.sync();
-  if (cluster.block_rank() == 0) {
-    const int parts = static_cast<int>(cluster.num_blocks());
-    float* lses = block.shared + block.at.row_lse;
-    float* results = block.shared + block.at.result;
-    for (int i = threadIdx.x; i < rows * Tile::kColumns; i += kDecodeThreads) {
-      const int row = i / Tile::kColumns, column = i % Tile::kColumns;
-      if (column >= block.D) continue;
-      float lse[kDecodeClusterMost], top = -1e38f, total = 0.f, sum = 0.f;
+#pragma unroll 1
+  for (int i = static_cast<int>(cluster.block_rank()) * kDecodeThreads + threadIdx.x;
+       i < rows * Tile::kColumns; i += parts * kDecodeThreads) {
+    const int row = i / Tile::kColumns, column = i % Tile::kColumns;
+    if (column >= block.D) continue;
+    float lse[kDecodeClusterMost], x[kDecodeClusterMost], top = -1e38f, total = 0.f, sum = 0.f;
 #pragma unroll
-      for (int part = 0; part < kDecodeClusterMost; ++part) {
-        lse[part] = part < parts ? cluster.map_shared_rank(lses, part)[row] : -INFINITY;
-        top = fmaxf(top, lse[part]);
-      }
-#pragma unroll
-      for (int part = 0; part < kDecodeClusterMost; ++part) {
-        const float weight = exp2f(lse[part] - top);
-        total += weight;
-        if (part < parts && weight > 0.f) {
-          sum += weight * cluster.map_shared_rank(results, part)[i];
-        }
-      }
-      finish(row, column, total == 0.f ? 0.f : sum / total);
-      if (column == 0) finish_row(row, total == 0.f ? -INFINITY : top + log2f(total));
+    for (int part = 0; part < kDecodeClusterMost; ++part) {
+      lse[part] = part < parts ? cluster.map_shared_rank(lses, part)[row] : -INFINITY;
+      x[part] = part < parts ? cluster.map_shared_rank(results, part)[i] : 0.f;
     }
+#pragma unroll
+    for (int part = 0; part < kDecodeClusterMost; ++part) top = fmaxf(top, lse[part]);
+#pragma unroll
+    for (int part = 0; part < kDecodeClusterMost; ++part) {
+      const float weight = ptx::exp2_anywhere(lse[part] - top);
+      total += weight;
+      sum += weight * x[part];
+    }
+    finish(row, column, total == 0.f ? 0.f : __fdividef(sum, total));
+    if (column == 0) finish_row(row, total == 0.f ? -INFINITY : top + __log2f(total));
   }
   cluster.sync();
 }

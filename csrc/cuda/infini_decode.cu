@@ -30,6 +30,7 @@ template <class T>
 __device__ void append(const InfiniDecodeParams& p, const TensorView& x, void* open, int b,
                        int kv) {
   const int D = static_cast<int>(p.shape.Dk);
+#pragma unroll 1
   for (int i = threadIdx.x; i < p.shape.Tq * D; i += kDecodeThreads) {
     const int64_t place = (b * p.shape.Hkv + kv) * p.segment_len + p.open_len + i / D;
     static_cast<T*>(open)[place * D + i % D] = row_of<T>(x, b, i / D, kv)[i % D];
@@ -43,6 +44,7 @@ __device__ void retrieve(DecodeBlock<Tile>& block, const float* phi, const float
   constexpr int kRows = Tile::kRows, kVectors = (Tile::kColumns + 127) / 128;
   const int D = block.D;
   float sums[kRows][kVectors][4] = {};
+#pragma unroll 2
   for (int d = first + block.warp; d < end; d += kDecodeWarps) {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
@@ -71,6 +73,7 @@ __device__ void retrieve(DecodeBlock<Tile>& block, const float* phi, const float
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < kRows * Tile::kColumns; i += kDecodeThreads) {
     float sum = 0.f;
 #pragma unroll
@@ -120,32 +123,36 @@ __global__ void __launch_bounds__(kDecodeThreads)
     r.slot = call.per_part;
     block.range(1) = r;
   }
-  const float factor = static_cast<float>(p.scale) * kLog2E;
-  float* phi = block.query(1, 0);
-  for (int i = threadIdx.x; i < Tile::kRows * Tile::kColumns; i += kDecodeThreads) {
-    const int row = i / Tile::kColumns, d = i % Tile::kColumns;
-    const bool exists = row < rows && d < D;
-    const auto x = [&](const TensorView& q) {
-      return static_cast<float>(row_of<T>(q, b, token(row), head(row))[d]);
-    };
-    block.query(0, row)[d] = exists ? factor * x(p.q) : 0.f;
-    if (p.M != nullptr) phi[i] = exists ? elu_plus_one(x(p.q_mem)) : 0.f;
-  }
   __syncthreads();
+  const float factor = static_cast<float>(p.scale) * kLog2E;
   const int64_t state = b * s.Hkv + kv;
-  if (p.M != nullptr) {
+  const auto prepare = [&] {
+    float* phi = block.query(1, 0);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Tile::kRows * Tile::kColumns; i += kDecodeThreads) {
+      const int row = i / Tile::kColumns, d = i % Tile::kColumns;
+      const bool exists = row < rows && d < D;
+      const auto x = [&](const TensorView& q) {
+        return static_cast<float>(row_of<T>(q, b, token(row), head(row))[d]);
+      };
+      block.query(0, row)[d] = exists ? factor * x(p.q) : 0.f;
+      if (p.M != nullptr) phi[i] = exists ? elu_plus_one(x(p.q_mem)) : 0.f;
+    }
+    if (p.M == nullptr) return;
+    __syncthreads();
     const int share = (D + parts - 1) / parts, from = min(part * share, D);
     const float* M = static_cast<const float*>(p.M) + state * D * D;
-    retrieve(block, phi, M, from, min(from + share, D));
     const float* z = static_cast<const float*>(p.z) + state * D;
-    for (int row = block.warp; part == 0 && row < rows; row += kDecodeWarps) {
+#pragma unroll 1
+    for (int row = block.warp; row < rows; row += kDecodeWarps) {
       float sum = 0.f;
       for (int d = block.lane; d < D; d += 32) sum += phi[row * Tile::kColumns + d] * z[d];
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      sum = warp_sum(sum);
       if (block.lane == 0) norms[row] = fmaxf(sum, 1e-6f);
     }
-  }
-  block.attend(rows, token);
+    retrieve(block, phi, M, from, min(from + share, D));
+  };
+  block.attend(rows, prepare, token);
   if (part == 0 && tile == 0) {
     append<T>(p, p.k, p.open_k, b, kv);
     append<T>(p, p.k_mem, p.open_k_mem, b, kv);
@@ -153,14 +160,17 @@ __global__ void __launch_bounds__(kDecodeThreads)
   }
   const auto finish = [&](int row, int d, float local) {
     const float* gate = static_cast<const float*>(p.gate);
-    const float g = 1.f / (1.f + expf(gate == nullptr ? 0.f : -gate[head(row)]));
+    const float logit = gate == nullptr ? 0.f : gate[head(row)];
+    const float g = __fdividef(1.f, 1.f + ptx::exp2_anywhere(-logit * kLog2E));
     float x = p.M == nullptr && p.bypass ? local : (1.f - g) * local;
     if (p.M != nullptr) {
       float held = 0.f;
-      for (int i = 0; i < parts; ++i) {
+#pragma unroll
+      for (int i = 0; i < kDecodeClusterMost; ++i) {
+        if (i >= parts) continue;
         held += cluster.map_shared_rank(block.shared + block.at.held, i)[row * Tile::kColumns + d];
       }
-      x += g * held / norms[row];
+      x += g * __fdividef(held, norms[row]);
     }
     const_cast<T*>(row_of<T>(p.out, b, token(row), head(row)))[d] = static_cast<T>(x);
   };

@@ -54,8 +54,11 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int first = unit % call.row_tiles * Tile::kRows;
   const int rows = min(Tile::kRows, all.count - first);
   const int read = static_cast<int>(p.used + p.always), own = (read + parts - part) / parts;
+  const int most = (read + parts) / parts;  // all of a cluster lay their memory out alike
   const int kv = all.h / static_cast<int>(s.Hq / s.Hkv);
-  DecodeBlock<Tile> block(memory, DecodeLayout(Tile::kRows, Tile::kColumns, own, own, own * L), D);
+  DecodeLayout layout(Tile::kRows, Tile::kColumns, most, most, most * L);
+  layout.ranges = own;
+  DecodeBlock<Tile> block(memory, layout, D);
 
   ptx::grid_dependency_wait();
   const int choice = (all.b * static_cast<int>(p.choice_tokens) + (all.tokens ? 0 : all.t)) *
@@ -65,6 +68,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const auto chosen = [&](int m) {
     return m < p.used ? blocks[m] : static_cast<int>(p.count + m - p.used);
   };
+#pragma unroll 1
   for (int i = threadIdx.x; i < own; i += kDecodeThreads) {
     const int m = part + i * parts;
     KeyRange& r = block.range(i);
@@ -85,19 +89,24 @@ __global__ void __launch_bounds__(kDecodeThreads)
       r.visible = static_cast<int>(p.open_len) + 1;
     }
   }
-  const float factor = static_cast<float>(p.scale) * kLog2E;
-  for (int i = threadIdx.x; i < own * rows * Tile::kColumns; i += kDecodeThreads) {
-    const int d = i % Tile::kColumns, row = i / Tile::kColumns % rows;
-    const int n = i / Tile::kColumns / rows, m = part + n * parts;
-    const int t = all.token(first + row);
-    const bool shifted = m < read && p.moved && chosen(m) >= p.count - p.used;
-    const int start = m < read ? (m + shifted) * L : place_of_token(p, 0) - int(p.open_len);
-    const T* q = row_of<T>(p.q, all.b, t, all.head(first + row));
-    block.query(n, row)[d] = d < D ? factor * rotated(p, q, place_of_token(p, t) - start, d) : 0.f;
-  }
   __syncthreads();
+  const float factor = static_cast<float>(p.scale) * kLog2E;
   const auto position = [&](int row) { return all.token(first + row); };
-  block.attend(rows, position);
+  const auto prepare = [&] {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < own * Tile::kRows * Tile::kColumns; i += kDecodeThreads) {
+      const int d = i % Tile::kColumns, row = i / Tile::kColumns % Tile::kRows;
+      const int n = i / (Tile::kColumns * Tile::kRows), m = part + n * parts;
+      if (row >= rows) continue;
+      const int t = position(row);
+      const bool shifted = m < read && p.moved && chosen(m) >= p.count - p.used;
+      const int start = m < read ? (m + shifted) * L : place_of_token(p, 0) - int(p.open_len);
+      const T* q = row_of<T>(p.q, all.b, t, all.head(first + row));
+      block.query(n, row)[d] =
+          d < D ? factor * rotated(p, q, place_of_token(p, t) - start, d) : 0.f;
+    }
+  };
+  block.attend(rows, prepare, position);
   const auto finish = [&](int row, int d, float x) {
     T* out = const_cast<T*>(row_of<T>(p.out, all.b, position(row), all.head(first + row)));
     out[d] = static_cast<T>(x);

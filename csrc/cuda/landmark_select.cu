@@ -28,15 +28,18 @@ __device__ void write_scores(const LandmarkDecodeCall& call, const float* scores
   const int64_t at = (b * s.Tq + row / G) * s.Hq + kv * G + row % G;
   float* to = call.scratch.scores + at * call.p.count + first;
   float top = -INFINITY, sum = 0.f;
+#pragma unroll 1
   for (int i = lane; i < n; i += 32) {
     const float score = scores[warp * kLandmarkChunk + i];
     to[i] = score;
     top = fmaxf(top, score);
   }
   if (call.scratch.stats == nullptr) return;
-  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-  for (int i = lane; i < n; i += 32) sum += exp2f(scores[warp * kLandmarkChunk + i] - top);
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  top = warp_max(top);
+#pragma unroll 1
+  for (int i = lane; i < n; i += 32)
+    sum += ptx::exp2_anywhere(scores[warp * kLandmarkChunk + i] - top);
+  sum = warp_sum(sum);
   if (lane == 0) call.scratch.stats[at * call.scratch.chunks + chunk] = make_float2(top, sum);
 }
 
@@ -44,6 +47,7 @@ template <class T>
 __device__ void join_open_block(const LandmarkDecodeParams& p, int b, int kv) {
   const AttnShape& s = p.shape;
   const int D = static_cast<int>(s.Dk);
+#pragma unroll 1
   for (int i = threadIdx.x; i < s.Tq * D; i += kDecodeThreads) {
     const int t = i / D, d = i % D;
     const int64_t to = ((b * s.Hkv + kv) * p.block_size + p.open_len + t) * D + d;
@@ -55,7 +59,7 @@ __device__ void join_open_block(const LandmarkDecodeParams& p, int b, int kv) {
 
 // grid (chunks, Hkv row tiles, B)
 template <class Tile>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kDecodeThreads, 2)
     landmark_scores_kernel(const __grid_constant__ LandmarkDecodeCall call) {
   using T = typename Tile::T;
   using Block = DecodeBlock<Tile>;
@@ -68,8 +72,9 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int tiles = gridDim.y / static_cast<int>(s.Hkv);
   const int b = blockIdx.z, kv = blockIdx.y / tiles, first_row = blockIdx.y % tiles * kRows;
   const int rows = min(kRows, static_cast<int>(s.Tq) * G - first_row);
-  if (blockIdx.x == 0 && first_row == 0) join_open_block<T>(p, b, kv);
   const int chunk = blockIdx.x;
+  const bool joins = blockIdx.x == gridDim.x - 1 && first_row == 0;
+  if (joins) join_open_block<T>(p, b, kv);
   if (chunk >= call.scratch.chunks) return;
 
   const bool near = chunk >= call.scratch.far_chunks;
@@ -94,6 +99,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
           column < D ? *reinterpret_cast<const uint4*>(landmarks + warp * p.landmarks.stride_t)
                      : make_uint4(0, 0, 0, 0);
       float* mine = queries + warp * Tile::kColumns;
+#pragma unroll 1
       for (int row = 0; row < rows; ++row) {
         __syncwarp();
         for (int d = lane; d < Tile::kColumns; d += 32)
@@ -104,19 +110,25 @@ __global__ void __launch_bounds__(kDecodeThreads)
       }
     }
   } else {
-    for (int i = threadIdx.x; i < rows * Tile::kColumns; i += kDecodeThreads) {
-      const int d = i % Tile::kColumns;
-      queries[i] = d < D ? query(i / Tile::kColumns, 0, d) : 0.f;
-    }
-    __syncthreads();
-    for (int piece = warp; piece * Tile::kPiece < n; piece += kDecodeWarps) {
-      uint4 x[kDecodeLoads];
+    uint4 x[kDecodeLoads];
+    const auto load = [&](int piece) {
 #pragma unroll
       for (int l = 0; l < kDecodeLoads; ++l) {
         const int i = min(piece * Tile::kPiece + l * Tile::kSub + sub, n - 1);
         x[l] = column < D ? *reinterpret_cast<const uint4*>(landmarks + i * p.landmarks.stride_t)
                           : make_uint4(0, 0, 0, 0);
       }
+    };
+    load(warp);  // while the queries are made
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * Tile::kColumns; i += kDecodeThreads) {
+      const int d = i % Tile::kColumns;
+      queries[i] = d < D ? query(i / Tile::kColumns, 0, d) : 0.f;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int piece = warp; piece * Tile::kPiece < n; piece += kDecodeWarps) {
+      if (piece != warp) load(piece);
       for (int row = 0; row < rows; ++row) {
 #pragma unroll
         for (int l = 0; l < kDecodeLoads; ++l) {
@@ -144,14 +156,18 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int64_t first = of_head ? choice / s.Hq * s.Tq * s.Hq + choice % s.Hq : choice * s.Hq;
   const int64_t step = of_head ? s.Hq : 1;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = call.scratch.chunks;
+#pragma unroll 1
   for (int row = warp; row < rows; row += kDecodeWarps) {
     const float2* stats = call.scratch.stats + (first + row * step) * chunks;
     float top = -INFINITY, sum = 0.f;
+#pragma unroll 1
     for (int i = lane; i < chunks; i += 32) top = fmaxf(top, stats[i].x);
-    for (int off = 16; off > 0; off /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, off));
-    for (int i = lane; i < chunks; i += 32) sum += stats[i].y * exp2f(stats[i].x - top);
-    for (int off = 16; off > 0; off /= 2) sum += __shfl_xor_sync(~0u, sum, off);
-    if (lane == 0) lses[row] = top + log2f(sum);
+    top = warp_max(top);
+#pragma unroll 1
+    for (int i = lane; i < chunks; i += 32)
+      sum += stats[i].y * ptx::exp2_anywhere(stats[i].x - top);
+    sum = warp_sum(sum);
+    if (lane == 0) lses[row] = top + __log2f(sum);
   }
   __syncthreads();
   const int64_t n = int64_t{blockIdx.x} * kDecodeThreads + threadIdx.x;
@@ -178,8 +194,10 @@ __device__ uint64_t threshold(const float* scores, int count, int wanted) {
   constexpr int kOwn = kBins / kSelectThreads;
   const int thread = threadIdx.x, lane = thread % 32;
   uint64_t prefix = 0;
+#pragma unroll 1
   for (int pass = 0;; ++pass) {
     const int shift = kShifts[pass], width = kWidths[pass];
+#pragma unroll 1
     for (int i = thread; i < kBins; i += kSelectThreads) bins[i] = 0;
     __syncthreads();
 #pragma unroll 4
@@ -199,6 +217,7 @@ __device__ uint64_t threshold(const float* scores, int count, int wanted) {
     }
     if (lane == 31) warp_sums[thread / 32] = above;
     __syncthreads();
+#pragma unroll 1
     for (int w = 0; w < thread / 32; ++w) above += warp_sums[w];
     above -= own;
     if (above < wanted && wanted <= above + own) {
@@ -232,6 +251,7 @@ __global__ void __launch_bounds__(kSelectThreads)
   const int count = static_cast<int>(p.count), used = static_cast<int>(p.used);
   int32_t* blocks = p.blocks + int64_t{blockIdx.x} * used;
   if (count == used) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < used; i += kSelectThreads) blocks[i] = i;
     return;
   }
@@ -245,9 +265,11 @@ __global__ void __launch_bounds__(kSelectThreads)
     if (sort_key(scores[n], n) >= least) found[atomicAdd(&size, 1)] = n;
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < used; i += kSelectThreads) {
     const int n = found[i];
     int rank = 0;
+#pragma unroll 1
     for (int j = 0; j < used; ++j) rank += found[j] < n;
     blocks[rank] = n;
   }
