@@ -58,12 +58,12 @@ class BlockStore:
     @property
     def landmarks(self) -> Tensor:
         """(B, count, Hkv, D) keys of the landmarks, at place block_size - 1."""
-        return self.keys.value[:, self.dropped :]
+        return self.keys.since(self.dropped)
 
     @property
     def blocks(self) -> tuple[Tensor, Tensor]:
         """(B, count, Hkv, L, D) keys and values, where they are kept."""
-        return self.k.value[:, self.dropped :], self.v.value[:, self.dropped :]
+        return self.k.since(self.dropped), self.v.since(self.dropped)
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add whole blocks, (B, n, Hkv, L, D)."""

@@ -25,9 +25,13 @@ class Buffer:
     @property
     def value(self) -> Tensor:
         """What was appended so far, as a view."""
+        return self.since(0)
+
+    def since(self, start: int) -> Tensor:
+        """What was appended from entry `start` on, as a view."""
         if self.room is None:
-            raise ValueError("Buffer.value: nothing was appended yet")
-        return self.room[:, : self.length]
+            raise ValueError("Buffer: nothing was appended yet")
+        return self.room[:, start : self.length]
 
     def append(self, x: Tensor) -> None:
         """Add (B, n, ...) at the end."""

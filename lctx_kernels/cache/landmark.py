@@ -220,20 +220,19 @@ class RetrievalState:
         outs, start, always = [], 0, 0
         table = rope.table.to(stat_dtype(q.dtype))
         while start < q.shape[1]:
-            open_k, open_v = self.open or (k, v)
+            open_k, open_v = room = self.open or (k, v)
             end = min(q.shape[1], start + self.block_size - self.open_len)
+            q_new, k_new, v_new = q, k, v
+            if end - start < q.shape[1]:
+                q_new, k_new, v_new = (x[:, start:end] for x in (q, k, v))
             if self.store.count:
                 landmarks, (blocks_k, blocks_v) = self.store.landmarks, self.store.blocks
             else:
-                landmarks, blocks_k, blocks_v = (
-                    k[:, :0],
-                    open_k[:, None][:, :0],
-                    open_v[:, None][:, :0],
-                )
+                landmarks, blocks_k, blocks_v = k[:, :0], *(x.unsqueeze(1)[:, :0] for x in room)
             out, _, _ = landmark_decode(
-                q[:, start:end], k[:, start:end], v[:, start:end], landmarks, blocks_k, blocks_v,
-                open_k, open_v, rope=table, open_len=self.open_len, top_k=self.top_k,
-                always=always, select=self.granularity, scale=scale,
+                q_new, k_new, v_new, landmarks, blocks_k, blocks_v, open_k, open_v, rope=table,
+                open_len=self.open_len, top_k=self.top_k, always=always, select=self.granularity,
+                scale=scale,
             )  # fmt: skip
             outs.append(out)
             self.open_len += end - start
