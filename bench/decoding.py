@@ -4,7 +4,7 @@
 
 Histories are random blocks and memories put into the states: what a step does depends on sizes
 alone. The time on the device is that of a token's kernels with cold L2, queued ahead of the GPU;
-the wall time is that of tokens one after the other, Python included. The models have 8 layers of
+the wall time is that of tokens one after the other, Python included. The models have 4 layers of
 the shape of Llama-3-8B with random weights, converted by `lctx_kernels.hf`.
 """
 
@@ -31,7 +31,7 @@ DEVICE = "cuda"
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 1, 32, 8, 128
 BLOCK, TOP_K, SEGMENT = 64, 4, 2048
 DTYPE = torch.bfloat16
-LAYERS = 8  # of the models
+LAYERS = 4  # of the models
 
 
 @dataclass
@@ -87,7 +87,7 @@ def states() -> Iterator[tuple[str, int, Callable[[], Any], dict[str, Any], int]
     """Name, history, what makes the state, options of `attend`, bytes read by a token."""
     rope, row = rope_table(), HEAD_DIM * DTYPE.itemsize
     reads = {"token_and_head": HEADS, "head": HEADS, "token": KV_HEADS}
-    for history in (8 * KIBI, 64 * KIBI, 256 * KIBI):
+    for history in (8 * KIBI, 256 * KIBI):
         for offload in (False, True):
             for select in ("token_and_head", "token"):
                 name = f"landmark, {select}{', offloaded' if offload else ''}"
@@ -106,16 +106,18 @@ def states() -> Iterator[tuple[str, int, Callable[[], Any], dict[str, Any], int]
             {"rope": lambda x, places: rope(x, places)},
             BATCH * row * (KV_HEADS * history // BLOCK + 2 * BLOCK * (HEADS * TOP_K + KV_HEADS)),
         )  # fmt: skip
-    for history in (4 * KIBI, 32 * KIBI, 256 * KIBI, 1024 * KIBI):
+    for history in (4 * KIBI, 64 * KIBI, 1024 * KIBI):
         memory = 4 * BATCH * KV_HEADS * HEAD_DIM * (HEAD_DIM + 1)
         read = BATCH * row * KV_HEADS * SEGMENT + memory
         yield "infini", history, lambda h=history: infini_state(h), {}, read
 
 
-def wall_seconds(step: Callable[[], object], tokens: int = 48) -> float:
-    """Median over runs of 16 tokens of the seconds per token."""
+def wall_seconds(step: Callable[[], object], runs: int = 7) -> float:
+    """Median over runs of 16 tokens of the seconds per token, after a run to warm up."""
     samples = []
-    for _ in range(tokens // 16):
+    for _ in range(16):
+        step()
+    for _ in range(runs):
         torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(16):
@@ -145,9 +147,8 @@ def measure(seconds: float) -> list[Row]:
 
 
 @torch.no_grad()
-def measure_models() -> list[dict[str, Any]]:
+def measure_models() -> Iterator[dict[str, Any]]:
     """Tokens of converted models, their caches filled with a history."""
-    found = []
     landmark = {"block_size": BLOCK, "top_k": TOP_K, "offload": True}
     for method, options, histories in (
         ("landmark", landmark, (8 * KIBI, 256 * KIBI)),
@@ -155,22 +156,33 @@ def measure_models() -> list[dict[str, Any]]:
     ):
         model = hf.convert(llama(), method, **options)
         for history in histories:
-            cache = hf.make_cache(model)
-            for layer in cache.layers:
-                fill(layer, method, history)
-            token = torch.ones(BATCH, 1, dtype=torch.int64, device=DEVICE)
-            step = lambda m=model, c=cache, t=token: m(t, past_key_values=c, use_cache=True)  # noqa: E731
-            step()
-            torch.cuda.reset_peak_memory_stats()
-            seconds = wall_seconds(step, 48)
-            found.append({
-                "method": method, "history": history, "wall_seconds": seconds,
-                "gpu_peak_bytes": torch.cuda.max_memory_allocated(),
-            })  # fmt: skip
-            del cache, layer, step
+            yield measure_model(model, method, history)
         del model
         torch.cuda.empty_cache()
-    return found
+
+
+def measure_model(model: Any, method: str, history: int) -> dict[str, Any]:
+    """Seconds of a token, and the memory that the GPU holds meanwhile."""
+    cache = hf.make_cache(model)
+    for layer in cache.layers:
+        fill(layer, method, history)
+    token = torch.ones(BATCH, 1, dtype=torch.int64, device=DEVICE)
+
+    def step() -> None:
+        model(token, past_key_values=cache, use_cache=True)
+
+    step()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = wall_seconds(step)
+    peak = torch.cuda.max_memory_allocated()
+    print(
+        f"model, {method}, {history // KIBI}k: {seconds * 1e3:.2f} ms a token, "
+        f"{peak / 1e9:.2f} GB", flush=True,
+    )  # fmt: skip
+    return {
+        "method": method, "history": history, "wall_seconds": seconds, "gpu_peak_bytes": peak,
+    }  # fmt: skip
 
 
 def llama() -> Any:
@@ -224,25 +236,18 @@ def main() -> None:
     rows = measure(arguments.seconds)
     print(table(rows), flush=True)
     torch.cuda.empty_cache()
-    models = [] if arguments.no_models else measure_models()
-    for found in models:
-        print(
-            f"model, {found['method']}, {found['history'] // KIBI}k: "
-            f"{found['wall_seconds'] * 1e3:.2f} ms a token, "
-            f"{found['gpu_peak_bytes'] / 1e9:.2f} GB", flush=True,
-        )  # fmt: skip
-    if arguments.output is not None:
-        sizes = {"B": BATCH, "Hq": HEADS, "Hkv": KV_HEADS, "D": HEAD_DIM, "dtype": "bf16"}
-        sizes |= {"block_size": BLOCK, "top_k": TOP_K, "segment_len": SEGMENT}
-        write_json(
-            arguments.output,
-            {
-                "machine": describe_machine("cuda"),
-                "sizes": sizes,
-                "rows": [asdict(r) for r in rows],
-                "models": models,
-            },
-        )
+    sizes = {"B": BATCH, "Hq": HEADS, "Hkv": KV_HEADS, "D": HEAD_DIM, "dtype": "bf16"}
+    sizes |= {"block_size": BLOCK, "top_k": TOP_K, "segment_len": SEGMENT, "layers": LAYERS}
+    results: dict[str, Any] = {"machine": describe_machine(DEVICE), "sizes": sizes}
+    results |= {"rows": [asdict(r) for r in rows], "models": []}
+    models = iter(()) if arguments.no_models else measure_models()
+    while True:  # what is there is written: the models take longest
+        if arguments.output is not None:
+            write_json(arguments.output, results)
+        found = next(models, None)
+        if found is None:
+            return
+        results["models"].append(found)
 
 
 if __name__ == "__main__":

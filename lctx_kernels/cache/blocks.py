@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -158,5 +159,6 @@ class _Blocks(Buffer):
             torch.cuda.synchronize(self.gpu)
 
     def __del__(self) -> None:
-        if self.gpu is not None and not torch.cuda.is_current_stream_capturing():
-            self._wait()  # the memory goes back to torch, which may hand it out again
+        if self.gpu is None or sys.is_finalizing() or torch.cuda.is_current_stream_capturing():
+            return
+        self._wait()  # the memory goes back to torch, which may hand it out again
