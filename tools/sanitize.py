@@ -61,6 +61,20 @@ def _decode() -> None:
     lk.flash_attention(*qkv(1500, 128, Tq=1, B=2))
 
 
+def _decode_states() -> None:
+    from lctx_kernels.cache import InfiniState, RetrievalState, RopeTable
+
+    angle = torch.rand(1, 500, 64).repeat(1, 1, 2)
+    rope = RopeTable(torch.cat([angle.cos(), angle.sin()]).cuda())
+    q, k, v = qkv(300, 128, B=2)
+    states = [RetrievalState(16, 3, x, offload=x == "token") for x in ("token_and_head", "token")]
+    with torch.no_grad():
+        for state, options in [*((s, {"rope": rope}) for s in states), (InfiniState(128), {})]:
+            state.attend(q, k, v, **options)
+            for n in (1, 2, 16):
+                state.attend(q[:, :n], k[:, :n], v[:, :n], **options)
+
+
 def _landmark() -> None:
     for D, block_size in ((64, 64), (128, 51), (128, 256)):
         lk.landmark_attention(*qkv(300, D), block_size=block_size)
@@ -132,7 +146,7 @@ def _planted() -> None:
 PLANTED = "planted"
 FINDERS = ("memcheck", "initcheck")  # of what is planted
 OPS = (
-    _planted, _flash, _flash_bwd, _decode, _landmark, _landmark_bwd, _dilated, _dilated_bwd,
+    _planted, _flash, _flash_bwd, _decode, _decode_states, _landmark, _landmark_bwd, _dilated, _dilated_bwd,
     _infini, _infini_bwd, _carry, _merge,
 )  # fmt: skip
 CALLS: dict[str, Callable[[], None]] = {f.__name__[1:]: f for f in OPS}

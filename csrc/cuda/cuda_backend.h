@@ -83,6 +83,13 @@ void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
 void launch_landmark_fwd(const LandmarkParams& params, int* scratch, int num_sms, Stream stream);
 int64_t landmark_scratch_ints(const LandmarkParams& params, int num_sms);
 
+// `scratch`: landmark_decode_scratch floats on the device. Blocks may lie in pinned memory of the
+// host: `blocks_on_host` checks that.
+void launch_landmark_decode(const LandmarkDecodeParams& params, float* scratch, bool blocks_on_host,
+                            int num_sms, Stream stream);
+int64_t landmark_decode_scratch(const LandmarkDecodeParams& params);
+void launch_infini_decode(const InfiniDecodeParams& params, int num_sms, Stream stream);
+
 // dq, dk, dv. Of `scratch` lse2 and delta are read, and where there is a dq_sum (zero before,
 // flash_dq_sum_floats; only if landmark_fuses) dq is summed there, in an order that changes from
 // run to run. `vectors`: landmark_vector_floats, `ints`: landmark_bwd_ints on the device.
