@@ -9,7 +9,6 @@ Source: Liu et al. 2023 (arXiv 2310.01889), algorithm 1.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import stat_dtype
+from .layout import Layout, head_groups, home_slot, layout_of, memory_of
 from .schedule import Call, Schedule
 from .transport import Hop, Steps, Transport
 
@@ -54,17 +54,36 @@ class Wire(NamedTuple):
     v: Tensor
 
 
-def _wire(flat: Tensor, rows: int, k: Tensor, v: Tensor) -> Wire:
-    """Views of the beginning of `flat` for `rows` rows shaped like those of k and v."""
-    shapes = [(x.shape[0], rows, *x.shape[2:]) for x in (k, v)]
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    parts = flat[: sum(sizes)].split(sizes)
-    return Wire(flat[: sum(sizes)], *(p.view(s) for p, s in zip(parts, shapes, strict=True)))
-
-
 def _row_size(k: Tensor, v: Tensor) -> int:
     """Elements of one row of k and of v."""
     return k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3])
+
+
+class Memory:
+    """A rank's part of the memory that hops read and write, and the layout of every rank's."""
+
+    def __init__(self, at: Rank, k: Tensor, v: Tensor, sums: Sequence[tuple[Tensor, Tensor]] = ()):
+        self.at = at
+        self.sizes = (
+            _row_size(k, v) * k.element_size(),
+            tuple(_row_size(dk, dv) * dk.element_size() for dk, dv in sums),
+        )
+        size = memory_of(at.schedule, *self.sizes)
+        self.bytes = at.transport.memory(size, k.device) if size else k.new_empty(0).view(-1)
+        self.own = self.of(at.rank)
+
+    def of(self, rank: int) -> Layout:
+        """The layout of `rank`'s memory."""
+        return layout_of(self.at.schedule, rank, *self.sizes)
+
+    def wire(self, offset: int, rows: int, k: Tensor, v: Tensor) -> Wire:
+        """Views at `offset` for `rows` rows shaped like those of k and v."""
+        shapes = [(x.shape[0], rows, *x.shape[2:]) for x in (k, v)]
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        end = offset + sum(sizes) * k.element_size()
+        flat = self.bytes[offset:end].view(k.dtype)
+        parts = flat.split(sizes)
+        return Wire(flat, *(p.view(s) for p, s in zip(parts, shapes, strict=True)))
 
 
 def _intervals(wire: Iterable[tuple[int, int]]) -> list[tuple[slice, slice]]:
@@ -79,41 +98,40 @@ def _intervals(wire: Iterable[tuple[int, int]]) -> list[tuple[slice, slice]]:
 class KeyRing:
     """The keys and values that a rank holds, step by step: two slots and the packed own rows."""
 
-    def __init__(self, at: Rank, phase: str, k: Tensor, v: Tensor) -> None:
-        self.at, self.phase, self.k, self.v = at, phase, k, v
-        schedule, n = at.schedule, at.world_size
-        received = [
-            schedule.wire_rows(schedule.source(at.rank, step))
-            for step in range(1, n)
-            if schedule.last[schedule.source(at.rank, step)] >= step
-        ]
-        size = max(received, default=0) * _row_size(k, v)
-        self.slots = [k.new_empty(size) for _ in range(min(len(received), 2))]
+    def __init__(self, at: Rank, phase: str, memory: Memory, k: Tensor, v: Tensor) -> None:
+        self.at, self.phase, self.memory, self.k, self.v = at, phase, memory, k, v
         self.held: Wire | None = None
-        if schedule.last[at.rank] > 0:
-            rows = schedule.wire_rows(at.rank)
-            self.held = _wire(k.new_empty(rows * _row_size(k, v)), rows, k, v)
-            for own, packed in _intervals(schedule.wire[at.rank]):
+        if at.schedule.last[at.rank] > 0:
+            self.held = memory.wire(memory.own.own, at.schedule.wire_rows(at.rank), k, v)
+            for own, packed in _intervals(at.schedule.wire[at.rank]):
                 self.held.k[:, packed] = k[:, own]
                 self.held.v[:, packed] = v[:, own]
         self.arriving: Wire | None = None
+
+    def _place(self, rank: int, step: int) -> int:
+        """Where keys lie that arrive at `rank` in `step`."""
+        slots = self.memory.of(rank).keys
+        return slots[step % len(slots)]
 
     def post(self, step: int) -> Any:
         """Send on what is held in `step` and receive what the next step needs; its ticket."""
         at, schedule = self.at, self.at.schedule
         sends: tuple[tuple[int, Tensor], ...] = ()
         recvs: tuple[tuple[int, Tensor], ...] = ()
+        places: tuple[int, ...] = ()
         coming = schedule.source(at.rank, step + 1)
         if self.held is not None and schedule.last[schedule.source(at.rank, step)] > step:
             sends = ((at.next, self.held.flat),)
+            places = (self._place(at.next, step + 1),)
         self.arriving = None
         if schedule.last[coming] > step and step + 1 < at.world_size:
             rows = schedule.wire_rows(coming)
-            self.arriving = _wire(self.slots[step % len(self.slots)], rows, self.k, self.v)
+            place = self._place(at.rank, step + 1)
+            self.arriving = self.memory.wire(place, rows, self.k, self.v)
             recvs = ((at.previous, self.arriving.flat),)
         if not sends and not recvs:
             return None
-        return at.transport.post(Hop(self.phase, step, 0, sends, recvs))
+        return at.transport.post(Hop(self.phase, step, 0, sends, recvs, places))
 
     def turn(self) -> None:
         """What has arrived is held now."""
@@ -126,7 +144,7 @@ def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Te
     (B, L, Hq, _), Dv = q.shape, v.shape[-1]
     carry = q.new_zeros(B, L, Hq, Dv, dtype=stat)
     lse = q.new_full((B, Hq, L), -torch.inf, dtype=stat)
-    ring = KeyRing(at, "forward kv", k, v)
+    ring = KeyRing(at, "forward kv", Memory(at, k, v), k, v)
     rounding, out = at.schedule.rounding_step(at.rank), None
     for step in range(at.world_size):
         source = at.schedule.source(at.rank, step)
@@ -193,22 +211,20 @@ class GradientRing:
     from rank to rank, and goes home from the last one.
     """
 
-    def __init__(self, at: Rank, part: int, h0: int, h1: int, dk: Tensor, dv: Tensor) -> None:
-        self.at, self.part, self.h0, self.h1 = at, part, h0, h1
-        self.dk, self.dv = dk[:, :, h0:h1], dv[:, :, h0:h1]
-        schedule, n = at.schedule, at.world_size
-        passing = [schedule.source(at.rank, step) for step in range(1, n)]
-        rows = [schedule.wire_rows(s) for s in (at.rank, *passing)]
-        size = max(rows) * _row_size(self.dk, self.dv)
-        self.slots = [dk.new_empty(size) for _ in range(2 if n > 1 else 0)]
+    def __init__(
+        self, at: Rank, part: int, heads: tuple[int, int], memory: Memory, dk: Tensor, dv: Tensor
+    ) -> None:
+        self.at, self.part, self.memory = at, part, memory
+        self.h0, self.h1 = heads
+        self.dk, self.dv = dk, dv
         self.held: Wire | None = None  # the sum that has arrived for the step to come
         self.arriving: Wire | None = None
         self.home: Wire | None = None
         self.ticket: Any = None
 
-    def _slot(self, step: int, source: int) -> Wire:
+    def _slot(self, slot: int, source: int) -> Wire:
         rows = self.at.schedule.wire_rows(source)
-        return _wire(self.slots[step % 2], rows, self.dk, self.dv)
+        return self.memory.wire(self.memory.own.sums[self.part][slot], rows, self.dk, self.dv)
 
     def arrive(self) -> Steps[None]:
         """Wait for the hop under way; own gradients that came home are added."""
@@ -226,7 +242,7 @@ class GradientRing:
         """Where the gradients of `step` are added."""
         source = self.at.schedule.source(self.at.rank, step)
         if self.at.schedule.first[source] == step:
-            self.held = self._slot(step, source)
+            self.held = self._slot(step % 2, source)
             self.held.flat.zero_()
         assert self.held is not None
         return self.held
@@ -235,22 +251,21 @@ class GradientRing:
         """Pass the sum of `step` on, or home, and receive that of the next step."""
         at, schedule, n = self.at, self.at.schedule, self.at.world_size
         source, coming = schedule.source(at.rank, step), schedule.source(at.rank, step + 1)
-        sends, recvs = [], []
+        sends, recvs, places = [], [], []
         if self.held is not None:
-            sends.append((at.next if step < schedule.last[source] else source, self.held.flat))
+            passes = step < schedule.last[source]
+            target = at.next if passes else source
+            slot = (step + 1) % 2 if passes else home_slot(schedule, source)
+            sends.append((target, self.held.flat))
+            places.append(self.memory.of(target).sums[self.part][slot])
         if schedule.first[coming] <= step < schedule.last[coming] and step + 1 < n:
-            self.arriving = self._slot(step + 1, coming)
+            self.arriving = self._slot((step + 1) % 2, coming)
             recvs.append((at.previous, self.arriving.flat))
         if schedule.last[at.rank] == step:
-            free = self._slot(step + 1, at.rank)
-            if self.arriving is not None:
-                free = _wire(
-                    torch.empty_like(free.flat), schedule.wire_rows(at.rank), free.k, free.v
-                )
-            self.home = free
-            recvs.append(((at.rank + step) % n, free.flat))
+            self.home = self._slot(home_slot(schedule, at.rank), at.rank)
+            recvs.append(((at.rank + step) % n, self.home.flat))
         if sends or recvs:
-            hop = Hop("backward dkv", step, self.part, tuple(sends), tuple(recvs))
+            hop = Hop("backward dkv", step, self.part, tuple(sends), tuple(recvs), tuple(places))
             self.ticket = at.transport.post(hop)
 
 
@@ -265,12 +280,13 @@ def backward(
                   for x in (q, k, v))  # fmt: skip
     own = Saved(dout, q, lse, delta, dq)
     heads, G = k.shape[2], q.shape[2] // k.shape[2]
-    edges = [0, (heads + 1) // 2, heads] if heads > 1 else [0, 1]
+    heads_of = head_groups(heads)
+    sums = [(dk[:, :, h0:h1], dv[:, :, h0:h1]) for h0, h1 in heads_of]
+    memory = Memory(at, k, v, sums)
     parts = [
-        GradientRing(at, part, h0, h1, dk, dv)
-        for part, (h0, h1) in enumerate(itertools.pairwise(edges))
+        GradientRing(at, part, heads_of[part], memory, *sums[part]) for part in range(len(sums))
     ]
-    ring = KeyRing(at, "backward kv", k, v)
+    ring = KeyRing(at, "backward kv", memory, k, v)
     dense, masked = at.schedule.local_calls(at.rank)
     for step in range(at.world_size):
         source = at.schedule.source(at.rank, step)
@@ -283,10 +299,10 @@ def backward(
                 yield from part.arrive()
                 if at.schedule.first[source] <= step <= at.schedule.last[source]:
                     assert ring.held is not None
-                    rows, sums = slice(part.h0, part.h1), part.sum_of(step)
+                    rows, total = slice(part.h0, part.h1), part.sum_of(step)
                     _backward_calls(
                         at, calls, own.heads(part.h0 * G, part.h1 * G), ring.held.k[:, :, rows],
-                        ring.held.v[:, :, rows], sums.k, sums.v,
+                        ring.held.v[:, :, rows], total.k, total.v,
                     )  # fmt: skip
                 part.post(step)
         if ticket is not None:

@@ -285,11 +285,11 @@ REFUSED = {
     "group is None and there is no default process group": (ValueError, {}),
     'transport="sim" without a plan': (ValueError, {"transport": "sim"}),
     "q has 12 rows; expected 13": (ValueError, {**SIM, "plan": cp.make_plan(13, 3)}),
-    'transport is "nccl", which is not built yet; nearest is transport="pg"': (
-        NotImplementedError,
+    'transport is "nccl", which moves tensors of GPUs, and q is on cpu; expected': (
+        ValueError,
         {"plan": PLAN, "transport": "nccl"},
     ),
-    "transport is 'udp'; expected one of auto, pg, sim": (ValueError, {**SIM, "transport": "udp"}),
+    "transport is 'udp'; expected one of auto, pg, p2p, nccl, sim": (ValueError, {**SIM, "transport": "udp"}),
     "plan is 3; expected cp.Plan": (TypeError, {**SIM, "plan": 3}),
     "layout is 'snake'; expected one of zigzag": (ValueError, {"layout": "snake"}),
     "timeout is 0; expected seconds > 0": (ValueError, {**SIM, "timeout": 0}),

@@ -16,15 +16,15 @@ from helpers import assert_fp64_equal, random_tensor, run
 
 import lctx_kernels as lk
 from lctx_kernels import cp, reference
-from lctx_kernels.cp import ops, schedule, steps
+from lctx_kernels.cp import layout, ops, schedule, steps
 
 BUGS = {
     "stale keys in the backward": (
         steps,
-        "ring.held.v[:, :, rows], sums.k, sums.v,",
-        "ring.held.v[:, :, rows], sums.k, sums.v,\n                    ) if step == 1 else "
+        "ring.held.v[:, :, rows], total.k, total.v,",
+        "ring.held.v[:, :, rows], total.k, total.v,\n                    ) if step == 1 else "
         "_backward_calls(\n                        at, calls, own.heads(part.h0 * G, part.h1 * G), "
-        "k[:, :, rows],\n                        v[:, :, rows], sums.k, sums.v,",
+        "k[:, :, rows],\n                        v[:, :, rows], total.k, total.v,",
     ),
     "stale keys in the forward": (
         steps,
@@ -80,8 +80,8 @@ BUGS = {
     ),
     "gradients come home to the next rank": (
         steps,
-        "at.next if step < schedule.last[source] else source",
-        "at.next",
+        "target = at.next if passes else source",
+        "target = at.next",
     ),
     "sums not cleared": (steps, "self.held.flat.zero_()", "pass"),
     "sums start anew at every rank": (
@@ -91,8 +91,8 @@ BUGS = {
     ),
     "both groups of heads are the first": (
         steps,
-        "rows, sums = slice(part.h0, part.h1), part.sum_of(step)",
-        "rows, sums = slice(0, part.h1 - part.h0), part.sum_of(step)",
+        "rows, total = slice(part.h0, part.h1), part.sum_of(step)",
+        "rows, total = slice(0, part.h1 - part.h0), part.sum_of(step)",
     ),
     "query heads not grouped": (
         steps,
@@ -109,8 +109,23 @@ BUGS = {
         "        if self.ticket is not None:\n",
         "        if self.ticket is not None and self.home is not None:\n",
     ),
-    "one slot for keys": (steps, "self.slots[step % len(self.slots)]", "self.slots[0]"),
-    "one slot for gradients": (steps, "self.slots[step % 2]", "self.slots[0]"),
+    "one slot for keys": (steps, "slots[step % len(slots)]", "slots[0]"),
+    "one slot for gradients": (
+        layout,
+        "tuple(tuple(take(rows * size) for _ in range(slots)) for size in sum_bytes)",
+        "tuple((take(rows * size),) * slots for size in sum_bytes)",
+    ),
+    "slots side by side overlap": (layout, "end += -(-size // ALIGNMENT) * ALIGNMENT", "end += 0"),
+    "keys sent to the slot that is read": (
+        steps,
+        "places = (self._place(at.next, step + 1),)",
+        "places = (self._place(at.next, step),)",
+    ),
+    "gradients sent to the slot that is read": (
+        steps,
+        "slot = (step + 1) % 2 if passes",
+        "slot = step % 2 if passes",
+    ),
     "rows without keys start at lse 0": (
         steps,
         "lse = q.new_full((B, Hq, L), -torch.inf, dtype=stat)",
@@ -195,8 +210,11 @@ def test_planted_bug_is_found(bug, monkeypatch):
     changed = mutant(module, old, new)
     if module is steps:
         monkeypatch.setattr(ops, "steps", changed)
+    elif module is layout:
+        monkeypatch.setattr(steps, "layout_of", changed.layout_of)
+        monkeypatch.setattr(steps, "memory_of", changed.memory_of)
     else:
         monkeypatch.setattr(ops, "schedule_of", changed.schedule_of)
-    errors = (AssertionError, RuntimeError, ValueError, StopIteration)  # wrong, stuck, or refused
+    errors = (AssertionError, RuntimeError, ValueError, IndexError, StopIteration)
     with pytest.raises(errors):
         run_checks()

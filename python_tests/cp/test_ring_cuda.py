@@ -1,12 +1,10 @@
-"""ring_attention on GPUs: simulated ranks on one, real ones by NCCL on two."""
+"""ring_attention on one GPU, whose ranks are simulated."""
 
-import cp_workers
 import pytest
 import torch
 from cp_plans import LAYOUTS, int32
 from gpu_checks import HALF, check_result, gpu_qkv, needs_kernel
 from helpers import errors
-from processes import run_ranks_well
 
 import lctx_kernels as lk
 from lctx_kernels import _ops, cp, reference
@@ -67,9 +65,3 @@ def test_gradients_are_as_accurate_as_on_one_device(options, layout, n):
     for ours, again, theirs, wanted in zip(first, second, single, exact, strict=True):
         assert torch.equal(ours, again)
         assert errors(ours, wanted).rms <= 1.02 * errors(theirs, wanted).rms
-
-
-@pytest.mark.dist
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_give_the_bits_of_the_simulation():
-    run_ranks_well(cp_workers.by_nccl, 2)
