@@ -65,6 +65,7 @@ struct CarryParams : FlashParams {
   TensorView carry_out;
   int64_t lse_stride_b = 0, lse_stride_h = 0;  // of lse (B, Hq, Tq), which may be a slice
   int64_t state_rows = 0;  // CUDA: rows of the tensors whose rows carry_out and lse are
+  bool first = false;      // nothing is carried for any row; carry_out and lse are not read
 };
 
 // The backward of one step, where lse and delta are those of all keys. dq, dk and dv are stat, and

@@ -48,13 +48,14 @@ void set_state_rows(const Call& call, CarryParams& params) {
 
 Tensor flash_carry(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& carry_out,
                    const Tensor& lse, bool causal, double scale, int64_t window,
-                   int64_t query_start, int64_t key_start, bool last) {
+                   int64_t query_start, int64_t key_start, bool last, bool first) {
   const Call call("lctx::flash_carry",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(carry_out), LCTX_ARG(lse)});
   CarryParams params =
       carry_params(call, q, k, v, lse, causal, scale, window, query_start, key_start);
   const AttnShape& s = params.shape;
   params.carry_out = call.stat_rows(LCTX_ARG(carry_out), {s.B, s.Tq, s.Hq, s.Dv});
+  params.first = first;
   Tensor out = call.new_rows(last ? Shape{s.B, s.Tq, s.Hq, s.Dv} : Shape{0, 0, 0, 0});
   if (last) params.out = view(out);
 #ifdef LCTX_WITH_CUDA

@@ -16,11 +16,13 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 
   // One step of a ring: (carry_out, lse) in fp32 takes in attention over k, v, whose first position
-  // is key_start; lse = -inf where nothing is carried yet. The last step returns the result in the
-  // dtype of q (else an empty tensor) and leaves carry_out as it was.
+  // is key_start; lse = -inf where nothing is carried yet. The first step takes nothing from
+  // carry_out and lse. The last step returns the result in the dtype of q (else an empty tensor)
+  // and leaves carry_out as it was.
   m.def(
       "flash_carry(Tensor q, Tensor k, Tensor v, Tensor(a!) carry_out, Tensor(b!) lse, bool "
-      "causal, float scale, int window, int query_start, int key_start, bool last) -> Tensor out");
+      "causal, float scale, int window, int query_start, int key_start, bool last, "
+      "bool first=False) -> Tensor out");
   // Its backward: lse and delta are those of all keys of the ring; the step's gradients are added
   // to dq, dk and dv, which are fp32 too. All of carry_out, lse, delta, dq, dk and dv may be slices
   // of larger tensors.

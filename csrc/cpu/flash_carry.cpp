@@ -1,5 +1,8 @@
 // One step of a ring on the CPU: as flash.cpp, with keys at any positions. flash_carry merges into
 // what earlier steps left, flash_carry_bwd adds to the gradients of earlier steps.
+#include <algorithm>
+#include <limits>
+
 #include "attn_driver.h"
 
 namespace lctx::cpu {
@@ -39,10 +42,25 @@ std::vector<Problem> carry_problems(const CarryParams& params, const AttnLaunch&
   return problems;
 }
 
+// No row carries anything.
+template <class T>
+void clear_lse(const CarryParams& params) {
+  const AttnShape& s = params.shape;
+  for (int64_t b = 0; b < s.B; ++b) {
+    for (int64_t h = 0; h < s.Hq; ++h) {
+      T* row = static_cast<T*>(params.lse) + b * params.lse_stride_b + h * params.lse_stride_h;
+      std::fill(row, row + s.Tq, -std::numeric_limits<T>::infinity());
+    }
+  }
+}
+
 }  // namespace
 
 void flash_carry(const CarryParams& params, const ThreadPool& pool) {
   const DType stat = stat_dtype(params.shape.dtype);
+  if (params.first) {
+    stat == DType::kFloat64 ? clear_lse<double>(params) : clear_lse<float>(params);
+  }
   const bool last = params.out.data != nullptr;
   const AttnLaunch launch = carry_launch(params, Write::kMerge, last ? params.shape.dtype : stat);
   run_forward(launch,

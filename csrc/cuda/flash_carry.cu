@@ -5,8 +5,8 @@
 // Pipeline: as flash_fwd.cu. The carried rows are read into the accumulators, with weight
 //       exp(lse), while the first scores are computed; the online softmax goes on from there, so
 //       that the merge costs no arithmetic.
-// Memory: fp32 out and lse are read and written in place, 8 bytes an element; the last step writes
-//       16-bit out instead.
+// Memory: fp32 out and lse are read and written in place, 8 bytes an element; the first step reads
+//       neither, the last one writes 16-bit out instead.
 // Limits: those of flash_fwd.cu; no cu_seqlens.
 #include "attn_fwd_launch.cuh"
 
@@ -22,7 +22,7 @@ void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, St
         FwdTraits<Tile, DenseTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN>, CarryRows>;
     auto p = fwd_params<Traits>(params, counter);
     p.query_offset = static_cast<int>(params.query_start - params.key_start);
-    p.carry_out = static_cast<const float*>(params.carry_out.data);
+    p.carry_out = params.first ? nullptr : static_cast<const float*>(params.carry_out.data);
     p.carry_lse = p.lse;
     p.state_rows = static_cast<int>(params.state_rows);
     p.inverse_scale = static_cast<float>(1 / params.scale);

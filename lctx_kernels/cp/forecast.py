@@ -150,7 +150,7 @@ def forecast(
     work = [sum(schedule.pairs(rank, source) for source in range(n)) for rank in range(n)]
     row = 2 * batch * key_heads * head_dim  # of k and v
     per_pair = batch * query_heads * head_dim
-    stat, groups = max(4, element_bytes), head_groups(key_heads)
+    stat, groups = max(4, element_bytes), head_groups(schedule, key_heads)
     forward = _direction(
         schedule, flops_per_pair=FORWARD_FLOPS * per_pair, flops=forward_flops, link=link,
         key_bytes=row * element_bytes, sum_bytes=(), row_bytes=stat * per_pair,

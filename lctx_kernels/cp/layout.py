@@ -31,10 +31,15 @@ class Layout(NamedTuple):
     size: int
 
 
-def head_groups(heads: int) -> list[tuple[int, int]]:
-    """Key/value heads [begin, end) whose gradients travel together: two groups."""
+def head_groups(schedule: Schedule, heads: int) -> list[tuple[int, int]]:
+    """Key/value heads [begin, end) whose gradients travel together.
+
+    Where sums pass through ranks there are two groups: one is on its way while the other is
+    computed. Where they go straight home, the last own blocks are computed meanwhile.
+    """
+    passes = any(f < last for f, last in zip(schedule.first, schedule.last, strict=True))
     half = (heads + 1) // 2
-    return [(0, half), (half, heads)] if heads > 1 else [(0, 1)]
+    return [(0, half), (half, heads)] if heads > 1 and passes else [(0, heads)]
 
 
 def passing_rows(schedule: Schedule, rank: int) -> list[int]:

@@ -155,6 +155,13 @@ class Schedule:
         calls = _pair_calls(self.plan, rank, rank, self.causal, self.window)
         return [c for c in calls if not c.causal], [c for c in calls if c.causal]
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def first_step_fills(self, rank: int) -> bool:
+        """Whether the calls on own keys have every row of `rank` exactly once."""
+        edges = sorted((call.q0, call.q1) for call in self.calls[rank][rank])
+        ends = [0, *(q1 for _, q1 in edges)]
+        return [q0 for q0, _ in edges] == ends[:-1] and ends[-1] == self.plan.lengths[rank]
+
     def rounding_step(self, rank: int) -> int:
         """The last step with calls, if its last call covers all rows of `rank`; else -1."""
         for step in reversed(range(self.plan.world_size)):

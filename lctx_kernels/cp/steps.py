@@ -142,7 +142,7 @@ def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Te
     """out (B, L, Hq, Dv) and lse (B, Hq, L) of one rank's queries over the keys of all."""
     stat = stat_dtype(q.dtype)
     (B, L, Hq, _), Dv = q.shape, v.shape[-1]
-    carry = q.new_zeros(B, L, Hq, Dv, dtype=stat)
+    carry = q.new_empty(B, L, Hq, Dv, dtype=stat)
     lse = q.new_full((B, Hq, L), -torch.inf, dtype=stat)
     ring = KeyRing(at, "forward kv", Memory(at, k, v), k, v)
     rounding, out = at.schedule.rounding_step(at.rank), None
@@ -152,7 +152,8 @@ def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Te
         last = step == rounding
         if step == 0:
             calls: Sequence[Call] = at.schedule.calls[at.rank][source]
-            out = _forward_calls(at, calls, q, k, v, carry, lse, last)
+            first = at.schedule.first_step_fills(at.rank)
+            out = _forward_calls(at, calls, q, k, v, carry, lse, last, first)
         elif ring.held is not None:
             calls = at.schedule.wire_calls(at.rank, source)
             some = _forward_calls(at, calls, q, ring.held.k, ring.held.v, carry, lse, last)
@@ -165,14 +166,17 @@ def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Te
 
 def _forward_calls(
     at: Rank, calls: Sequence[Call], q: Tensor, k: Tensor, v: Tensor, carry: Tensor, lse: Tensor,
-    last: bool,
+    last: bool, first: bool = False,
 ) -> Tensor | None:  # fmt: skip
-    """With `last`, what the last call returns: the result, rounded by the kernel."""
+    """With `last`, what the last call returns: the result, rounded by the kernel.
+
+    With `first`, every row belongs to one call and carries nothing.
+    """
     out = None
     for index, (q0, q1, k0, k1, causal, window, start) in enumerate(calls):
         out = torch.ops.lctx.flash_carry(
             q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], carry[:, q0:q1], lse[:, :, q0:q1], causal,
-            at.scale, window, 0, start, last and index == len(calls) - 1,
+            at.scale, window, 0, start, last and index == len(calls) - 1, first,
         )  # fmt: skip
     return out if last else None
 
@@ -280,7 +284,7 @@ def backward(
                   for x in (q, k, v))  # fmt: skip
     own = Saved(dout, q, lse, delta, dq)
     heads, G = k.shape[2], q.shape[2] // k.shape[2]
-    heads_of = head_groups(heads)
+    heads_of = head_groups(at.schedule, heads)
     sums = [(dk[:, :, h0:h1], dv[:, :, h0:h1]) for h0, h1 in heads_of]
     memory = Memory(at, k, v, sums)
     parts = [

@@ -289,7 +289,10 @@ REFUSED = {
         ValueError,
         {"plan": PLAN, "transport": "nccl"},
     ),
-    "transport is 'udp'; expected one of auto, pg, p2p, nccl, sim": (ValueError, {**SIM, "transport": "udp"}),
+    "transport is 'udp'; expected one of auto, pg, p2p, nccl, sim": (
+        ValueError,
+        {**SIM, "transport": "udp"},
+    ),
     "plan is 3; expected cp.Plan": (TypeError, {**SIM, "plan": 3}),
     "layout is 'snake'; expected one of zigzag": (ValueError, {"layout": "snake"}),
     "timeout is 0; expected seconds > 0": (ValueError, {**SIM, "timeout": 0}),
