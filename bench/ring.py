@@ -20,10 +20,12 @@ import torch.distributed as dist
 
 from lctx_kernels import cp, flash_attention, ring_attention
 from lctx_kernels._measure import relative_rms
+from lctx_kernels.cp.device import KINDS, choose
+from lctx_kernels.cp.transport import Hop
 
 from .machine import clocks_now, describe_machine, measure_peak
 from .registry import Goal, Group, Pass, Shape, flops, min_bytes
-from .results import Document, Row, default_path, goal_results
+from .results import Document, GoalResult, MemoryRow, Row, default_path, goal_results
 from .run import show_goals, show_rows
 from .timing import FLUSH_BYTES, LAUNCH_AHEAD_CYCLES, describe_error
 
@@ -40,6 +42,9 @@ DOCUMENTS = (  # two batches of packed documents of 12k to 24k tokens
     (12288, 23040, 17920, 14080, 20992, 16000, 24000, 12800),
     (19200, 13312, 22272, 15104, 18176, 23808, 12544),
 )
+MILLION = Shape(2**20, Hq=8, Hkv=2, D=128, dtype="bf16")
+HOP_SECONDS = 12e-6  # of the host
+HOPS = 2000
 TOLERANCE = 1e-2  # relative RMS against one GPU: two results rounded to bf16
 
 
@@ -151,6 +156,77 @@ def check(group: Group, ranks: Ranks, name: str, calls: dict[str, Any], row: Row
         row.status, row.reason = "check_failed", f"{row.errors}"
 
 
+def forward_and_backward(
+    shape: Shape, ranks: Ranks, transport: str
+) -> tuple[dict[str, int], cp.Forecast]:
+    """Peak bytes of both directions of one call, beyond inputs and results, and the forecast."""
+    plan = cp.make_plan(shape.T, ranks.world_size)
+    sizes = ((shape.B, plan.lengths[ranks.rank], h, shape.D) for h in (shape.Hq, *[shape.Hkv] * 2))
+    x = [torch.randn(s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in sizes]
+    found = {}
+    given = choose(dist.group.WORLD, x[0].device, transport)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = ring_attention(*x, plan=plan, transport=transport)
+    kept = torch.cuda.memory_allocated() - before  # out and lse, for the backward
+    found["fwd"] = torch.cuda.max_memory_allocated() - before - kept + given.memory_bytes
+    dout = torch.randn_like(out)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = torch.autograd.grad(out, x, dout)
+    cp.synchronize()
+    torch.cuda.synchronize()
+    kept = sum(g.nbytes for g in grads)
+    found["bwd"] = torch.cuda.max_memory_allocated() - before - kept + given.memory_bytes
+    assert all(g.isfinite().all() for g in grads)
+    return found, cp.forecast(
+        plan, query_heads=shape.Hq, key_heads=shape.Hkv, head_dim=shape.D, batch=shape.B
+    )
+
+
+def memory_rows(ranks: Ranks, transport: str) -> list[MemoryRow]:
+    """A million tokens, forward and backward, against the documented formula."""
+    shape = dataclasses.asdict(MILLION)
+    lengths = [shape.pop("T")]
+    found, forecast = forward_and_backward(MILLION, ranks, transport)
+    promised = {"fwd": forecast.forward.memory, "bwd": forecast.backward.memory}
+    every = ranks.gather(found)
+    return [
+        MemoryRow(
+            f"ring-{transport}", pass_, shape, lengths, [max(e[pass_] for e in every)], "ok",
+            promised_bytes=[promised[pass_]],
+        )
+        for pass_ in promised
+    ]  # fmt: skip
+
+
+def hop_row(ranks: Ranks, transport: str) -> tuple[Row, GoalResult]:
+    """Time of the host for posting a hop of 1 MB and for waiting for it, the slowest rank."""
+    at = choose(dist.group.WORLD, torch.device("cuda", torch.cuda.current_device()), transport)
+    size = 1 << 20
+    memory = at.memory(2 * size, ranks.token.device)
+    after, before = (ranks.rank + 1) % ranks.world_size, (ranks.rank - 1) % ranks.world_size
+    hop = Hop("forward kv", 0, 0, ((after, memory[:size]),), ((before, memory[size:]),), (size,))
+    times = []
+    for _ in range(HOPS):
+        begin = time.perf_counter()
+        at.wait(at.post(hop))
+        times.append(time.perf_counter() - begin)
+    cp.synchronize()
+    quartiles = [max(q) for q in zip(*ranks.gather(statistics.quantiles(times, n=4)), strict=True)]
+    shape = dataclasses.asdict(Shape(1))
+    row = Row(f"hop-{transport}", "hop", "fwd", shape, "ok")
+    row.q1_s, row.median_s, row.q3_s = quartiles
+    row.rounds, row.flops, row.flops_per_s, row.min_bytes = HOPS, 0.0, 0.0, size
+    row.percent_of_peak = 0.0
+    goal = GoalResult(
+        row.candidate, "12 us of the host", "fwd", shape, 1.0, HOP_SECONDS / quartiles[1],
+        label=f"host time of a hop, {transport}",
+    )  # fmt: skip
+    return row, goal
+
+
 def run_group(group: Group, ranks: Ranks, seconds: float, peak: float) -> list[Row]:
     """The rows of a group, the same on every rank."""
     shape = dataclasses.asdict(group.shape)
@@ -201,10 +277,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run on every rank; the first one prints and writes."""
     parser = argparse.ArgumentParser(prog="bench.ring", description=__doc__.splitlines()[0])
     parser.add_argument("--save", action="store_true", help="into bench/results/<gpus>/ring.json")
-    parser.add_argument("--transports", default="pg", help="the first one has the goals")
+    parser.add_argument("--transports", default="p2p,nccl,pg", help="the first one has the goals")
     parser.add_argument("--lengths", default=",".join(str(T // K) for T in WANTED), help="in 1024")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a shape")
     parser.add_argument("--no-documents", action="store_true")
+    parser.add_argument("--no-memory", action="store_true")
     options = parser.parse_args(arguments)
     ranks = Ranks()
     machine = describe_machine("cuda")
@@ -213,7 +290,8 @@ def main(arguments: list[str] | None = None) -> int:
     lengths = [int(n) * K for n in options.lengths.split(",")]
     peak = measure_peak("cuda", torch.bfloat16)
     document.peak_flops = {"bf16": statistics.mean(ranks.gather(peak))}
-    plan = groups(options.transports.split(","), lengths, not options.no_documents)
+    transports = options.transports.split(",")
+    plan = groups(transports, lengths, not options.no_documents)
     for number, group in enumerate(plan, 1):
         rows = run_group(group, ranks, options.seconds, document.peak_flops["bf16"])
         goals = goal_results(group, rows)
@@ -225,9 +303,19 @@ def main(arguments: list[str] | None = None) -> int:
             show_rows(group, rows, goals)
             sys.stdout.flush()
         torch.cuda.empty_cache()
+    for transport in [t for t in transports if t in KINDS]:
+        row, goal = hop_row(ranks, transport)
+        document.rows.append(row)
+        document.goals.append(goal)
+    if not options.no_memory:
+        document.memory = memory_rows(ranks, transports[0])
     document.machine |= clocks_now("cuda")
     if ranks.rank == 0:
         show_goals(document)
+        for memory in document.memory:
+            print(f"  {memory.candidate} {memory.pass_}: {memory.extra_bytes} bytes at"
+                  f" {memory.lengths} tokens, promised {memory.promised_bytes}")  # fmt: skip
+        print(*document.failed, sep="\n")
         if options.save and not document.failed:
             path = default_path(machine["kind"], "ring")
             document.save(path)

@@ -9,7 +9,10 @@ namespace {
 
 constexpr size_t kLogLength = 4096;
 constexpr auto kInterval = std::chrono::milliseconds(2);
-constexpr int kHighestPriority = -5;  // the driver takes its own highest for anything beyond
+// Streams of one priority may share a hardware queue, where one that waits stops the others: each
+// of ours has a priority of its own, and the watchdog's another than those that it rescues.
+constexpr int kPriorities[kChannels] = {-5, -4};
+constexpr int kRescuePriority = -3;
 
 }  // namespace
 
@@ -21,10 +24,11 @@ double seconds_now() {
 Ring::Ring(int rank, int world_size) : rank_(rank), world_size_(world_size) {
   LCTX_CU(cuCtxGetCurrent, &context_);
   if (context_ == nullptr) throw std::runtime_error("no CUDA context is current");
-  for (CUstream& stream : channels_) {
-    LCTX_CU(cuStreamCreateWithPriority, &stream, CU_STREAM_NON_BLOCKING, kHighestPriority);
+  for (int channel = 0; channel < kChannels; ++channel) {
+    LCTX_CU(cuStreamCreateWithPriority, &channels_[channel], CU_STREAM_NON_BLOCKING,
+            kPriorities[channel]);
   }
-  LCTX_CU(cuStreamCreateWithPriority, &rescue_, CU_STREAM_NON_BLOCKING, kHighestPriority);
+  LCTX_CU(cuStreamCreateWithPriority, &rescue_, CU_STREAM_NON_BLOCKING, kRescuePriority);
   watchdog_ = std::thread([this] { watch(); });
 }
 
@@ -44,17 +48,24 @@ void Ring::throw_if_failed() const {
 }
 
 int64_t Ring::post(CUstream stream, Hop posted) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  throw_if_failed();
+  const std::lock_guard<std::mutex> order(posting_);
   auto hop = std::make_shared<Hop>(std::move(posted));
-  hop->number = next_number_++;
   hop->posted = seconds_now();
   const int channel = hop->channel();
-  const Pending pending{hop, take_event(), take_event()};
+  Pending pending{hop, nullptr, nullptr};
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    throw_if_failed();
+    hop->number = next_number_++;
+    pending.ready = take_event();
+    pending.done = take_event();
+  }
+  // Without the lock: a full queue blocks here until the watchdog has let the stream go on.
   LCTX_CU(cuEventRecord, pending.ready, stream);
   LCTX_CU(cuStreamWaitEvent, channels_[channel], pending.ready, 0);
   enqueue(*hop, channels_[channel]);
   LCTX_CU(cuEventRecord, pending.done, channels_[channel]);
+  const std::lock_guard<std::mutex> lock(mutex_);
   tickets_[hop->number] = pending.done;
   const bool idle = pending_[0].empty() && pending_[1].empty();
   pending_[channel].push_back(pending);
@@ -65,10 +76,15 @@ int64_t Ring::post(CUstream stream, Hop posted) {
 }
 
 void Ring::wait(int64_t number, CUstream stream) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  throw_if_failed();
-  const auto found = tickets_.find(number);  // absent: it is done
-  if (found != tickets_.end()) LCTX_CU(cuStreamWaitEvent, stream, found->second, 0);
+  CUevent done = nullptr;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    throw_if_failed();
+    const auto found = tickets_.find(number);
+    if (found == tickets_.end()) return;  // it is done
+    done = found->second;
+  }
+  LCTX_CU(cuStreamWaitEvent, stream, done, 0);
 }
 
 bool Ring::done(int64_t number) {

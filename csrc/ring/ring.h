@@ -96,7 +96,8 @@ class Ring {
   void throw_if_failed() const;
 
   CUcontext context_ = nullptr;
-  std::mutex mutex_;
+  std::mutex posting_;  // keeps hops of several threads in one order
+  std::mutex mutex_;    // of everything below; never held where a call may wait for the GPU
   std::condition_variable changed_;
   std::deque<Pending> pending_[kChannels];
   std::map<int64_t, CUevent> tickets_;  // of hops under way, their `done`

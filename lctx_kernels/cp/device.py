@@ -95,6 +95,11 @@ class DeviceTransport(GroupTransport):
 
     # ---- memory ----
 
+    @property
+    def memory_bytes(self) -> int:
+        """As GroupTransport."""
+        return self.size
+
     def memory(self, size: int, device: torch.device) -> Tensor:
         """As Transport. Grows, never shrinks; all ranks ask for the same."""
         stream = torch._C._cuda_getCurrentRawStream(self.index)

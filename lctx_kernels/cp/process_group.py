@@ -139,6 +139,11 @@ class GroupTransport:
 
     # ---- hops ----
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that are held between calls, besides torch's own."""
+        return 0
+
     def memory(self, size: int, device: torch.device) -> Tensor:
         """As Transport."""
         return torch.empty(size, dtype=torch.uint8, device=device)
