@@ -60,6 +60,9 @@ def groups(transports: list[str], lengths: list[int], documents: bool) -> Iterat
                 if wanted is not None:
                     goals = (Goal(names[0], "flash", *wanted, label=f"ring, {pass_}"),)
                 yield Group(shape, pass_, ("flash", *names), goals)
+        if WANTED[T] != (None, None):
+            shape = Shape(T, Hq=HEADS[0][0], Hkv=HEADS[0][1], D=128, dtype="bf16")
+            yield Group(shape, "fwd_bwd", ("flash", names[0]), (), (("deterministic", True),))
     if documents:
         for i, lengths_of in enumerate(DOCUMENTS):
             shape = Shape(sum(lengths_of), Hq=32, Hkv=8, D=128, dtype="bf16")

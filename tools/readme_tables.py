@@ -19,10 +19,11 @@ from bench.hopper_tables import goals_table, shapes_table  # noqa: E402
 from bench.machine import machine_line  # noqa: E402
 from bench.plot import hash_in_png, plot_cpu, plot_hopper, source_hash  # noqa: E402
 from bench.results import Document, load  # noqa: E402
+from bench.ring_tables import ring_goals_table, ring_transports_table  # noqa: E402
 
-PAGES = (Path("README.md"), Path("docs/hopper_results.md"))  # the second may be absent
+PAGES = (Path("README.md"), Path("docs/hopper_results.md"), Path("docs/ring.md"))  # the first must be
 RESULTS = Path("bench/results")
-GPU = "h200"
+GPU, GPUS = "h200", "h200x2"
 
 
 class Plot(NamedTuple):
@@ -176,6 +177,20 @@ def hopper_shapes(*labels: str, suite: str = "hopper") -> Callable[[Path], str]:
     return table
 
 
+def ring_goals(root: Path) -> str:
+    """The ring on two GPUs against one, for every goal."""
+    document = published(root / RESULTS, "ring", GPUS)
+    return MISSING if document is None else _with_conditions(ring_goals_table(document), document)
+
+
+def ring_transports(root: Path) -> str:
+    """Every transport at every shape."""
+    document = published(root / RESULTS, "ring", GPUS)
+    if document is None:
+        return MISSING
+    return _with_conditions(ring_transports_table(document), document)
+
+
 def _with_conditions(lines: list[str], document: Document) -> str:
     rates = [f"{dtype} matmul {x / 1e12:.0f} TFLOP/s" for dtype, x in document.peak_flops.items()]
     if document.copy_bytes_per_s is not None:
@@ -197,6 +212,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "hopper-dilated": hopper_shapes("dilated"),
     "hopper-infini": hopper_shapes("infini"),
     "hopper-decode": hopper_shapes("one token"),
+    "ring-goals": ring_goals,
+    "ring-transports": ring_transports,
 }
 
 

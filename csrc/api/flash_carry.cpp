@@ -6,19 +6,26 @@
 
 namespace lctx::api {
 
+void set_carry(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+               double scale, int64_t window, int64_t query_start, int64_t key_start,
+               CarryParams& params) {
+  set_attention(call, q, k, v, causal, scale, params);
+  call.check(window >= 0, "window = ", window, "; expected at least 1, or 0 for none");
+  const int64_t span = query_start - key_start;
+  call.check(span + params.shape.Tq <= INT32_MAX && span >= -INT32_MAX,
+             "query_start = ", query_start, " and key_start = ", key_start,
+             " are more than 2^31 - 1 positions apart");
+  params.window = window;
+  params.query_start = query_start;
+  params.key_start = key_start;
+}
+
 CarryParams carry_params(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v,
                          const Tensor& lse, bool causal, double scale, int64_t window,
                          int64_t query_start, int64_t key_start) {
   CarryParams params;
-  set_attention(call, q, k, v, causal, scale, params);
+  set_carry(call, q, k, v, causal, scale, window, query_start, key_start, params);
   const AttnShape& s = params.shape;
-  call.check(window >= 0, "window = ", window, "; expected at least 1, or 0 for none");
-  const int64_t span = query_start - key_start;
-  call.check(span + s.Tq <= INT32_MAX && span >= -INT32_MAX, "query_start = ", query_start,
-             " and key_start = ", key_start, " are more than 2^31 - 1 positions apart");
-  params.window = window;
-  params.query_start = query_start;
-  params.key_start = key_start;
   params.lse = call.stat_slice(LCTX_ARG(lse), {s.B, s.Hq, s.Tq});
   params.lse_stride_b = lse.stride(0);
   params.lse_stride_h = lse.stride(1);

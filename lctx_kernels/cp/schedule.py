@@ -162,6 +162,15 @@ class Schedule:
         ends = [0, *(q1 for _, q1 in edges)]
         return [q0 for q0, _ in edges] == ends[:-1] and ends[-1] == self.plan.lengths[rank]
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def row_starts(self, rank: int) -> frozenset[int]:
+        """First rows of all calls of the backward."""
+        own = [call for calls in self.local_calls(rank) for call in calls]
+        others = [
+            c for source, calls in enumerate(self.calls[rank]) if source != rank for c in calls
+        ]
+        return frozenset(call.q0 for call in (*own, *others))
+
     def rounding_step(self, rank: int) -> int:
         """The last step with calls, if its last call covers all rows of `rank`; else -1."""
         for step in reversed(range(self.plan.world_size)):

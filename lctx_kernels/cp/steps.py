@@ -196,16 +196,68 @@ class Saved(NamedTuple):
         rows = slice(begin, end)
         return Saved(dout[:, :, rows], q[:, :, rows], lse[:, rows], delta[:, rows], dq[:, :, rows])
 
-
-def _backward_calls(
-    at: Rank, calls: Iterable[Call], x: Saved, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor
-) -> None:
-    for q0, q1, k0, k1, causal, window, start in calls:
+    def add(self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Add the gradients of one call."""
+        q0, q1, k0, k1, causal, window, start = call
         torch.ops.lctx.flash_carry_bwd(
-            x.dout[:, q0:q1], x.q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], x.lse[:, :, q0:q1],
-            x.delta[:, :, q0:q1], x.dq[:, q0:q1], dk[:, k0:k1], dv[:, k0:k1], causal, at.scale,
-            window, 0, start, at.deterministic,
+            self.dout[:, q0:q1], self.q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], self.lse[:, :, q0:q1],
+            self.delta[:, :, q0:q1], self.dq[:, q0:q1], dk[:, k0:k1], dv[:, k0:k1], causal,
+            at.scale, window, 0, start, at.deterministic,
         )  # fmt: skip
+
+    def result(self, at: Rank) -> Tensor:
+        """dq of all calls."""
+        return self.dq.to(self.q.dtype)
+
+
+class SavedInBlocks(NamedTuple):
+    """The same on a GPU where dq need not be reproducible: made once for all calls, in blocks."""
+
+    dout: Tensor
+    q: Tensor
+    rows: Tensor
+    dq_sum: Tensor
+    first_head: int = 0
+
+    @staticmethod
+    def fits(at: Rank, q: Tensor) -> bool:
+        """Whether the rows of every call begin with a block."""
+        block = 128 if q.shape[-1] <= 64 else 64
+        plain = q.is_cuda and not at.deterministic and q.shape[-1] <= 128
+        return plain and all(q0 % block == 0 for q0 in at.schedule.row_starts(at.rank))
+
+    def heads(self, begin: int, end: int) -> SavedInBlocks:
+        """Query heads [begin, end)."""
+        rows = slice(begin, end)
+        return self._replace(
+            dout=self.dout[:, :, rows], q=self.q[:, :, rows], first_head=self.first_head + begin
+        )
+
+    def add(self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Add the gradients of one call."""
+        q0, q1, k0, k1, causal, window, start = call
+        torch.ops.lctx.carry_bwd_step(
+            self.dout[:, q0:q1], self.q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], self.rows, self.dq_sum,
+            dk[:, k0:k1], dv[:, k0:k1], causal, at.scale, window, 0, start, q0, self.first_head,
+        )  # fmt: skip
+
+    def result(self, at: Rank) -> Tensor:
+        """dq of all calls."""
+        dq: Tensor = torch.ops.lctx.carry_bwd_end(self.dq_sum, self.q, at.scale)
+        return dq
+
+
+def _save(
+    at: Rank, dout: Tensor, dlse: Tensor | None, q: Tensor, out: Tensor, lse: Tensor
+) -> Saved | SavedInBlocks:
+    if SavedInBlocks.fits(at, q):
+        return SavedInBlocks(dout, q, *torch.ops.lctx.carry_bwd_begin(dout, dlse, out, lse))
+    delta = torch.ops.lctx.attn_delta(dout, dlse, out)
+    return Saved(dout, q, lse, delta, _zeros(q))
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, dtype=stat_dtype(x.dtype), memory_format=torch.contiguous_format)
 
 
 class GradientRing:
@@ -278,11 +330,8 @@ def backward(
     lse: Tensor,
 ) -> Steps[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """dq, dk, dv of one rank's tensors; lse and delta are those over the keys of all ranks."""
-    stat = stat_dtype(q.dtype)
-    delta = torch.ops.lctx.attn_delta(dout, dlse, out)
-    dq, dk, dv = (torch.zeros_like(x, dtype=stat, memory_format=torch.contiguous_format)
-                  for x in (q, k, v))  # fmt: skip
-    own = Saved(dout, q, lse, delta, dq)
+    own = _save(at, dout, dlse, q, out, lse)
+    dk, dv = _zeros(k), _zeros(v)
     heads, G = k.shape[2], q.shape[2] // k.shape[2]
     heads_of = head_groups(at.schedule, heads)
     sums = [(dk[:, :, h0:h1], dv[:, :, h0:h1]) for h0, h1 in heads_of]
@@ -296,7 +345,8 @@ def backward(
         source = at.schedule.source(at.rank, step)
         ticket = ring.post(step)
         if step == 0:
-            _backward_calls(at, dense, own, k, v, dk, dv)
+            for call in dense:
+                own.add(at, call, k, v, dk, dv)
         else:
             calls = at.schedule.wire_calls(at.rank, source)
             for part in parts:
@@ -304,15 +354,16 @@ def backward(
                 if at.schedule.first[source] <= step <= at.schedule.last[source]:
                     assert ring.held is not None
                     rows, total = slice(part.h0, part.h1), part.sum_of(step)
-                    _backward_calls(
-                        at, calls, own.heads(part.h0 * G, part.h1 * G), ring.held.k[:, :, rows],
-                        ring.held.v[:, :, rows], total.k, total.v,
-                    )  # fmt: skip
+                    mine = own.heads(part.h0 * G, part.h1 * G)
+                    keys, values = ring.held.k[:, :, rows], ring.held.v[:, :, rows]
+                    for call in calls:
+                        mine.add(at, call, keys, values, total.k, total.v)
                 part.post(step)
         if ticket is not None:
             yield ticket
         ring.turn()
-    _backward_calls(at, masked, own, k, v, dk, dv)
+    for call in masked:
+        own.add(at, call, k, v, dk, dv)
     for part in parts:
         yield from part.arrive()
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return own.result(at), dk.to(k.dtype), dv.to(v.dtype)

@@ -318,6 +318,14 @@ def test_bad_calls_are_refused(text):
     assert any(text in reason for reason in lk.supports("ring_attention", Q, K, V, **options))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has what this is about")
+def test_communicators_say_what_is_missing():
+    from lctx_kernels.cp import device
+
+    with pytest.raises(NotImplementedError, match=r"is not built for this Python|no CUDA driver"):
+        device.library()
+
+
 def test_supported_calls_have_no_reasons():
     assert lk.supports("ring_attention", Q, K, V, **SIM) == []
     assert lk.supports("ring_attention", Q, K, V, **SIM, cu_seqlens=int32([0, 12])) == []
