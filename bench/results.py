@@ -40,6 +40,7 @@ class Row:
     errors: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
     group: int = 0  # rows and goals of one group of a suite have the same number
+    mean_s: float | None = None  # on several GPUs: their mean, where median_s is the slowest
 
 
 @dataclass

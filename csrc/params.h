@@ -72,6 +72,7 @@ struct CarryParams : FlashParams {
 // the step's gradients are added to what they hold; dlse is not used.
 struct CarryGrads : AttnGrads {
   const void* delta = nullptr;  // stat, laid out like lse
+  bool first = false;           // nothing is in dk and dv yet; they are not read
 };
 
 struct LandmarkParams : AttnParams {

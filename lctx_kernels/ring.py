@@ -13,7 +13,7 @@ from ._checks import require
 from ._dtypes import autocast
 from .cp import ops as _ring_ops  # registers lctx::ring_fwd, lctx::ring_bwd
 from .cp.checks import plan_spec
-from .cp.device import choose
+from .cp.choose import choose
 from .cp.groups import SIM, process_group
 from .cp.plan import Plan
 from .cp.process_group import ANNOUNCE_SECONDS, has_backend

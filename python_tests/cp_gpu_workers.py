@@ -15,6 +15,7 @@ from helpers import errors
 import lctx_kernels as lk
 from lctx_kernels import cp, reference
 from lctx_kernels.cp import device
+from lctx_kernels.cp.choose import choose
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 MASKS = ({}, {"causal": False}, {"window": 300})
@@ -208,7 +209,7 @@ def what_auto_takes(rank, n):
     group = gpu_group(rank)
     plan, x = cp.make_plan(700, n), gpu_tensors(700)
     local_run(plan, rank, x, group=group)
-    chosen = device.choose(group, x[0].device, "auto")
+    chosen = choose(group, x[0].device, "auto")
     hops = cp.hop_log(group)
     return type(chosen).__name__, [hop["phase"] for hop in hops], min(h["bytes_sent"] for h in hops)
 
@@ -220,7 +221,7 @@ def host_seconds_of_a_hop(rank, n, transport, count):
     group = gpu_group(rank)
     plan, x = cp.make_plan(8192, n), gpu_tensors(8192)
     local_run(plan, rank, x, group=group, transport=transport)
-    at = device.choose(group, x[0].device, transport)
+    at = choose(group, x[0].device, transport)
     memory = at.memory(1 << 21, x[0].device)
     half, peer = 1 << 20, 1 - rank
     hop = Hop("forward kv", 0, 0, ((peer, memory[:half]),), ((peer, memory[half:]),), (half,))

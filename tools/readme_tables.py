@@ -21,7 +21,7 @@ from bench.plot import hash_in_png, plot_cpu, plot_hopper, source_hash  # noqa: 
 from bench.results import Document, load  # noqa: E402
 from bench.ring_tables import ring_goals_table, ring_transports_table  # noqa: E402
 
-PAGES = (Path("README.md"), Path("docs/hopper_results.md"), Path("docs/ring.md"))  # the first must be
+PAGES = (Path("README.md"), Path("docs/hopper_results.md"), Path("docs/ring.md"))
 RESULTS = Path("bench/results")
 GPU, GPUS = "h200", "h200x2"
 

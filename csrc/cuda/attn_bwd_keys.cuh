@@ -74,6 +74,7 @@ struct AddKeys {
   struct Params {
     TensorView dk_sum, dv_sum;  // fp32
     bool last;                  // the sums go to BwdParams::dk and dv, and stay as they are
+    bool first;                 // nothing is there yet; the sums are not read
   };
 
   template <class Kernel, int N>
@@ -102,7 +103,8 @@ struct AddKeys {
 #pragma unroll
       for (int j = 0; j < N / 4; ++j) {
         const bool inside = exists && column + 8 * j < kernel.p.D;
-        float2 x = inside ? *reinterpret_cast<const float2*>(row + 8 * j) : make_float2(0.f, 0.f);
+        const bool holds = inside && !kernel.p.first;
+        float2 x = holds ? *reinterpret_cast<const float2*>(row + 8 * j) : make_float2(0.f, 0.f);
         x.x += d[4 * j + 2 * i] * factor;
         x.y += d[4 * j + 2 * i + 1] * factor;
         d[4 * j + 2 * i] = x.x;

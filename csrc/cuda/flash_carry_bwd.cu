@@ -153,6 +153,7 @@ void launch_keys(const CarryParams& params, const CarryGrads& grads, const BwdSc
   p.dk_sum = grads.dk;
   p.dv_sum = grads.dv;
   p.last = false;
+  p.first = grads.first;
   p.order = KeyOrder(make_order("lctx::flash_carry_bwd", ceil_div(s.Tk, Tile::kBlockN), s.Hkv, s.B,
                                 bwd_section(s, s.Tq)));
   launch_bwd<Traits>(p, num_sms, stream);

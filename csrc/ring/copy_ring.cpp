@@ -44,7 +44,7 @@ void close_all(std::vector<CUdeviceptr>& opened, int rank) {
 }  // namespace
 
 CopyRing::CopyRing(int rank, int world_size) : Ring(rank, world_size) {
-  const size_t bytes = rounded(word(kDataOut, kChannels, 0) + kWordStep);
+  const size_t bytes = rounded(word(kTest, kChannels, 0) + kWordStep);
   LCTX_CU(cuMemAlloc, &words_, bytes);
   LCTX_CU(cuMemsetD8Async, words_, 0, bytes, rescue_);
   LCTX_CU(cuStreamSynchronize, rescue_);
@@ -89,25 +89,95 @@ void CopyRing::tell(CUstream stream, Word kind, int channel, int peer, uint32_t 
           stream);
 }
 
+void CopyRing::copy(const Message& m, CUstream stream) {
+  LCTX_CU(cuMemcpyDtoDAsync, peer_memory_[m.peer] + m.place, m.data, static_cast<size_t>(m.bytes),
+          stream);
+}
+
 void CopyRing::enqueue(Hop& hop, CUstream stream) {
   const int channel = hop.channel();
-  for (const Message& m : hop.recvs) {
-    hop.recv_counts.push_back(++received_[channel][m.peer]);
-    tell(stream, kFreeIn, channel, m.peer, hop.recv_counts.back());
+  for (const Message& m : hop.sends) hop.send_counts.push_back(++sent_[channel][m.peer]);
+  for (const Message& m : hop.recvs) hop.recv_counts.push_back(++received_[channel][m.peer]);
+  direct_ ? enqueue_direct(hop, stream) : enqueue_by_copies(hop, stream);
+}
+
+void CopyRing::enqueue_by_copies(const Hop& hop, CUstream stream) {
+  const int channel = hop.channel();
+  for (size_t i = 0; i < hop.recvs.size(); ++i) {
+    tell(stream, kFreeIn, channel, hop.recvs[i].peer, hop.recv_counts[i]);
   }
-  for (const Message& m : hop.sends) {
-    const uint32_t count = ++sent_[channel][m.peer];
-    hop.send_counts.push_back(count);
-    LCTX_CU(cuStreamWaitValue32, stream, words_ + word(kFreeIn, channel, m.peer), count,
+  for (size_t i = 0; i < hop.sends.size(); ++i) {
+    const int peer = hop.sends[i].peer;
+    LCTX_CU(cuStreamWaitValue32, stream, words_ + word(kFreeIn, channel, peer), hop.send_counts[i],
             CU_STREAM_WAIT_VALUE_GEQ);
-    LCTX_CU(cuMemcpyDtoDAsync, peer_memory_[m.peer] + m.place, m.data, static_cast<size_t>(m.bytes),
-            stream);
-    tell(stream, kDataIn, channel, m.peer, count);
+    copy(hop.sends[i], stream);
+    tell(stream, kDataIn, channel, peer, hop.send_counts[i]);
   }
   for (size_t i = 0; i < hop.recvs.size(); ++i) {
     LCTX_CU(cuStreamWaitValue32, stream, words_ + word(kDataIn, channel, hop.recvs[i].peer),
             hop.recv_counts[i], CU_STREAM_WAIT_VALUE_GEQ);
   }
+}
+
+void CopyRing::enqueue_direct(const Hop& hop, CUstream stream) {
+  const int channel = hop.channel();
+  std::vector<CUstreamBatchMemOpParams> operations;
+  const auto write = [&](Word kind, int peer, uint32_t count) {
+    CUstreamBatchMemOpParams one{};
+    one.writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32;
+    one.writeValue.address = peer_words_[peer] + word(kind, channel, rank_);
+    one.writeValue.value = count;
+    operations.push_back(one);
+  };
+  const auto wait = [&](Word kind, int peer, uint32_t count) {
+    CUstreamBatchMemOpParams one{};
+    one.waitValue.operation = CU_STREAM_MEM_OP_WAIT_VALUE_32;
+    one.waitValue.address = words_ + word(kind, channel, peer);
+    one.waitValue.value = count;
+    one.waitValue.flags = CU_STREAM_WAIT_VALUE_GEQ;
+    operations.push_back(one);
+  };
+  const auto run = [&] {
+    if (operations.empty()) return;
+    LCTX_CU(cuStreamBatchMemOp, stream, static_cast<unsigned>(operations.size()), operations.data(),
+            0);
+    operations.clear();
+  };
+  for (size_t i = 0; i < hop.recvs.size(); ++i)
+    write(kFreeIn, hop.recvs[i].peer, hop.recv_counts[i]);
+  for (size_t i = 0; i < hop.sends.size(); ++i)
+    wait(kFreeIn, hop.sends[i].peer, hop.send_counts[i]);
+  run();
+  for (const Message& m : hop.sends) copy(m, stream);
+  for (size_t i = 0; i < hop.sends.size(); ++i)
+    write(kDataIn, hop.sends[i].peer, hop.send_counts[i]);
+  for (size_t i = 0; i < hop.recvs.size(); ++i)
+    wait(kDataIn, hop.recvs[i].peer, hop.recv_counts[i]);
+  run();
+}
+
+void CopyRing::try_direct() {
+  for (int peer = 0; peer < world_size_; ++peer) {
+    if (peer == rank_) continue;
+    LCTX_CU(cuStreamWriteValue32, rescue_, peer_words_[peer] + word(kTest, 0, rank_),
+            static_cast<uint32_t>(rank_ + 1), CU_STREAM_WRITE_VALUE_DEFAULT);
+  }
+  LCTX_CU(cuStreamSynchronize, rescue_);
+}
+
+bool CopyRing::check_direct() {
+  for (int peer = 0; peer < world_size_; ++peer) {
+    const auto wanted = static_cast<uint32_t>(peer + 1);
+    if (peer != rank_ && read(words_ + word(kTest, 0, peer)) != wanted) return false;
+  }
+  return true;
+}
+
+uint32_t CopyRing::read(CUdeviceptr word) {
+  uint32_t found = 0;
+  LCTX_CU(cuMemcpyDtoHAsync, &found, word, sizeof found, rescue_);
+  LCTX_CU(cuStreamSynchronize, rescue_);
+  return found;
 }
 
 void CopyRing::release(const std::vector<Hop*>& pending) {
@@ -128,11 +198,7 @@ void CopyRing::release(const std::vector<Hop*>& pending) {
 
 std::string CopyRing::missing(const Hop& hop) {
   const auto behind = [&](Word kind, int peer, uint32_t wanted) {
-    uint32_t found = 0;
-    const CUdeviceptr at = words_ + word(kind, hop.channel(), peer);
-    if (driver().cuMemcpyDtoHAsync_(&found, at, sizeof found, rescue_) != CUDA_SUCCESS) return true;
-    driver().cuStreamSynchronize_(rescue_);
-    return static_cast<int32_t>(found - wanted) < 0;
+    return static_cast<int32_t>(read(words_ + word(kind, hop.channel(), peer)) - wanted) < 0;
   };
   std::string text;
   for (size_t i = 0; i < hop.send_counts.size(); ++i) {

@@ -24,6 +24,7 @@ namespace lctx::ring {
   X(cuMemcpyDtoDAsync)           \
   X(cuMemcpyDtoHAsync)           \
   X(cuMemsetD8Async)             \
+  X(cuStreamBatchMemOp)          \
   X(cuStreamCreateWithPriority)  \
   X(cuStreamDestroy)             \
   X(cuStreamQuery)               \

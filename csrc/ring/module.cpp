@@ -128,6 +128,12 @@ PYBIND11_MODULE(_ring, m) {
   py::class_<Ring>(m, "Ring")
       .def("post", &post)
       .def(
+          "copy",
+          [](Ring& ring, uint64_t stream, int phase, uint64_t to, uint64_t from, int64_t bytes) {
+            ring.copy(stream_of(stream), phase, to, from, bytes);
+          },
+          release())
+      .def(
           "wait", [](Ring& ring, int64_t n, uint64_t stream) { ring.wait(n, stream_of(stream)); },
           release())
       .def("done", &Ring::done, release())
@@ -146,6 +152,9 @@ PYBIND11_MODULE(_ring, m) {
       .def("words_handle", [](const CopyRing& r) { return py::bytes(r.words_handle()); })
       .def("connect_words", &CopyRing::connect_words, release())
       .def("allocate", [](CopyRing& r, int64_t n) { return py::bytes(r.allocate(n)); })
+      .def("try_direct", &CopyRing::try_direct, release())
+      .def("check_direct", &CopyRing::check_direct, release())
+      .def("use_direct", &CopyRing::use_direct)
       .def("connect", &CopyRing::connect, release())
       .def("disconnect", &CopyRing::disconnect, release())
       .def("free_memory", &CopyRing::free_memory, release())

@@ -42,7 +42,8 @@ struct Hop {
   // How many messages of its channel each peer has taken and sent when this hop is done.
   std::vector<uint32_t> send_counts, recv_counts;
 
-  int channel() const { return phase == 2 ? 1 : 0; }
+  int channel() const { return channel_of(phase); }
+  static int channel_of(int phase) { return phase == 2 ? 1 : 0; }
 };
 
 class Ring {
@@ -55,6 +56,8 @@ class Ring {
   // Starts a hop after what `stream` has been given so far; returns its number. Throws
   // std::runtime_error after a failure.
   int64_t post(CUstream stream, Hop hop);
+  // Copies on the hop's channel, after what `stream` has been given so far, before later hops.
+  void copy(CUstream stream, int phase, CUdeviceptr to, CUdeviceptr from, int64_t bytes);
   // Lets `stream` wait for the hop. Throws std::runtime_error after a failure.
   void wait(int64_t number, CUstream stream);
   bool done(int64_t number);

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .process_group import GroupTransport, Ticket, _store, known_transport, transport_of
+from .process_group import GroupTransport, Ticket, _store
 from .transport import Hop, RingError
 
 PHASES = ("forward kv", "backward kv", "backward dkv")
@@ -147,6 +147,18 @@ class DeviceTransport(GroupTransport):
 
     # ---- hops ----
 
+    def pack(self, phase: str, to: Tensor, rows: Tensor) -> None:
+        """As Transport: on the stream of the hop, where the copy hides as well."""
+        if not (to.is_contiguous() and rows.is_contiguous()):
+            to.copy_(rows)
+            return
+        try:
+            self.ring.copy(
+                self.stream, PHASES.index(phase), to.data_ptr(), rows.data_ptr(), rows.nbytes
+            )
+        except RuntimeError as error:
+            raise self._failed(error) from error
+
     def post(self, hop: Hop) -> Any:
         """As Transport; raises RingError after a failure."""
         sends = [
@@ -264,6 +276,18 @@ class CopyTransport(DeviceTransport):
             raise NotImplementedError(
                 f'transport="p2p": {problem or "another rank cannot"}; nearest is transport="nccl"'
             )
+        self._choose_words()
+
+    def _choose_words(self) -> None:
+        """Let streams write the words of peers, where that works between all ranks."""
+        works = True
+        try:
+            self.ring.try_direct()
+        except RuntimeError:
+            works = False
+        works = self._all_succeed("write words", works) and self.ring.check_direct()
+        if self._all_succeed("write words", works):
+            self.ring.use_direct()
 
     def close_quietly(self) -> None:
         """End a transport that was never usable."""
@@ -325,56 +349,6 @@ class NcclTransport(DeviceTransport):
 
 KINDS: dict[str, type[DeviceTransport]] = {"p2p": CopyTransport, "nccl": NcclTransport}
 _OPEN: weakref.WeakSet[DeviceTransport] = weakref.WeakSet()
-
-
-def choose(group: Any, device: torch.device, kind: str, timeout: float = 0.0) -> GroupTransport:
-    """The transport of a group that `kind` stands for; made at the first call, by all ranks.
-
-    "auto" is torch.distributed for CPU tensors and for a single rank, else the first that all ranks
-    can use of "p2p", "nccl" and "pg".
-    """
-    if kind == "auto":
-        chosen = _CHOSEN.get(group) if device.type == "cuda" and group.size() > 1 else "pg"
-        if chosen is None:
-            return _first_that_works(group, device, timeout)
-        kind = chosen
-    if kind == "pg":
-        return transport_of(group, device)
-    return known_transport(group, device, kind, lambda: KINDS[kind](group, device, timeout))
-
-
-_CHOSEN: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-
-
-def _first_that_works(group: Any, device: torch.device, timeout: float) -> GroupTransport:
-    if _every_rank_has_the_library(group, timeout):
-        for kind in KINDS:
-            with contextlib.suppress(NotImplementedError):  # on every rank, as they have agreed
-                transport = choose(group, device, kind, timeout)
-                _CHOSEN[group] = kind
-                return transport
-    _CHOSEN[group] = "pg"
-    return transport_of(group, device)
-
-
-def _every_rank_has_the_library(group: Any, timeout: float) -> bool:
-    try:
-        library()
-        mine = b"1"
-    except NotImplementedError:
-        mine = b"0"
-    plain = transport_of(group, torch.device("cuda"))
-    store, keys = _store(group), [f"lctx_ring/auto/{rank}" for rank in range(group.size())]
-    store.set(keys[group.rank()], mine)
-    with contextlib.suppress(RuntimeError):
-        store.wait(keys, datetime.timedelta(seconds=timeout or plain.default_timeout))
-        return all(store.get(key) == b"1" for key in keys)
-    missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-    raise RingError(
-        f"ring_attention: rank {group.rank()} of {group.size()} waited {timeout:g} s to agree on a "
-        f"transport with ranks {missing}, which are late or gone",
-        rank=group.rank(), step=-1, phase="agreement", peers=tuple(missing), bytes=0,
-    )  # fmt: skip
 
 
 def _boot_id() -> bytes:

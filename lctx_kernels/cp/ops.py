@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _load, _ops
 from .._dtypes import dtype_name
 from . import steps
-from .device import choose
+from .choose import choose
 from .groups import SIM
 from .plan import plan_of
 from .schedule import Schedule, schedule_of

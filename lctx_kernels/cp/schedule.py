@@ -147,29 +147,24 @@ class Schedule:
         return calls
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
-    def local_calls(self, rank: int) -> tuple[list[Call], list[Call]]:
-        """The calls on own keys as those without a mask and the others, for the backward.
-
-        The first hide the first hop, the others the way home of the last gradients.
-        """
-        calls = _pair_calls(self.plan, rank, rank, self.causal, self.window)
-        return [c for c in calls if not c.causal], [c for c in calls if c.causal]
-
-    @functools.lru_cache(maxsize=256)  # noqa: B019
     def first_step_fills(self, rank: int) -> bool:
         """Whether the calls on own keys have every row of `rank` exactly once."""
-        edges = sorted((call.q0, call.q1) for call in self.calls[rank][rank])
-        ends = [0, *(q1 for _, q1 in edges)]
-        return [q0 for q0, _ in edges] == ends[:-1] and ends[-1] == self.plan.lengths[rank]
+        edges = ((call.q0, call.q1) for call in self.calls[rank][rank])
+        return _tile(edges, self.plan.lengths[rank])
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def keys_once(self, rank: int, source: int) -> bool:
+        """Whether the calls of `rank` have all keys of `source` that are there exactly once."""
+        if rank == source:
+            calls: Sequence[Call] = self.calls[rank][rank]
+            return _tile(((call.k0, call.k1) for call in calls), self.plan.lengths[rank])
+        calls = self.wire_calls(rank, source)
+        return _tile(((call.k0, call.k1) for call in calls), self.wire_rows(source))
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def row_starts(self, rank: int) -> frozenset[int]:
-        """First rows of all calls of the backward."""
-        own = [call for calls in self.local_calls(rank) for call in calls]
-        others = [
-            c for source, calls in enumerate(self.calls[rank]) if source != rank for c in calls
-        ]
-        return frozenset(call.q0 for call in (*own, *others))
+        """First rows of all calls."""
+        return frozenset(call.q0 for calls in self.calls[rank] for call in calls)
 
     def rounding_step(self, rank: int) -> int:
         """The last step with calls, if its last call covers all rows of `rank`; else -1."""
@@ -214,6 +209,13 @@ def _union(intervals: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
         else:
             merged.append((begin, end))
     return tuple(merged)
+
+
+def _tile(intervals: Iterable[tuple[int, int]], length: int) -> bool:
+    """Whether the intervals have every number below `length` exactly once."""
+    edges = sorted(intervals)
+    ends = [0, *(end for _, end in edges)]
+    return [begin for begin, _ in edges] == ends[:-1] and ends[-1] == length
 
 
 @functools.lru_cache(maxsize=256)

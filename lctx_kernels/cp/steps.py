@@ -104,8 +104,8 @@ class KeyRing:
         if at.schedule.last[at.rank] > 0:
             self.held = memory.wire(memory.own.own, at.schedule.wire_rows(at.rank), k, v)
             for own, packed in _intervals(at.schedule.wire[at.rank]):
-                self.held.k[:, packed] = k[:, own]
-                self.held.v[:, packed] = v[:, own]
+                at.transport.pack(phase, self.held.k[:, packed], k[:, own])
+                at.transport.pack(phase, self.held.v[:, packed], v[:, own])
         self.arriving: Wire | None = None
 
     def _place(self, rank: int, step: int) -> int:
@@ -143,7 +143,10 @@ def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Te
     stat = stat_dtype(q.dtype)
     (B, L, Hq, _), Dv = q.shape, v.shape[-1]
     carry = q.new_empty(B, L, Hq, Dv, dtype=stat)
-    lse = q.new_full((B, Hq, L), -torch.inf, dtype=stat)
+    lse = q.new_empty(B, Hq, L, dtype=stat)
+    first = at.schedule.first_step_fills(at.rank)
+    if not first:
+        lse.fill_(-torch.inf)
     ring = KeyRing(at, "forward kv", Memory(at, k, v), k, v)
     rounding, out = at.schedule.rounding_step(at.rank), None
     for step in range(at.world_size):
@@ -152,7 +155,6 @@ def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Te
         last = step == rounding
         if step == 0:
             calls: Sequence[Call] = at.schedule.calls[at.rank][source]
-            first = at.schedule.first_step_fills(at.rank)
             out = _forward_calls(at, calls, q, k, v, carry, lse, last, first)
         elif ring.held is not None:
             calls = at.schedule.wire_calls(at.rank, source)
@@ -196,13 +198,15 @@ class Saved(NamedTuple):
         rows = slice(begin, end)
         return Saved(dout[:, :, rows], q[:, :, rows], lse[:, rows], delta[:, rows], dq[:, :, rows])
 
-    def add(self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Add the gradients of one call."""
+    def add(
+        self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, first: bool
+    ) -> None:
+        """Add the gradients of one call; with `first`, nothing is in dk and dv yet."""
         q0, q1, k0, k1, causal, window, start = call
         torch.ops.lctx.flash_carry_bwd(
             self.dout[:, q0:q1], self.q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], self.lse[:, :, q0:q1],
             self.delta[:, :, q0:q1], self.dq[:, q0:q1], dk[:, k0:k1], dv[:, k0:k1], causal,
-            at.scale, window, 0, start, at.deterministic,
+            at.scale, window, 0, start, at.deterministic, first,
         )  # fmt: skip
 
     def result(self, at: Rank) -> Tensor:
@@ -233,12 +237,15 @@ class SavedInBlocks(NamedTuple):
             dout=self.dout[:, :, rows], q=self.q[:, :, rows], first_head=self.first_head + begin
         )
 
-    def add(self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Add the gradients of one call."""
+    def add(
+        self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, first: bool
+    ) -> None:
+        """Add the gradients of one call; with `first`, nothing is in dk and dv yet."""
         q0, q1, k0, k1, causal, window, start = call
         torch.ops.lctx.carry_bwd_step(
             self.dout[:, q0:q1], self.q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], self.rows, self.dq_sum,
             dk[:, k0:k1], dv[:, k0:k1], causal, at.scale, window, 0, start, q0, self.first_head,
+            first,
         )  # fmt: skip
 
     def result(self, at: Rank) -> Tensor:
@@ -276,6 +283,7 @@ class GradientRing:
         self.held: Wire | None = None  # the sum that has arrived for the step to come
         self.arriving: Wire | None = None
         self.home: Wire | None = None
+        self.home_is_last = at.schedule.last[at.rank] == at.world_size - 1
         self.ticket: Any = None
 
     def _slot(self, slot: int, source: int) -> Wire:
@@ -287,21 +295,36 @@ class GradientRing:
         if self.ticket is not None:
             yield self.ticket
         self.ticket, self.held, self.arriving = None, self.arriving, None
-        if self.home is None:
+        if self.home is None or self.home_is_last:
             return
         for own, packed in _intervals(self.at.schedule.wire[self.at.rank]):
             self.dk[:, own] += self.home.k[:, packed]
             self.dv[:, own] += self.home.v[:, packed]
         self.home = None
 
-    def sum_of(self, step: int) -> Wire:
-        """Where the gradients of `step` are added."""
+    def finish(self, dk: Tensor, dv: Tensor) -> None:
+        """The results in their dtype, rounded once."""
+        row = 0
+        wire = self.at.schedule.wire[self.at.rank] if self.home is not None else ()
+        for own, packed in _intervals(wire):
+            assert self.home is not None
+            for sums, home, out in ((self.dk, self.home.k, dk), (self.dv, self.home.v, dv)):
+                out[:, row : own.start] = sums[:, row : own.start]
+                torch.add(sums[:, own], home[:, packed], out=out[:, own])
+            row = own.stop
+        dk[:, row:], dv[:, row:] = self.dk[:, row:], self.dv[:, row:]
+
+    def sum_of(self, step: int) -> tuple[Wire, bool]:
+        """Where the gradients of `step` are added, and whether nothing is there yet."""
         source = self.at.schedule.source(self.at.rank, step)
-        if self.at.schedule.first[source] == step:
+        empty = self.at.schedule.first[source] == step
+        if empty:
             self.held = self._slot(step % 2, source)
-            self.held.flat.zero_()
+            if not self.at.schedule.keys_once(self.at.rank, source):
+                self.held.flat.zero_()
+                empty = False
         assert self.held is not None
-        return self.held
+        return self.held, empty
 
     def post(self, step: int) -> None:
         """Pass the sum of `step` on, or home, and receive that of the next step."""
@@ -330,40 +353,45 @@ def backward(
     lse: Tensor,
 ) -> Steps[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """dq, dk, dv of one rank's tensors; lse and delta are those over the keys of all ranks."""
-    own = _save(at, dout, dlse, q, out, lse)
-    dk, dv = _zeros(k), _zeros(v)
     heads, G = k.shape[2], q.shape[2] // k.shape[2]
-    heads_of = head_groups(at.schedule, heads)
+    stat, heads_of = stat_dtype(k.dtype), head_groups(at.schedule, heads)
+    once = at.schedule.keys_once(at.rank, at.rank) and at.schedule.last[at.rank] in (
+        0, at.world_size - 1,
+    )  # fmt: skip
+    fresh = torch.empty_like if once else torch.zeros_like
+    dk, dv = (fresh(x, dtype=stat, memory_format=torch.contiguous_format) for x in (k, v))
     sums = [(dk[:, :, h0:h1], dv[:, :, h0:h1]) for h0, h1 in heads_of]
     memory = Memory(at, k, v, sums)
     parts = [
         GradientRing(at, part, heads_of[part], memory, *sums[part]) for part in range(len(sums))
     ]
     ring = KeyRing(at, "backward kv", memory, k, v)
-    dense, masked = at.schedule.local_calls(at.rank)
-    for step in range(at.world_size):
-        source = at.schedule.source(at.rank, step)
-        ticket = ring.post(step)
-        if step == 0:
-            for call in dense:
-                own.add(at, call, k, v, dk, dv)
-        else:
-            calls = at.schedule.wire_calls(at.rank, source)
-            for part in parts:
-                yield from part.arrive()
-                if at.schedule.first[source] <= step <= at.schedule.last[source]:
-                    assert ring.held is not None
-                    rows, total = slice(part.h0, part.h1), part.sum_of(step)
-                    mine = own.heads(part.h0 * G, part.h1 * G)
-                    keys, values = ring.held.k[:, :, rows], ring.held.v[:, :, rows]
-                    for call in calls:
-                        mine.add(at, call, keys, values, total.k, total.v)
-                part.post(step)
+    ticket = ring.post(0)
+    own = _save(at, dout, dlse, q, out, lse)
+    for step in range(1, at.world_size):
         if ticket is not None:
             yield ticket
         ring.turn()
-    for call in masked:
-        own.add(at, call, k, v, dk, dv)
+        source = at.schedule.source(at.rank, step)
+        ticket = ring.post(step)
+        calls = at.schedule.wire_calls(at.rank, source)
+        for part in parts:
+            yield from part.arrive()
+            if at.schedule.first[source] <= step <= at.schedule.last[source]:
+                assert ring.held is not None
+                rows, (total, empty) = slice(part.h0, part.h1), part.sum_of(step)
+                mine = own.heads(part.h0 * G, part.h1 * G)
+                keys, values = ring.held.k[:, :, rows], ring.held.v[:, :, rows]
+                for call in calls:
+                    mine.add(at, call, keys, values, total.k, total.v, empty)
+            part.post(step)
+    if ticket is not None:
+        yield ticket
+    for call in at.schedule.calls[at.rank][at.rank]:
+        own.add(at, call, k, v, dk, dv, once)
+    dk_out, dv_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     for part in parts:
         yield from part.arrive()
-    return own.result(at), dk.to(k.dtype), dv.to(v.dtype)
+        heads_ = slice(part.h0, part.h1)
+        part.finish(dk_out[:, :, heads_], dv_out[:, :, heads_])
+    return own.result(at), dk_out, dv_out

@@ -23,7 +23,7 @@ BUGS = {
         steps,
         "keys, values = ring.held.k[:, :, rows], ring.held.v[:, :, rows]",
         "held = ring.held if step == 1 else Wire(k, k, v)\n"
-        "                    keys, values = held.k[:, :, rows], held.v[:, :, rows]",
+        "                keys, values = held.k[:, :, rows], held.v[:, :, rows]",
     ),
     "stale keys in the forward": (
         steps,
@@ -68,14 +68,33 @@ BUGS = {
                             "last[2:4] == call[2:4]"),
     "keys and values swapped on the wire": (
         steps,
-        "self.held.k[:, packed] = k[:, own]",
-        "self.held.k[:, packed] = v[:, own]",
+        "at.transport.pack(phase, self.held.k[:, packed], k[:, own])",
+        "at.transport.pack(phase, self.held.k[:, packed], v[:, own])",
     ),
-    "gradients never come home": (steps, "self.dk[:, own] += self.home.k[:, packed]", "pass"),
+    "gradients never come home": (
+        steps,
+        "torch.add(sums[:, own], home[:, packed], out=out[:, own])",
+        "out[:, own] = sums[:, own]",
+    ),
+    "gradients come home early and are lost": (
+        steps,
+        "self.dk[:, own] += self.home.k[:, packed]",
+        "pass",
+    ),
     "gradients come home instead of being added": (
         steps,
-        "self.dv[:, own] += self.home.v[:, packed]",
-        "self.dv[:, own] = self.home.v[:, packed]",
+        "torch.add(sums[:, own], home[:, packed], out=out[:, own])",
+        "out[:, own] = home[:, packed]",
+    ),
+    "rows beside those that come home are forgotten": (
+        steps,
+        "out[:, row : own.start] = sums[:, row : own.start]",
+        "out[:, row : own.start] = 0",
+    ),
+    "own sums cleared after others were added": (
+        steps,
+        "        0, at.world_size - 1,\n",
+        "        0, 1, at.world_size - 1,\n",
     ),
     "gradients come home to the next rank": (
         steps,
@@ -83,15 +102,20 @@ BUGS = {
         "target = at.next",
     ),
     "sums not cleared": (steps, "self.held.flat.zero_()", "pass"),
+    "sums cleared by every call": (
+        steps,
+        "if not self.at.schedule.keys_once(self.at.rank, source):",
+        "if False:",
+    ),
     "sums start anew at every rank": (
         steps,
-        "if self.at.schedule.first[source] == step:",
-        "if True:",
+        "empty = self.at.schedule.first[source] == step",
+        "empty = True",
     ),
     "both groups of heads are the first": (
         steps,
-        "rows, total = slice(part.h0, part.h1), part.sum_of(step)",
-        "rows, total = slice(0, part.h1 - part.h0), part.sum_of(step)",
+        "rows, (total, empty) = slice(part.h0, part.h1), part.sum_of(step)",
+        "rows, (total, empty) = slice(0, part.h1 - part.h0), part.sum_of(step)",
     ),
     "query heads not grouped": (
         steps,
@@ -127,18 +151,23 @@ BUGS = {
     ),
     "rows without keys start at lse 0": (
         steps,
-        "lse = q.new_full((B, Hq, L), -torch.inf, dtype=stat)",
-        "lse = q.new_full((B, Hq, L), 0.0, dtype=stat)",
+        "lse.fill_(-torch.inf)",
+        "lse.fill_(0.0)",
     ),
-    "masked half of the own keys without gradient": (
+    "rows start anew in every call of the first step": (
         steps,
-        "    for call in masked:\n",
-        "    for call in ():\n",
+        "first = at.schedule.first_step_fills(at.rank)",
+        "first = True",
     ),
-    "dense half of the own keys without gradient": (
+    "own keys without gradient": (
         steps,
-        "            for call in dense:\n",
-        "            for call in ():\n",
+        "for call in at.schedule.calls[at.rank][at.rank]:\n        own",
+        "for call in ():\n        own",
+    ),
+    "own keys without a home": (
+        steps,
+        "dk[:, row:], dv[:, row:] = self.dk[:, row:], self.dv[:, row:]",
+        "pass",
     ),
 }  # fmt: skip
 
