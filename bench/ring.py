@@ -40,6 +40,8 @@ WANTED = {
     128 * K: (None, None),
     256 * K: ((1.97, 1.99), None),
 }
+ONE_TRANSPORT = 128 * K  # tokens from which on all transports are alike
+LONGEST_BACKWARD = 128 * K
 DOCUMENTS = (  # two batches of packed documents of 12k to 24k tokens
     (12288, 23040, 17920, 14080, 20992, 16000, 24000, 12800),
     (19200, 13312, 22272, 15104, 18176, 23808, 12544),
@@ -58,11 +60,14 @@ def groups(transports: list[str], lengths: list[int], documents: bool) -> Iterat
         for heads in HEADS if WANTED[T] != (None, None) else HEADS[:1]:
             shape = Shape(T, Hq=heads[0], Hkv=heads[1], D=128, dtype="bf16")
             for pass_, wanted in zip(passes, WANTED[T], strict=True):
+                if T > LONGEST_BACKWARD and pass_ != "fwd":
+                    continue
                 goals = ()
                 if wanted is not None:
                     goals = (Goal(names[0], "flash", *wanted, label=f"ring, {pass_}"),)
-                yield Group(shape, pass_, ("flash", *names), goals)
-        if WANTED[T] != (None, None):
+                rings = names if T < ONE_TRANSPORT else names[:1]
+                yield Group(shape, pass_, ("flash", *rings), goals)
+        if T < ONE_TRANSPORT:
             shape = Shape(T, Hq=HEADS[0][0], Hkv=HEADS[0][1], D=128, dtype="bf16")
             yield Group(shape, "fwd_bwd", ("flash", names[0]), (), (("deterministic", True),))
     if documents:
