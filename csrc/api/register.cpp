@@ -17,12 +17,13 @@ STABLE_TORCH_LIBRARY(lctx, m) {
 
   // One step of a ring: (carry_out, lse) in fp32 takes in attention over k, v, whose first position
   // is key_start; lse = -inf where nothing is carried yet. The first step takes nothing from
-  // carry_out and lse. The last step returns the result in the dtype of q (else an empty tensor)
-  // and leaves carry_out as it was.
+  // carry_out and lse. The last step gives the result in the dtype of q, to `out` or returned (else
+  // an empty tensor), and leaves carry_out as it was; on a GPU rows [0, final_rows) may be the only
+  // ones that are done.
   m.def(
       "flash_carry(Tensor q, Tensor k, Tensor v, Tensor(a!) carry_out, Tensor(b!) lse, bool "
       "causal, float scale, int window, int query_start, int key_start, bool last, "
-      "bool first=False) -> Tensor out");
+      "bool first=False, Tensor(c!)? out=None, int final_rows=0) -> Tensor result");
   // Its backward: lse and delta are those of all keys of the ring; the step's gradients are added
   // to dq, dk and dv, which are fp32 too; the first call for some keys takes nothing from dk and
   // dv. All of carry_out, lse, delta, dq, dk and dv may be slices of larger tensors.

@@ -142,14 +142,16 @@ struct StoreRows {
 
 struct CarryRows : StoreRows {
   // The partial result to continue from, nullptr: none. A row whose lse is not above -inf (NaN too)
-  // holds nothing yet. `out`, not nullptr: the union goes there instead of FwdParams::out.
+  // holds nothing yet. `partial_out`, not nullptr: the union goes there, and of the first
+  // `final_rows` to FwdParams::out (of some rows that share 64 with the last of them to both).
   struct Params {
     const float* carry_out;
     const float* carry_lse;
     float* partial_out;
     float inverse_scale;  // 1 / scale
     int state_rows;       // rows of the tensors that the carried ones and lse are slices of
-    bool sparse;          // most rows carry nothing: look before reading them
+    int final_rows;
+    bool sparse;  // most rows carry nothing: look before reading them
   };
   static constexpr bool kCarries = true, kRetrieves = false;
 
@@ -230,10 +232,12 @@ struct CarryRows : StoreRows {
                                                 const Work& work, float (&o)[Kernel::kValueDim / 2],
                                                 const float (&inverse)[2]) {
     const auto& p = kernel.p;
-    if (p.partial_out == nullptr) {
+    const int row0 = work.row0 + warpgroup * 64;
+    const bool done = p.final_rows > 0 && row0 < p.final_rows;
+    if (p.partial_out == nullptr || done) {
       StoreRows::finish(kernel, warpgroup, work, o, inverse);
-      return;
     }
+    if (p.partial_out == nullptr || (done && row0 + 64 <= p.final_rows)) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(warpgroup_thread()) + 8 * i;

@@ -6,7 +6,7 @@
 //       exp(lse), while the first scores are computed; the online softmax goes on from there, so
 //       that the merge costs no arithmetic.
 // Memory: fp32 out and lse are read and written in place, 8 bytes an element; the first step reads
-//       neither, the last one writes 16-bit out instead.
+//       neither; rows that are done are written as 16-bit out instead.
 // Limits: those of flash_fwd.cu; no cu_seqlens.
 #include "attn_fwd_launch.cuh"
 

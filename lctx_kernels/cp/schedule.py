@@ -152,6 +152,32 @@ class Schedule:
         edges = ((call.q0, call.q1) for call in self.calls[rank][rank])
         return _tile(edges, self.plan.lengths[rank])
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def final_rows(self, rank: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        """Per step and call, how many of its first rows no later call has; the rows left over.
+
+        Every row is among the first ones of the last call that has it, or left over.
+        """
+        order = [
+            (step, call)
+            for step in range(self.plan.world_size)
+            for call in self.calls[rank][self.source(rank, step)]
+        ]
+        edges = sorted({0, self.plan.lengths[rank], *(e for _, c in order for e in (c.q0, c.q1))})
+        last = [-1] * len(edges)  # the last call that has rows from an edge to the next
+        for index, (_, call) in enumerate(order):
+            for at in range(bisect.bisect_left(edges, call.q0), bisect.bisect_left(edges, call.q1)):
+                last[at] = index
+        counts: list[list[int]] = [[] for _ in range(self.plan.world_size)]
+        for index, (step, call) in enumerate(order):
+            at = bisect.bisect_left(edges, call.q0)
+            while last[at] == index:
+                last[at] = -2
+                at += 1
+            counts[step].append(edges[at] - call.q0)
+        spans = zip(edges, edges[1:], last, strict=False)
+        return counts, [(begin, end) for begin, end, owner in spans if owner != -2]
+
     @functools.lru_cache(maxsize=1024)  # noqa: B019
     def keys_once(self, rank: int, source: int) -> bool:
         """Whether the calls of `rank` have all keys of `source` that are there exactly once."""
@@ -165,15 +191,6 @@ class Schedule:
     def row_starts(self, rank: int) -> frozenset[int]:
         """First rows of all calls."""
         return frozenset(call.q0 for calls in self.calls[rank] for call in calls)
-
-    def rounding_step(self, rank: int) -> int:
-        """The last step with calls, if its last call covers all rows of `rank`; else -1."""
-        for step in reversed(range(self.plan.world_size)):
-            calls = self.calls[rank][self.source(rank, step)]
-            if calls:
-                whole = (calls[-1].q0, calls[-1].q1) == (0, self.plan.lengths[rank])
-                return step if whole else -1
-        return -1
 
     def pairs(self, rank: int, source: int) -> int:
         """(query, key) pairs that `rank` computes on the keys of `source`."""

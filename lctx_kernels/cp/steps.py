@@ -142,45 +142,48 @@ def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Te
     """out (B, L, Hq, Dv) and lse (B, Hq, L) of one rank's queries over the keys of all."""
     stat = stat_dtype(q.dtype)
     (B, L, Hq, _), Dv = q.shape, v.shape[-1]
-    carry = q.new_empty(B, L, Hq, Dv, dtype=stat)
+    carry, out = q.new_empty(B, L, Hq, Dv, dtype=stat), q.new_empty(B, L, Hq, Dv)
     lse = q.new_empty(B, Hq, L, dtype=stat)
     first = at.schedule.first_step_fills(at.rank)
     if not first:
         lse.fill_(-torch.inf)
     ring = KeyRing(at, "forward kv", Memory(at, k, v), k, v)
-    rounding, out = at.schedule.rounding_step(at.rank), None
+    counts, left_over = at.schedule.final_rows(at.rank)
     for step in range(at.world_size):
         source = at.schedule.source(at.rank, step)
         ticket = ring.post(step)
-        last = step == rounding
         if step == 0:
             calls: Sequence[Call] = at.schedule.calls[at.rank][source]
-            out = _forward_calls(at, calls, q, k, v, carry, lse, last, first)
+            _forward_calls(at, calls, counts[0], q, k, v, carry, lse, out, first)
         elif ring.held is not None:
             calls = at.schedule.wire_calls(at.rank, source)
-            some = _forward_calls(at, calls, q, ring.held.k, ring.held.v, carry, lse, last)
-            out = some if last else out
+            keys, values = ring.held.k, ring.held.v
+            _forward_calls(at, calls, counts[step], q, keys, values, carry, lse, out, False)
         if ticket is not None:
             yield ticket
         ring.turn()
-    return carry.to(q.dtype) if out is None else out, lse
+    for begin, end in left_over:
+        out[:, begin:end] = carry[:, begin:end]
+    return out, lse
 
 
 def _forward_calls(
-    at: Rank, calls: Sequence[Call], q: Tensor, k: Tensor, v: Tensor, carry: Tensor, lse: Tensor,
-    last: bool, first: bool = False,
-) -> Tensor | None:  # fmt: skip
-    """With `last`, what the last call returns: the result, rounded by the kernel.
+    at: Rank, calls: Sequence[Call], counts: Sequence[int], q: Tensor, k: Tensor, v: Tensor,
+    carry: Tensor, lse: Tensor, out: Tensor, first: bool,
+) -> None:  # fmt: skip
+    """Of every call the first `count` rows are done: they are rounded and go to `out`.
 
     With `first`, every row belongs to one call and carries nothing.
     """
-    out = None
-    for index, (q0, q1, k0, k1, causal, window, start) in enumerate(calls):
-        out = torch.ops.lctx.flash_carry(
+    for call, count in zip(calls, counts, strict=True):
+        q0, q1, k0, k1, causal, window, start = call
+        in_kernel = count if q.is_cuda or count == q1 - q0 else 0
+        torch.ops.lctx.flash_carry(
             q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], carry[:, q0:q1], lse[:, :, q0:q1], causal,
-            at.scale, window, 0, start, last and index == len(calls) - 1, first,
+            at.scale, window, 0, start, False, first, out[:, q0:q1], in_kernel,
         )  # fmt: skip
-    return out if last else None
+        if in_kernel < count:
+            out[:, q0 : q0 + count] = carry[:, q0 : q0 + count]
 
 
 class Saved(NamedTuple):

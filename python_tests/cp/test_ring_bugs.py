@@ -124,8 +124,18 @@ BUGS = {
     ),
     "keys used before they are there": (
         steps,
-        "if ticket is not None:\n            yield ticket\n        ring.turn()\n    return carry",
-        "if step == -1:\n            yield ticket\n        ring.turn()\n    return carry",
+        "if ticket is not None:\n            yield ticket\n        ring.turn()\n    for begin",
+        "if step == -1:\n            yield ticket\n        ring.turn()\n    for begin",
+    ),
+    "rows rounded by their first call": (
+        schedule,
+        "                last[at] = index\n",
+        "                last[at] = index if last[at] < 0 else last[at]\n",
+    ),
+    "rows that no call ends with forgotten": (
+        steps,
+        "for begin, end in left_over:",
+        "for begin, end in ():",
     ),
     "gradients used before they are there": (
         steps,
