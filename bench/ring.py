@@ -46,7 +46,7 @@ DOCUMENTS = (  # two batches of packed documents of 12k to 24k tokens
     (12288, 23040, 17920, 14080, 20992, 16000, 24000, 12800),
     (19200, 13312, 22272, 15104, 18176, 23808, 12544),
 )
-MILLION = Shape(2**20, Hq=8, Hkv=2, D=128, dtype="bf16")
+MILLION = Shape(2**20, Hq=4, Hkv=1, D=128, dtype="bf16")
 HOP_SECONDS = 12e-6  # of the host
 HOPS = 2000
 TOLERANCE = 1e-2  # relative RMS against one GPU: two results rounded to bf16
@@ -173,11 +173,11 @@ def forward_and_backward(
     plan = cp.make_plan(shape.T, ranks.world_size)
     sizes = ((shape.B, plan.lengths[ranks.rank], h, shape.D) for h in (shape.Hq, *[shape.Hkv] * 2))
     x = [torch.randn(s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in sizes]
-    found = {}
-    given = choose(dist.group.WORLD, x[0].device, transport)
+    found, group = {}, dist.new_group(backend="nccl")  # whose memory no other call has made larger
+    given = choose(group, x[0].device, transport)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = ring_attention(*x, plan=plan, transport=transport)
+    out = ring_attention(*x, plan=plan, group=group, transport=transport)
     kept = torch.cuda.memory_allocated() - before  # out and lse, for the backward
     found["fwd"] = torch.cuda.max_memory_allocated() - before - kept + given.memory_bytes
     dout = torch.randn_like(out)
@@ -185,7 +185,7 @@ def forward_and_backward(
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     grads = torch.autograd.grad(out, x, dout)
-    cp.synchronize()
+    cp.synchronize(group)
     torch.cuda.synchronize()
     kept = sum(g.nbytes for g in grads)
     found["bwd"] = torch.cuda.max_memory_allocated() - before - kept + given.memory_bytes
@@ -258,7 +258,7 @@ def run_group(group: Group, ranks: Ranks, seconds: float, peak: float) -> list[R
         done = len(samples["flash"])
         for row in timed[done % len(timed) :] + timed[: done % len(timed)]:
             samples[row.candidate].append(ranks.sample(calls[row.candidate]))
-        enough = done >= 10 or (done >= 2 and time.perf_counter() - begin > seconds)
+        enough = done >= 10 or (done >= 1 and time.perf_counter() - begin > seconds)
         if any(ranks.gather(enough)):
             break
     work = flops("flash", group.shape, group.pass_, {})

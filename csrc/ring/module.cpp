@@ -128,12 +128,6 @@ PYBIND11_MODULE(_ring, m) {
   py::class_<Ring>(m, "Ring")
       .def("post", &post)
       .def(
-          "copy",
-          [](Ring& ring, uint64_t stream, int phase, uint64_t to, uint64_t from, int64_t bytes) {
-            ring.copy(stream_of(stream), phase, to, from, bytes);
-          },
-          release())
-      .def(
           "wait", [](Ring& ring, int64_t n, uint64_t stream) { ring.wait(n, stream_of(stream)); },
           release())
       .def("done", &Ring::done, release())

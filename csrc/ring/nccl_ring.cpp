@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
 
@@ -55,6 +56,10 @@ void check(Result result, const char* what, Comm comm) {
 }
 
 }  // namespace nccl
+
+namespace {
+constexpr auto kPatience = std::chrono::seconds(2);
+}
 
 NcclRing::NcclRing(int rank, int world_size, const std::vector<std::string>& ids, int max_ctas)
     : Ring(rank, world_size) {
@@ -125,6 +130,8 @@ void NcclRing::warm_up() {
 }
 
 void NcclRing::enqueue(Hop& hop, CUstream stream) {
+  const std::lock_guard<std::timed_mutex> own(using_);
+  if (aborted_) throw std::runtime_error("the communicator was given up");
   const nccl::Comm comm = comms_[hop.channel()];
   LCTX_NCCL(ncclGroupStart);
   for (const Message& m : hop.sends) {
@@ -140,8 +147,12 @@ void NcclRing::enqueue(Hop& hop, CUstream stream) {
 
 void NcclRing::release(const std::vector<Hop*>&) {
   if (aborted_) return;
-  aborted_ = true;
   driver().cuStreamSynchronize_(rescue_);  // what fills the missing data comes first
+  // One at a time in a process, and not under a hop, unless that one hangs as well.
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> turn(one_at_a_time);
+  std::unique_lock<std::timed_mutex> own(using_, kPatience);
+  aborted_ = true;
   for (nccl::Comm comm : comms_) nccl::api().ncclCommAbort(comm);
 }
 

@@ -38,6 +38,7 @@ class NcclRing : public Ring {
   nccl::Comm comms_[kChannels] = {};
   void* handles_[kChannels] = {};
   void* memory_ = nullptr;
+  std::timed_mutex using_;  // the communicators: none may be given up while a hop is enqueued
   bool aborted_ = false;
 };
 

@@ -75,22 +75,6 @@ int64_t Ring::post(CUstream stream, Hop posted) {
   return hop->number;
 }
 
-void Ring::copy(CUstream stream, int phase, CUdeviceptr to, CUdeviceptr from, int64_t bytes) {
-  const std::lock_guard<std::mutex> order(posting_);
-  CUevent ready = nullptr;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    throw_if_failed();
-    ready = take_event();
-  }
-  const CUstream own = channels_[Hop::channel_of(phase)];
-  LCTX_CU(cuEventRecord, ready, stream);
-  LCTX_CU(cuStreamWaitEvent, own, ready, 0);
-  LCTX_CU(cuMemcpyDtoDAsync, to, from, static_cast<size_t>(bytes), own);
-  const std::lock_guard<std::mutex> lock(mutex_);
-  free_events_.push_back(ready);  // who waits for it does so already
-}
-
 void Ring::wait(int64_t number, CUstream stream) {
   CUevent done = nullptr;
   {
@@ -132,11 +116,10 @@ void Ring::abort(const std::string& reason) {
 void Ring::close() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (closing_) return;
     closing_ = true;
     changed_.notify_all();
   }
-  watchdog_.join();
+  if (watchdog_.joinable()) watchdog_.join();
 }
 
 std::vector<Hop> Ring::log() {

@@ -11,11 +11,11 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
+#include <unordered_map>
 #include <vector>
 
 #include "driver.h"
@@ -42,22 +42,19 @@ struct Hop {
   // How many messages of its channel each peer has taken and sent when this hop is done.
   std::vector<uint32_t> send_counts, recv_counts;
 
-  int channel() const { return channel_of(phase); }
-  static int channel_of(int phase) { return phase == 2 ? 1 : 0; }
+  int channel() const { return phase == 2 ? 1 : 0; }
 };
 
 class Ring {
  public:
   Ring(int rank, int world_size);
-  virtual ~Ring() = default;
+  virtual ~Ring() { close(); }
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
 
   // Starts a hop after what `stream` has been given so far; returns its number. Throws
   // std::runtime_error after a failure.
   int64_t post(CUstream stream, Hop hop);
-  // Copies on the hop's channel, after what `stream` has been given so far, before later hops.
-  void copy(CUstream stream, int phase, CUdeviceptr to, CUdeviceptr from, int64_t bytes);
   // Lets `stream` wait for the hop. Throws std::runtime_error after a failure.
   void wait(int64_t number, CUstream stream);
   bool done(int64_t number);
@@ -65,7 +62,8 @@ class Ring {
   void synchronize();
   // Gives up every hop under way.
   void abort(const std::string& reason);
-  // Ends the watchdog; a hop under way is given up. Every subclass calls it in its destructor.
+  // Ends the watchdog; a hop under way is given up. Every subclass calls it in its destructor,
+  // where its release() still is.
   void close();
 
   std::vector<Hop> log();
@@ -103,7 +101,7 @@ class Ring {
   std::mutex mutex_;    // of everything below; never held where a call may wait for the GPU
   std::condition_variable changed_;
   std::deque<Pending> pending_[kChannels];
-  std::map<int64_t, CUevent> tickets_;  // of hops under way, their `done`
+  std::unordered_map<int64_t, CUevent> tickets_;  // of hops under way, their `done`
   std::vector<CUevent> free_events_;
   std::deque<std::shared_ptr<Hop>> log_;
   double front_since_[kChannels] = {};  // when the first pending hop was found ready

@@ -21,8 +21,10 @@ def choose(group: Any, device: torch.device, kind: str, timeout: float = 0.0) ->
     can use of "p2p", "nccl" and "pg".
     """
     if kind == "auto":
-        chosen = _CHOSEN.get(group) if device.type == "cuda" and group.size() > 1 else "pg"
-        if chosen is None:
+        if device.type != "cuda" or group.size() == 1:
+            return transport_of(group, device)
+        known, chosen = _CHOSEN.get(group.group_name, (None, ""))
+        if known is None or known() is not group:
             return _first_that_works(group, device, timeout)
         kind = chosen
     if kind == "pg":
@@ -30,7 +32,7 @@ def choose(group: Any, device: torch.device, kind: str, timeout: float = 0.0) ->
     return known_transport(group, device, kind, lambda: KINDS[kind](group, device, timeout))
 
 
-_CHOSEN: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_CHOSEN: dict[str, tuple[weakref.ref[Any], str]] = {}
 
 
 def _first_that_works(group: Any, device: torch.device, timeout: float) -> GroupTransport:
@@ -38,9 +40,9 @@ def _first_that_works(group: Any, device: torch.device, timeout: float) -> Group
         for kind in KINDS:
             with contextlib.suppress(NotImplementedError):  # on every rank, as they have agreed
                 transport = choose(group, device, kind, timeout)
-                _CHOSEN[group] = kind
+                _CHOSEN[group.group_name] = weakref.ref(group), kind
                 return transport
-    _CHOSEN[group] = "pg"
+    _CHOSEN[group.group_name] = weakref.ref(group), "pg"
     return transport_of(group, device)
 
 

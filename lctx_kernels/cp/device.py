@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import functools
 import json
 import socket
 import time
@@ -25,6 +26,7 @@ from .process_group import GroupTransport, Ticket, _store
 from .transport import Hop, RingError
 
 PHASES = ("forward kv", "backward kv", "backward dkv")
+CODES = {phase: code for code, phase in enumerate(PHASES)}
 CHANNELS_WANTED = 2  # NCCL's blocks for a hop; registered, each moves 40 GB/s both ways
 
 
@@ -93,6 +95,10 @@ class DeviceTransport(GroupTransport):
         """Whether it is so on every rank."""
         return all(n == b"1" for n in self._exchange(what, b"1" if succeeded else b"0"))
 
+    @functools.cached_property
+    def _post(self) -> Any:
+        return self.ring.post
+
     # ---- memory ----
 
     @property
@@ -147,29 +153,17 @@ class DeviceTransport(GroupTransport):
 
     # ---- hops ----
 
-    def pack(self, phase: str, to: Tensor, rows: Tensor) -> None:
-        """As Transport: on the stream of the hop, where the copy hides as well."""
-        if not (to.is_contiguous() and rows.is_contiguous()):
-            to.copy_(rows)
-            return
-        try:
-            self.ring.copy(
-                self.stream, PHASES.index(phase), to.data_ptr(), rows.data_ptr(), rows.nbytes
-            )
-        except RuntimeError as error:
-            raise self._failed(error) from error
-
     def post(self, hop: Hop) -> Any:
         """As Transport; raises RingError after a failure."""
-        sends = [
-            (peer, x.data_ptr(), x.nbytes, place)
-            for (peer, x), place in zip(hop.sends, hop.places, strict=True)
-        ]
-        recvs = [(peer, x.data_ptr(), x.nbytes, 0) for peer, x in hop.recvs]
+        sends, recvs, places = [], [], iter(hop.places)
+        for peer, x in hop.sends:
+            sends.append((peer, x.data_ptr(), x.nbytes, next(places)))
+        for peer, x in hop.recvs:
+            recvs.append((peer, x.data_ptr(), x.nbytes, 0))
         try:
-            return self.ring.post(
-                self.stream, self.call_number, PHASES.index(hop.phase), hop.step, hop.part, sends,
-                recvs, self.timeout,
+            return self._post(
+                self.stream, self.call_number, CODES[hop.phase], hop.step, hop.part, sends, recvs,
+                self.timeout,
             )  # fmt: skip
         except RuntimeError as error:
             raise self._failed(error) from error

@@ -148,10 +148,6 @@ class GroupTransport:
         """As Transport."""
         return torch.empty(size, dtype=torch.uint8, device=device)
 
-    def pack(self, phase: str, to: Tensor, rows: Tensor) -> None:
-        """As Transport."""
-        to.copy_(rows)
-
     def _entry(self, hop: Hop) -> dict[str, Any]:
         entry = {
             "call": self.call_number, "phase": hop.phase, "step": hop.step, "part": hop.part,

@@ -104,8 +104,8 @@ class KeyRing:
         if at.schedule.last[at.rank] > 0:
             self.held = memory.wire(memory.own.own, at.schedule.wire_rows(at.rank), k, v)
             for own, packed in _intervals(at.schedule.wire[at.rank]):
-                at.transport.pack(phase, self.held.k[:, packed], k[:, own])
-                at.transport.pack(phase, self.held.v[:, packed], v[:, own])
+                self.held.k[:, packed] = k[:, own]
+                self.held.v[:, packed] = v[:, own]
         self.arriving: Wire | None = None
 
     def _place(self, rank: int, step: int) -> int:

@@ -54,9 +54,6 @@ class Transport(Protocol):
     def memory(self, size: int, device: torch.device) -> Tensor:
         """(size,) uint8, which all buffers of a call's hops are parts of; every rank asks."""
 
-    def pack(self, phase: str, to: Tensor, rows: Tensor) -> None:
-        """Copy rows into what hops of that phase send."""
-
     def post(self, hop: Hop) -> Any:
         """Start the exchange; returns its ticket."""
 
@@ -175,11 +172,6 @@ class SimulatedRank:
         memory = torch.empty(size, dtype=torch.uint8, device=device)
         self.simulator.memories[self.own] = memory
         return memory
-
-    @staticmethod
-    def pack(phase: str, to: Tensor, rows: Tensor) -> None:
-        """As Transport."""
-        to.copy_(rows)
 
     def post(self, hop: Hop) -> tuple[Any, ...]:
         """As Transport."""

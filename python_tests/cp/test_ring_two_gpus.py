@@ -62,8 +62,8 @@ def test_a_killed_rank(transport, phase, step):
 @pytest.mark.parametrize("transport", OWN)
 def test_a_late_rank_and_a_new_group(transport):
     """The rank that waits says so in time; the late one at its next hop, or when it waits."""
-    found = run_ranks_well(workers.late_and_again, 2, transport, 6, TIMEOUT)
-    for round_ in range(6):
+    found = run_ranks_well(workers.late_and_again, 2, transport, 3, TIMEOUT)
+    for round_ in range(3):
         waiting = 1 - round_ % 2
         check_ring_error(found[waiting][round_], waiting, PHASES)
 
