@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from lctx_kernels.cp.device import KINDS
 from lctx_kernels.cp.transport import Hop
 
 from .machine import clocks_now, describe_machine, measure_peak
-from .registry import Goal, Group, Pass, Shape, flops, min_bytes
+from .registry import PASSES, Goal, Group, Shape, flops, min_bytes
 from .results import Document, GoalResult, MemoryRow, Row, default_path, goal_results
 from .run import show_goals, show_rows
 from .timing import FLUSH_BYTES, LAUNCH_AHEAD_CYCLES, describe_error
@@ -52,31 +52,34 @@ HOPS = 2000
 TOLERANCE = 1e-2  # relative RMS against one GPU: two results rounded to bf16
 
 
-def groups(transports: list[str], lengths: list[int], documents: bool) -> Iterator[Group]:
-    """Every shape and pass; the first transport has the goals."""
+def groups(transports: list[str], lengths: list[int], documents: bool) -> list[Group]:
+    """Every shape and pass, the longest last; the first transport has the goals."""
     names = tuple(f"ring-{transport}" for transport in transports)
-    passes: tuple[Pass, ...] = ("fwd", "fwd_bwd")
+    short, packed, long = [], [], []
     for T in lengths:
         for heads in HEADS if WANTED[T] != (None, None) else HEADS[:1]:
             shape = Shape(T, Hq=heads[0], Hkv=heads[1], D=128, dtype="bf16")
-            for pass_, wanted in zip(passes, WANTED[T], strict=True):
+            for pass_, wanted in zip(PASSES, WANTED[T], strict=True):
                 if T > LONGEST_BACKWARD and pass_ != "fwd":
                     continue
                 goals = ()
                 if wanted is not None:
                     goals = (Goal(names[0], "flash", *wanted, label=f"ring, {pass_}"),)
                 rings = names if T < ONE_TRANSPORT else names[:1]
-                yield Group(shape, pass_, ("flash", *rings), goals)
+                group = Group(shape, pass_, ("flash", *rings), goals)
+                (short if T < ONE_TRANSPORT else long).append(group)
         if T < ONE_TRANSPORT:
             shape = Shape(T, Hq=HEADS[0][0], Hkv=HEADS[0][1], D=128, dtype="bf16")
-            yield Group(shape, "fwd_bwd", ("flash", names[0]), (), (("deterministic", True),))
-    if documents:
-        for i, lengths_of in enumerate(DOCUMENTS):
-            shape = Shape(sum(lengths_of), Hq=32, Hkv=8, D=128, dtype="bf16")
-            for pass_ in passes:
-                goals = (Goal(names[0], "flash", 1.7, label=f"documents, {pass_}"),)
-                options = (("documents", i),)
-                yield Group(shape, pass_, ("flash", *names[:1]), goals, options)
+            always = (("deterministic", True),)
+            packed.append(Group(shape, "fwd_bwd", ("flash", names[0]), (), always))
+    for i, lengths_of in enumerate(DOCUMENTS if documents else ()):
+        shape = Shape(sum(lengths_of), Hq=32, Hkv=8, D=128, dtype="bf16")
+        for pass_ in PASSES:
+            goals = (Goal(names[0], "flash", 1.7, label=f"documents, {pass_}"),)
+            options = (("documents", i),)
+            packed.append(Group(shape, pass_, ("flash", names[0]), goals, options))
+    packed.sort(key=lambda group: not group.goals)
+    return [*short, *packed, *long]
 
 
 class Ranks:
@@ -301,8 +304,14 @@ def main(arguments: list[str] | None = None) -> int:
     peak = measure_peak("cuda", torch.bfloat16)
     document.peak_flops = {"bf16": statistics.mean(ranks.gather(peak))}
     transports = options.transports.split(",")
-    plan = groups(transports, lengths, not options.no_documents)
-    for number, group in enumerate(plan, 1):
+    path = default_path(machine["kind"], "ring") if options.save and ranks.rank == 0 else None
+    for transport in [t for t in transports if t in KINDS]:
+        row, goal = hop_row(ranks, transport)
+        document.rows.append(row)
+        document.goals.append(goal)
+    for number, group in enumerate(groups(transports, lengths, not options.no_documents), 1):
+        if group.shape.T >= ONE_TRANSPORT and "documents" not in dict(group.options):
+            measure_memory(document, ranks, options.no_memory, transports[0])
         rows = run_group(group, ranks, options.seconds, document.peak_flops["bf16"])
         goals = goal_results(group, rows)
         for result in (*rows, *goals):
@@ -312,26 +321,30 @@ def main(arguments: list[str] | None = None) -> int:
         if ranks.rank == 0:
             show_rows(group, rows, goals)
             sys.stdout.flush()
+        if path is not None and not document.failed:
+            document.save(path)  # as far as it has come
         torch.cuda.empty_cache()
-    for transport in [t for t in transports if t in KINDS]:
-        row, goal = hop_row(ranks, transport)
-        document.rows.append(row)
-        document.goals.append(goal)
-    if not options.no_memory:
-        document.memory = memory_rows(ranks, transports[0])
+    measure_memory(document, ranks, options.no_memory, transports[0])
     document.machine |= clocks_now("cuda")
     if ranks.rank == 0:
         show_goals(document)
-        for memory in document.memory:
-            print(f"  {memory.candidate} {memory.pass_}: {memory.extra_bytes} bytes at"
-                  f" {memory.lengths} tokens, promised {memory.promised_bytes}")  # fmt: skip
         print(*document.failed, sep="\n")
-        if options.save and not document.failed:
-            path = default_path(machine["kind"], "ring")
-            document.save(path)
-            print(f"wrote {path}")
+    if path is not None and not document.failed:
+        document.save(path)
+        print(f"wrote {path}")
     dist.barrier(group=ranks.host)
     os._exit(1 if document.failed else 0)
+
+
+def measure_memory(document: Document, ranks: Ranks, skip: bool, transport: str) -> None:
+    """Once, before the longest shapes."""
+    if skip or document.memory:
+        return
+    document.memory = memory_rows(ranks, transport)
+    torch.cuda.empty_cache()
+    for memory in document.memory if ranks.rank == 0 else ():
+        print(f"  {memory.candidate} {memory.pass_}: {memory.extra_bytes} bytes at"
+              f" {memory.lengths} tokens, promised {memory.promised_bytes}")  # fmt: skip
 
 
 if __name__ == "__main__":
