@@ -33,7 +33,10 @@ def _softmax_fwd(a: SimpleNamespace) -> tuple[Tensor, ...]:
 
 
 def _softmax_bwd(a: SimpleNamespace) -> tuple[Tensor, ...]:
-    return _like(a.q, a.k, a.v)
+    return tuple(
+        x.new_empty(x.shape if getattr(a, f"needs_{name}", True) else (0,))
+        for name, x in (("q", a.q), ("k", a.k), ("v", a.v))
+    )
 
 
 def _infini_fwd(a: SimpleNamespace) -> tuple[Tensor, ...]:
@@ -139,8 +142,9 @@ def _overload(op: str) -> Any:
 
 def _register_fake(op: str, fake: Fake) -> None:
     names = ARGUMENTS[op]
+    # Arguments that have their default value are not passed.
     torch.library.register_fake(
-        f"lctx::{op}", lambda *args: fake(SimpleNamespace(**dict(zip(names, args, strict=True))))
+        f"lctx::{op}", lambda *args: fake(SimpleNamespace(**dict(zip(names, args, strict=False))))
     )
 
 

@@ -212,17 +212,27 @@ void set_saved(const Call& call, const Arg& out, const Tensor& lse, AttnParams& 
 
 std::tuple<Tensor, Tensor, Tensor> set_grads(const Call& call, const Tensor& dout,
                                              const OptTensor& dlse, const AttnParams& params,
-                                             AttnGrads& grads) {
+                                             AttnGrads& grads, const Wanted& wanted) {
   const AttnShape& s = params.shape;
   grads.dout = call.rows(LCTX_ARG(dout), {s.B, s.Tq, s.Hq, s.Dv});
   grads.dlse = call.stat(LCTX_ARG(dlse), {s.B, s.Hq, s.Tq});
-  Tensor dq = call.new_rows({s.B, s.Tq, s.Hq, s.Dk});
-  Tensor dk = call.new_rows({s.B, s.Tk, s.Hkv, s.Dk});
-  Tensor dv = call.new_rows({s.B, s.Tk, s.Hkv, s.Dv});
-  grads.dq = view(dq);
-  grads.dk = view(dk);
-  grads.dv = view(dv);
+  const auto allocate = [&](bool any, Shape shape, TensorView& gradient) {
+    Tensor tensor = call.new_rows(any ? std::move(shape) : Shape{0});
+    if (any) gradient = view(tensor);
+    return tensor;
+  };
+  const bool keys = wanted.k || wanted.v;
+  Tensor dq = allocate(wanted.q, {s.B, s.Tq, s.Hq, s.Dk}, grads.dq);
+  Tensor dk = allocate(keys, {s.B, s.Tk, s.Hkv, s.Dk}, grads.dk);
+  Tensor dv = allocate(keys, {s.B, s.Tk, s.Hkv, s.Dv}, grads.dv);
   return {dq, dk, dv};
+}
+
+std::tuple<Tensor, Tensor, Tensor> only(const Call& call, const Wanted& wanted,
+                                        const std::tuple<Tensor, Tensor, Tensor>& all) {
+  const auto& [dq, dk, dv] = all;
+  const auto or_empty = [&](bool any, const Tensor& x) { return any ? x : call.new_rows({0}); };
+  return {or_empty(wanted.q, dq), or_empty(wanted.k, dk), or_empty(wanted.v, dv)};
 }
 
 }  // namespace lctx::api

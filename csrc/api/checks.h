@@ -106,9 +106,16 @@ void set_attention(const Call& call, const Tensor& q, const Tensor& k, const Ten
 std::tuple<Tensor, Tensor> set_outputs(const Call& call, AttnParams& params);
 // Checks what every backward reads; `out` and `lse` are those of the forward.
 void set_saved(const Call& call, const Arg& out, const Tensor& lse, AttnParams& params);
-// Checks dout and dlse and allocates dq (like q), dk, dv.
+// Gradients that are wanted; the others are returned as empty tensors.
+struct Wanted {
+  bool q = true, k = true, v = true;
+};
+// Checks dout and dlse and allocates dq (like q), dk, dv: dk and dv if one of them is wanted.
 std::tuple<Tensor, Tensor, Tensor> set_grads(const Call& call, const Tensor& dout,
                                              const OptTensor& dlse, const AttnParams& params,
-                                             AttnGrads& grads);
+                                             AttnGrads& grads, const Wanted& wanted = {});
+// dq, dk and dv, those that nobody wants empty.
+std::tuple<Tensor, Tensor, Tensor> only(const Call& call, const Wanted& wanted,
+                                        const std::tuple<Tensor, Tensor, Tensor>& all);
 
 }  // namespace lctx::api

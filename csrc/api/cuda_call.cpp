@@ -32,9 +32,13 @@ bool zero_if_empty(const AttnParams& params, const AttnGrads& grads, cuda::Strea
   const AttnShape& s = params.shape;
   if (s.B * s.Tq * s.Tk != 0) return false;
   const int64_t queries = s.B * s.Tq * s.Hq, keys = s.B * s.Tk * s.Hkv;
-  cuda::zero(grads.dq.data, queries * s.Dk * dtype_size(s.dtype), stream);
-  cuda::zero(grads.dk.data, keys * s.Dk * dtype_size(s.dtype), stream);
-  cuda::zero(grads.dv.data, keys * s.Dv * dtype_size(s.dtype), stream);
+  const auto zero = [&](const TensorView& gradient, int64_t elements) {
+    if (gradient.data == nullptr) return;  // not wanted
+    cuda::zero(gradient.data, elements * dtype_size(s.dtype), stream);
+  };
+  zero(grads.dq, queries * s.Dk);
+  zero(grads.dk, keys * s.Dk);
+  zero(grads.dv, keys * s.Dv);
   return true;
 }
 

@@ -56,18 +56,21 @@ std::tuple<Tensor, Tensor> flash_fwd(const Tensor& q, const Tensor& k, const Ten
 }
 
 #ifdef LCTX_WITH_CUDA
+// dQ comes with dK and dV, or from a kernel of its own.
 void flash_bwd_cuda(const Call& call, const FlashParams& params, const AttnGrads& grads,
-                    bool fused) {
+                    bool deterministic) {
   const CudaCall gpu(call);
   if (zero_if_empty(params, grads, gpu.stream())) return;
   check_bwd(call, params, grads, 256);
+  const bool queries = grads.dq.data != nullptr, keys = grads.dk.data != nullptr;
+  const bool fused = queries && keys && !deterministic && params.shape.Dk <= 128;
   const BwdBuffers buffers(call, params.shape, fused ? cuda::flash_dq_sum_floats(params.shape) : 0);
   const cuda::BwdScratch& scratch = buffers.scratch;
   cuda::launch_bwd_rows(params, grads, scratch, buffers.dq_floats, gpu.stream());
-  cuda::launch_flash_bwd(params, grads, scratch, fused, gpu.num_sms(), gpu.stream());
+  if (keys) cuda::launch_flash_bwd(params, grads, scratch, fused, gpu.num_sms(), gpu.stream());
   if (fused) {
     cuda::launch_unpack_dq(params, grads, scratch.dq_sum, gpu.stream());
-  } else {
+  } else if (queries) {
     cuda::launch_flash_dq(params, grads, scratch.lse2, scratch.delta, scratch.counter,
                           gpu.num_sms(), gpu.stream());
   }
@@ -78,22 +81,25 @@ std::tuple<Tensor, Tensor, Tensor> flash_bwd(const Tensor& dout, const OptTensor
                                              const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Tensor& out, const Tensor& lse,
                                              const OptTensor& cu_seqlens, bool causal, double scale,
-                                             int64_t window, [[maybe_unused]] bool deterministic) {
+                                             int64_t window, [[maybe_unused]] bool deterministic,
+                                             bool needs_q, bool needs_k, bool needs_v) {
   const Call call("lctx::flash_bwd",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(out), LCTX_ARG(lse),
                    LCTX_ARG(dout), LCTX_ARG(dlse), LCTX_ARG(cu_seqlens)});
   FlashParams params = make_params(call, q, k, v, cu_seqlens, causal, scale, window);
   set_saved(call, LCTX_ARG(out), lse, params);
   AttnGrads grads;
-  auto results = set_grads(call, dout, dlse, params, grads);
+  const Wanted wanted{needs_q, needs_k, needs_v};
 #ifdef LCTX_WITH_CUDA
   if (call.is_cuda()) {
-    flash_bwd_cuda(call, params, grads, !deterministic && params.shape.Dk <= 128);
-    return results;
+    auto results = set_grads(call, dout, dlse, params, grads, wanted);
+    flash_bwd_cuda(call, params, grads, deterministic);
+    return only(call, wanted, results);
   }
 #endif
+  auto results = set_grads(call, dout, dlse, params, grads);  // the CPU has one kernel for all
   cpu::flash_bwd(params, grads, thread_pool());
-  return results;
+  return only(call, wanted, results);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // All op schemas on one screen. Kernels are attached in the file of their family, fake kernels and
 // autograd in lctx_kernels/_ops.py. A backward is an op of its own; statistics (lse, M, z) are fp32
-// (fp64 for fp64 inputs).
+// (fp64 for fp64 inputs). needs_X: whether the gradient of X is wanted; else it is empty.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(lctx, m) {
@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "-> (Tensor out, Tensor lse)");
   m.def(
       "flash_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
-      "lse, Tensor? cu_seqlens, bool causal, float scale, int window, bool deterministic) "
+      "lse, Tensor? cu_seqlens, bool causal, float scale, int window, bool deterministic, bool "
+      "needs_q=True, bool needs_k=True, bool needs_v=True) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 
   // One step of a ring: (carry_out, lse) in fp32 takes in attention over k, v, whose first position

@@ -11,7 +11,24 @@ struct PipelineState {
   uint32_t step = 0;
   __device__ __forceinline__ uint32_t stage() const { return step % kStages; }
   __device__ __forceinline__ uint32_t phase() const { return step / kStages & 1; }
+  __device__ __forceinline__ uint32_t parity() const { return step & 1; }
   __device__ __forceinline__ void advance() { ++step; }
+};
+
+// The same for numbers of stages that are not powers of two, without a division on the way from a
+// wait to the next product. Two registers.
+template <int kStages>
+struct CountedState {
+  uint32_t index = 0;
+  uint32_t parities = 0;  // bit 0 of the step, bit 1 of the phase
+  __device__ __forceinline__ uint32_t stage() const { return index; }
+  __device__ __forceinline__ uint32_t phase() const { return parities >> 1; }
+  __device__ __forceinline__ uint32_t parity() const { return parities & 1; }
+  __device__ __forceinline__ void advance() {
+    const bool last = index == kStages - 1;
+    index = last ? 0 : index + 1;
+    parities ^= last ? 3 : 1;
+  }
 };
 
 // full[s]: one arrival by the producer plus the copied bytes; empty[s]: one arrival per consumer
@@ -34,21 +51,22 @@ struct Pipeline {
   }
 
   // Producer: waits for the stage to be free (the first round falls through) and announces a copy.
-  __device__ __forceinline__ uint32_t acquire(const PipelineState<kStages>& state,
-                                              uint32_t bytes) const {
+  template <class State>
+  __device__ __forceinline__ uint32_t acquire(const State& state, uint32_t bytes) const {
     ptx::mbarrier_wait(empty + state.stage() * 8, state.phase() ^ 1);
     ptx::mbarrier_arrive_expect(full + state.stage() * 8, bytes);
     return full + state.stage() * 8;
   }
 
   // `zero` must be 0: a value that the wait shall not start before (see RowState::settled).
-  __device__ __forceinline__ void wait(const PipelineState<kStages>& state,
-                                       uint32_t zero = 0) const {
+  template <class State>
+  __device__ __forceinline__ void wait(const State& state, uint32_t zero = 0) const {
     ptx::mbarrier_wait(full + state.stage() * 8, state.phase() + zero);
   }
 
   // Consumer: called by every thread, counted once a warp, after this warp's own reads.
-  __device__ __forceinline__ void release(const PipelineState<kStages>& state) const {
+  template <class State>
+  __device__ __forceinline__ void release(const State& state) const {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + state.stage() * 8);
   }
 };

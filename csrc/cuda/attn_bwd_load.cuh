@@ -28,7 +28,7 @@ struct BwdTile {
   static constexpr bool kWide = kHeadDim > 128;  // attn_bwd_wide.cuh
   static constexpr int kConsumers = 2, kBlockN = kWide ? 64 : 64 * kConsumers;
   static constexpr int kBlockM = dq_block_rows(kHeadDim), kHalves = kBlockM / 64;
-  static constexpr int kStages = kFused || kWide ? 2 : 4;
+  static constexpr int kStages = kFused ? (kHeadDim == 64 ? 2 : 3) : kWide ? 2 : 4;
   static_assert(!(kFused && kWide), "no registers for dQ");
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kKeyBytes = tile_bytes(kBlockN, kHeadDim);
@@ -73,7 +73,8 @@ struct BwdLoads {
   using KeyPipeline = Pipeline<1>;
   using KeyState = PipelineState<1>;
   using QueryPipeline = Pipeline<Traits::kStages>;
-  using QueryState = PipelineState<Traits::kStages>;
+  using QueryState =
+      std::conditional_t<Traits::kStages == 3, CountedState<3>, PipelineState<Traits::kStages>>;
   static constexpr int kQueryBarriers = Traits::kBarriers + 2 * KeyPipeline::kBytes;
   static constexpr int kDsBarrier = kQueryBarriers + 2 * QueryPipeline::kBytes;
   static constexpr int kQueue = kDsBarrier + 8;

@@ -11,7 +11,8 @@
 // Pipeline: Q with lse2, dO with delta, in kStages stages of their own barriers. Fused: dS^T goes
 //       through shared memory, since dQ sums over the keys of both warpgroups, in three buffers;
 //       dQ of a block is computed one step late, so that neither warpgroup waits for the other.
-//       Else S^T of the next block is issued with dK of this one.
+//       S^T of the next block is issued under dQ or dK of this one, and its statistics are loaded:
+//       no load from shared memory stands between two products.
 // Memory: K and V once; Q, dO, lse2 and delta once per tile (L2); dQ added once per tile (L2).
 //       Registers: 24/240, no spills: dK, dV, S^T, dP^T are 192 of them.
 // Limits: those of attn_fwd_sm90.cuh. Above D = 128 attn_bwd_wide.cuh takes the consumers' place.
@@ -28,7 +29,6 @@ struct BwdKernel : BwdLoads<Traits_> {
   using Base = BwdLoads<Traits_>;
   using Traits = Traits_;
   using Base::BwdLoads;
-  static constexpr int kTurnBarrier = 1;
 
   // Keys of a tile that a warpgroup has, and its first column of dK and dV.
   static __device__ __forceinline__ int first_key(int warpgroup) { return warpgroup * 64; }
@@ -74,7 +74,9 @@ struct BwdKernel : BwdLoads<Traits_> {
   // This warpgroup's part of dQ of the block whose dS^T is in `buffer` (dq_sum.cuh).
   __device__ __forceinline__ void issue_dq(int warpgroup, uint32_t buffer, float (&dq)[32]) const {
     const int part = warpgroup * chunk_bytes(kBlockN);
-    const uint32_t ds = smem + Traits::kDs + buffer * Traits::kDsBytes;
+    // Opaque: the compiler would keep descriptors of a buffer from one step to the next.
+    const uint32_t ds =
+        ptx::opaque(static_cast<int>(smem + Traits::kDs + buffer * Traits::kDsBytes));
     wgmma_fence();
     gemm_tn<T, 64, kBlockN>(dq, ds + (kHeadDim == 64 ? part : 0), kBlockN,
                             smem + Traits::kK + (kHeadDim == 64 ? 0 : part), kBlockN, false);
@@ -128,30 +130,61 @@ struct BwdKernel : BwdLoads<Traits_> {
         32 * j + fragment_column(threadIdx.x % 128) * 4);
   }
 
+  // lse2 or delta, loaded before the scores are there: shared memory is as busy as the tensor
+  // cores, and a load takes long.
+  __device__ __forceinline__ void load_stats(int offset, const QueryState& state, int half,
+                                             float2 (&stats)[8]) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) stats[j] = stat(offset, state, half, j);
+  }
+  __device__ __forceinline__ bool needs_mask(int warpgroup, int m) const {
+    const int2 full = ptx::load_shared_int2(aside(warpgroup) + 16);
+    return m < full.x || m >= full.y;
+  }
+  // The same scores and statistics, of the next block.
+  struct Ahead {
+    float s[kHalves][32];
+    float2 lse2[kHalves][8];
+    bool masked;
+  };
+  __device__ __forceinline__ void issue_ahead(int warpgroup, const QueryState& state,
+                                              Ahead& ahead) const {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, ahead.s[half]);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      load_stats(Traits::kLse2, state, half, ahead.lse2[half]);
+    }
+  }
+
   // S^T -> P^T, in s and packed.
-  __device__ __forceinline__ void weigh(const QueryState& state, int half, float (&s)[32],
+  __device__ __forceinline__ void weigh(const float2 (&lse2)[8], float (&s)[32],
                                         uint32_t (&weights)[4][4]) const {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float2 lse2 = stat(Traits::kLse2, state, half, j);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = s[4 * j + i];
-        x = ptx::exp2_approx(x * p.scale_log2 - (i % 2 == 0 ? lse2.x : lse2.y));
+        x = ptx::exp2_approx(x * p.scale_log2 - (i % 2 == 0 ? lse2[j].x : lse2[j].y));
       }
     }
     accumulator_to_a<T, 64>(s, weights);
   }
+  // 0, known only when all weights are there: no packed word of weights is all ones.
+  static __device__ __forceinline__ uint32_t zero_behind(const uint32_t (&weights)[4][4]) {
+    uint32_t all = ~0u;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) all &= weights[i / 4][i % 4];
+    return all == ~0u ? 1 : 0;
+  }
   // P^T and dP^T -> dS^T, packed.
-  __device__ __forceinline__ void weigh_gradient(const QueryState& state, int half,
-                                                 const float (&s)[32], float (&dp)[32],
-                                                 uint32_t (&weights)[4][4]) const {
+  __device__ __forceinline__ void weigh_gradient(const float2 (&delta)[8], const float (&s)[32],
+                                                 float (&dp)[32], uint32_t (&weights)[4][4]) const {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float2 delta = stat(Traits::kDelta, state, half, j);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (i % 2 == 0 ? delta.x : delta.y));
+        dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (i % 2 == 0 ? delta[j].x : delta[j].y));
       }
     }
     accumulator_to_a<T, 64>(dp, weights);
@@ -260,31 +293,39 @@ struct BwdKernel : BwdLoads<Traits_> {
     }
   }
 
-  // dV and dK of a block; scores of its halves are there or on their way, with `pending` groups of
-  // products issued after those of the first. `between` runs before the last product is issued.
-  template <int kPending, class Between>
+  // dV and dK of a block whose scores are there. `share` runs before the last product of a half is
+  // issued.
+  template <class Share>
   __device__ __forceinline__ void add_block(int warpgroup, int m, const QueryState& state,
-                                            float (&s)[kHalves][32], float (&dk)[kHeadDim / 2],
+                                            Ahead& ahead, float (&dk)[kHeadDim / 2],
                                             float (&dv)[kHeadDim / 2], bool started,
-                                            Between&& between) const {
+                                            Share&& share) const {
     float dp[32];
+    float2 delta[8];
     uint32_t weights[4][4], ds[4][4];
-    dout_pipe.wait(state);
-    issue_dp(warpgroup, state, 0, dp);
-    if constexpr (kPending >= 0) wgmma_wait<kPending>();
+    if constexpr (!Traits::kFused) {
+      dout_pipe.wait(state);
+      issue_dp(warpgroup, state, 0, dp);
+    }
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      const int2 full = ptx::load_shared_int2(aside(warpgroup) + 16);
-      if (m < full.x || m >= full.y) {
-        mask(warpgroup, m * kBlockM + half * 64, s[half]);
-      }
-      weigh(state, half, s[half], weights);
+      float (&s)[32] = ahead.s[half];
+      if (ahead.masked) mask(warpgroup, m * kBlockM + half * 64, s);
+      weigh(ahead.lse2[half], s, weights);
       if constexpr (Traits::kGroups) clear_landmark(warpgroup, weights);
+      if (Traits::kFused && half == 0) {
+        // dP^T takes the registers that dQ is still being added from: not before the weights.
+        dout_pipe.wait(state, zero_behind(weights));
+        load_stats(Traits::kDelta, state, half, delta);
+        issue_dp(warpgroup, state, 0, dp);
+      } else {
+        load_stats(Traits::kDelta, state, half, delta);
+      }
       issue_sum(Traits::kDout, state, half, weights, dv, started || half > 0);
       wgmma_wait<1>();
-      weigh_gradient(state, half, s[half], dp, ds);
+      weigh_gradient(delta, s, dp, ds);
       if constexpr (Traits::kGroups) set_landmark(warpgroup, state, half, ds);
-      between(half, ds);
+      share(half, ds);
       issue_sum(Traits::kQ, state, half, ds, dk, started || half > 0);
       if (half + 1 < kHalves) issue_dp(warpgroup, state, half + 1, dp);
     }
@@ -293,6 +334,7 @@ struct BwdKernel : BwdLoads<Traits_> {
   __device__ __forceinline__ void fused_steps(int warpgroup, const Turn& turn, QueryState& state,
                                               float (&dk)[kHeadDim / 2],
                                               float (&dv)[kHeadDim / 2]) const {
+    constexpr uint32_t kBuffers = Traits::kDsBuffers;
     const uint32_t ds_barrier = smem + kDsBarrier;
     int m = turn.first;
     // Blocks of dq_sum that this step belongs to, in shared memory, and the step before.
@@ -312,33 +354,38 @@ struct BwdKernel : BwdLoads<Traits_> {
       ptx::store_shared_4(aside(warpgroup) + 12, block);
       __syncwarp();
     };
-    const auto buffer_of = [](uint32_t step) { return step % Traits::kDsBuffers; };
+    const auto buffer = [&] {
+      if constexpr (kBuffers == Traits::kStages) {
+        return state.stage();
+      } else {
+        return state.step % kBuffers;
+      }
+    };
+    const auto last_buffer = [&] { return buffer() == 0 ? kBuffers - 1 : buffer() - 1; };
     bool started = false;
-    float s[kHalves][32], dq[32];
-    // The second warpgroup starts half a step behind the first: then one computes weights while the
-    // other has the tensor cores.
-    if (warpgroup == 1) ptx::named_barrier_sync(kTurnBarrier, 256);
+    float dq[32];
+    Ahead ahead;
     q_pipe.wait(state);
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+    issue_ahead(warpgroup, state, ahead);
+    ahead.masked = needs_mask(warpgroup, m);
     wgmma_wait<0>();
     for (int left = turn.steps; left > 0; --left) {
-      add_block<-1>(warpgroup, m, state, s, dk, dv, started,
-                    [&](int half, const uint32_t (&ds)[4][4]) {
-                      // Both warpgroups are through with the step before: its dS^T is whole, and
-                      // the buffer that was read two steps ago is free.
-                      if (half == 0) ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
-                      share_ds(warpgroup, buffer_of(state.step), half, ds);
-                      if (half + 1 < kHalves) return;
-                      ptx::fence_async_proxy();
-                      __syncwarp();
-                      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
-                    });
-      if (!started && warpgroup == 0) ptx::named_barrier_sync(kTurnBarrier, 256);
-      issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
+      add_block(warpgroup, m, state, ahead, dk, dv, started,
+                [&](int half, const uint32_t (&ds)[4][4]) {
+                  // Both warpgroups are through with the step before: its dS^T is whole, and the
+                  // buffer that was read two steps ago is free.
+                  if (half == 0) ptx::mbarrier_wait(ds_barrier, state.parity() ^ 1);
+                  share_ds(warpgroup, buffer(), half, ds);
+                  if (half + 1 < kHalves) return;
+                  ptx::fence_async_proxy();
+                  __syncwarp();
+                  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
+                });
+      issue_dq(warpgroup, last_buffer(), dq);
       // Under the products: what follows them is on nobody else's time.
       float* to = dq_of(warpgroup, last_block());
       advance();
+      ahead.masked = needs_mask(warpgroup, m);
       const QueryState last = state;
       state.advance();
       // After the last block the scores are those of stale data, and ignored.
@@ -346,16 +393,15 @@ struct BwdKernel : BwdLoads<Traits_> {
       wgmma_wait<1>();
       q_pipe.release(last);
       dout_pipe.release(last);
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+      issue_ahead(warpgroup, state, ahead);
       wgmma_wait<kHalves>();
       // In the first step what was computed is of the tile before, or of nothing.
       if (started) add_dq(to, dq);
       started = true;
       wgmma_wait<0>();
     }
-    ptx::mbarrier_wait(ds_barrier, (state.step & 1) ^ 1);
-    issue_dq(warpgroup, buffer_of(state.step + Traits::kDsBuffers - 1), dq);
+    ptx::mbarrier_wait(ds_barrier, state.parity() ^ 1);
+    issue_dq(warpgroup, last_buffer(), dq);
     wgmma_wait<0>();
     add_dq(dq_of(warpgroup, last_block()), dq);
   }
@@ -363,28 +409,27 @@ struct BwdKernel : BwdLoads<Traits_> {
   __device__ __forceinline__ void split_steps(int warpgroup, const Turn& turn, QueryState& state,
                                               float (&dk)[kHeadDim / 2],
                                               float (&dv)[kHeadDim / 2]) const {
-    float s[kHalves][32];
     bool started = false;
-    q_pipe.wait(state);
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
-    wgmma_wait<0>();
+    Ahead ahead;
     int m = turn.first;
+    q_pipe.wait(state);
+    issue_ahead(warpgroup, state, ahead);
+    ahead.masked = needs_mask(warpgroup, m);
+    wgmma_wait<0>();
     for (int left = turn.steps; left > 0; --left) {
-      add_block<-1>(warpgroup, m, state, s, dk, dv, started, [](int, const uint32_t (&)[4][4]) {});
+      add_block(warpgroup, m, state, ahead, dk, dv, started, [](int, const uint32_t (&)[4][4]) {});
       started = true;
+      const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
+      if (++m == bounds.y) m = bounds.x;
+      ahead.masked = needs_mask(warpgroup, m);
       const QueryState last = state;
       state.advance();
       // After the last block the scores are those of stale data, and ignored.
       if (left > 1) q_pipe.wait(state);
-      wgmma_wait<1>();
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) issue_scores(warpgroup, state, half, s[half]);
+      issue_ahead(warpgroup, state, ahead);
       wgmma_wait<kHalves>();
       q_pipe.release(last);
       dout_pipe.release(last);
-      const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
-      if (++m == bounds.y) m = bounds.x;
       wgmma_wait<0>();
     }
   }

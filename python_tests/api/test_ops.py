@@ -1,5 +1,7 @@
 """Every op as PyTorch sees it: registration, fakes, autograd, compile, and what is refused."""
 
+import itertools
+
 import pytest
 import torch
 from api.op_calls import (
@@ -86,6 +88,17 @@ def test_gradient_of_one_input_alone(only):
         x.requires_grad_()
     together = torch.autograd.grad(scalar(attention("flash", **tensors)), tensors[only])[0]
     assert torch.equal(alone, together)
+
+
+def test_gradients_that_nobody_wants_are_empty():
+    q, k, v = qkv()
+    out, lse = torch.ops.lctx.flash_fwd(q, k, v, None, True, 0.5, 0, False)
+    saved = (torch.ones_like(out), None, q, k, v, out, lse, None, True, 0.5, 0, False)
+    all_of_them = torch.ops.lctx.flash_bwd(*saved)
+    for wanted in itertools.product([False, True], repeat=3):
+        found = torch.ops.lctx.flash_bwd(*saved, *wanted)
+        for x, whole, want in zip(found, all_of_them, wanted, strict=True):
+            assert torch.equal(x, whole) if want else x.shape == (0,)
 
 
 def test_gradient_through_lse_alone():
