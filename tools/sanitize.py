@@ -146,8 +146,8 @@ def _planted() -> None:
 PLANTED = "planted"
 FINDERS = ("memcheck", "initcheck")  # of what is planted
 OPS = (
-    _planted, _flash, _flash_bwd, _decode, _decode_states, _landmark, _landmark_bwd, _dilated, _dilated_bwd,
-    _infini, _infini_bwd, _carry, _merge,
+    _planted, _flash, _flash_bwd, _decode, _decode_states, _landmark, _landmark_bwd, _dilated,
+    _dilated_bwd, _infini, _infini_bwd, _carry, _merge,
 )  # fmt: skip
 CALLS: dict[str, Callable[[], None]] = {f.__name__[1:]: f for f in OPS}
 

@@ -77,6 +77,7 @@ struct AddKeys {
   struct Params {
     TensorView dk_sum, dv_sum;  // fp32
     bool last;                  // the sums go to BwdParams::dk and dv, and stay as they are
+    bool first;                 // nothing is there yet; the sums are not read
   };
   static constexpr bool kPrefetches = false, kReadsKeys = false;
 
@@ -115,8 +116,8 @@ struct AddKeys {
 #pragma unroll
       for (int j = 0; j < N / 4; ++j) {
         const bool inside = exists && column + 8 * j < kernel.p.D;
-        float2 x = inside && reads[i] ? *reinterpret_cast<const float2*>(row + 8 * j)
-                                      : make_float2(0.f, 0.f);
+        const bool holds = inside && reads[i] && !kernel.p.first;
+        float2 x = holds ? *reinterpret_cast<const float2*>(row + 8 * j) : make_float2(0.f, 0.f);
         x.x += d[4 * j + 2 * i] * factor;
         x.y += d[4 * j + 2 * i + 1] * factor;
         d[4 * j + 2 * i] = x.x;

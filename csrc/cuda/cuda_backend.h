@@ -53,6 +53,11 @@ void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, St
 void launch_flash_carry_bwd(const CarryParams& params, const CarryGrads& grads,
                             const BwdScratch& scratch, int64_t dq_sum_floats, bool fused,
                             int num_sms, Stream stream);
+// One step of it, fused, on rows of statistics and sums that all steps share: `scratch` points to
+// the step's first, of `heads` query heads and `blocks` blocks a head; dq stays in dq_sum.
+void launch_carry_bwd_step(const CarryParams& params, const CarryGrads& grads,
+                           const BwdScratch& scratch, int64_t heads, int64_t blocks, int num_sms,
+                           Stream stream);
 // delta (B, Hq, Tq) of grads.dout, grads.dlse and params.out.
 void launch_attn_delta(const AttnParams& params, const AttnGrads& grads, float* delta,
                        Stream stream);
