@@ -60,17 +60,20 @@ struct FlashParams : AttnParams {
 // One step of a ring: continues from (carry_out, lse) over other keys of the same queries.
 struct CarryParams : FlashParams {
   int64_t query_start = 0, key_start = 0;  // positions of query 0 and of key 0
-  // stat (B, Tq, Hq, Dv), read, and written unless `out` is given. `lse` is read and written; -inf:
-  // nothing is carried for the row.
+  // stat (B, Tq, Hq, Dv), read, and written but for rows that are done: those before `final_rows`
+  // go to `out`. `lse` is read and written; -inf: nothing is carried for the row.
   TensorView carry_out;
   int64_t lse_stride_b = 0, lse_stride_h = 0;  // of lse (B, Hq, Tq), which may be a slice
   int64_t state_rows = 0;  // CUDA: rows of the tensors whose rows carry_out and lse are
+  bool first = false;      // nothing is carried for any row; carry_out and lse are not read
+  int64_t final_rows = 0;  // 0 or Tq on the CPU
 };
 
 // The backward of one step, where lse and delta are those of all keys. dq, dk and dv are stat, and
 // the step's gradients are added to what they hold; dlse is not used.
 struct CarryGrads : AttnGrads {
   const void* delta = nullptr;  // stat, laid out like lse
+  bool first = false;           // nothing is in dk and dv yet; they are not read
 };
 
 struct LandmarkParams : AttnParams {
