@@ -18,6 +18,7 @@ from lctx_kernels.cp import device
 from lctx_kernels.cp.choose import choose
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
+OUT_ERROR = 1.06  # times that of one device: a step with carry rounds its largest weight too
 MASKS = ({}, {"causal": False}, {"window": 300})
 
 
@@ -82,7 +83,11 @@ def accuracy(what, plan, rank, x, out, options):
         errors(a, cp.shard(plan, exact, 1, rank)).rms
         for a in (out, cp.shard(plan, single, 1, rank))
     )
-    return [] if mine <= 1.02 * alone else [f"{what}: error {mine:.3g}, of one device {alone:.3g}"]
+    return (
+        []
+        if mine <= OUT_ERROR * alone
+        else [f"{what}: error {mine:.3g}, of one device {alone:.3g}"]
+    )
 
 
 def many_calls(rank, n, transport):

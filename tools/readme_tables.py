@@ -62,6 +62,7 @@ PROOFS_PLOT = Plot(
 )
 PLOTS = (CPU_PLOT, HOPPER_PLOT, PROOFS_PLOT)
 MISSING = "_Not measured yet: `python -m bench.run --save` measures it._"
+NO_RING = "_Not measured yet: `torchrun --nproc-per-node 2 -m bench.ring --save` measures it._"
 PASS_NAMES = {"fwd": "forward", "fwd_bwd": "forward + backward", "bwd": "backward"}
 MARKERS = re.compile(r"(<!-- bench:([a-z-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
 
@@ -202,14 +203,14 @@ def hopper_shapes(*labels: str, suite: str = "hopper") -> Callable[[Path], str]:
 def ring_goals(root: Path) -> str:
     """The ring on two GPUs against one, for every goal."""
     document = published(root / RESULTS, "ring", GPUS)
-    return MISSING if document is None else _with_conditions(ring_goals_table(document), document)
+    return NO_RING if document is None else _with_conditions(ring_goals_table(document), document)
 
 
 def ring_transports(root: Path) -> str:
     """Every transport at every shape."""
     document = published(root / RESULTS, "ring", GPUS)
     if document is None:
-        return MISSING
+        return NO_RING
     return _with_conditions(ring_transports_table(document), document)
 
 
