@@ -1,0 +1,96 @@
+"""One command per proof: `python -m bench.proofs train landmark --text FOLDER`.
+
+Results are JSON below bench/results/<machine-kind>/proofs/.
+"""
+
+import dataclasses
+import datetime
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from lctx_kernels._measure import write_json
+
+from ..machine import describe_machine, machine_kind
+from ..results import RESULTS
+from .evaluate import bits_per_byte, gates, passkey_accuracy
+from .models import METHODS
+from .rows import load_text
+from .train import Recipe
+from .train import train as train_model
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+CONFIGS = Path(__file__).parent / "configs"
+TOP_K = {"landmark": (2, 4)}
+
+
+def device_here() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def result_path(device: str, name: str, out: Path | None) -> Path:
+    """Where a result goes."""
+    return (out or RESULTS / machine_kind(device) / "proofs") / f"{name}.json"
+
+
+@app.callback()
+def main() -> None:
+    """Proofs that the models work."""
+
+
+@app.command()
+def train(
+    method: Annotated[str, typer.Argument(help=f"One of {', '.join(METHODS)}.")],
+    text: Annotated[Path | None, typer.Option(help="Folder of documents.")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON of a Recipe; default: ours.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result.")] = None,
+    lengths: Annotated[int, typer.Option(help="Longest pass key, in training lengths.")] = 16,
+    samples: Annotated[int, typer.Option(help="Pass keys of each length.")] = 40,
+    documents: Annotated[int, typer.Option(help="Held-out documents for bits per byte.")] = 8,
+    seconds: Annotated[float, typer.Option(help="Time for training; 0 is no limit.")] = 0,
+) -> None:
+    """Train one method, measure bits per byte and pass keys by length."""
+    device, started = device_here(), time.perf_counter()
+    path = config or CONFIGS / f"{method}.json"
+    recipe = Recipe(method=method, **(json.loads(path.read_text()) if path.exists() else {}))
+    recipe.seconds = seconds or recipe.seconds
+    corpus = load_text(text, device)
+
+    def log(line: str) -> None:
+        print(f"{method}: {line}", flush=True)
+
+    model, curve = train_model(recipe, corpus, device, log)
+    result: dict[str, Any] = {
+        "recipe": dataclasses.asdict(recipe), "text_sha256": corpus.sha256, "curve": curve,
+        "parameters": sum(p.numel() for p in model.parameters()), "gates": gates(model),
+        "training_seconds": time.perf_counter() - started, "passkey": {}, "bits_per_byte": {},
+        "machine": describe_machine(device), "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    longest = recipe.stages[-1][0]
+    for top_k in TOP_K.get(method, (None,)):
+        name = method if top_k is None else f"{method}, k = {top_k}"
+        found: list[dict[str, Any]] = []
+        result["passkey"][name] = found
+        times = 1
+        while times <= lengths:
+            found.append(
+                passkey_accuracy(model, corpus, times * longest, samples, top_k, recipe.seed + 1)
+            )
+            log(f"{name} {found[-1]} at {time.perf_counter() - started:.0f} s")
+            times *= 2
+            write_json(result_path(device, f"train-{method}", out), result)
+        result["bits_per_byte"][name] = bits_per_byte(
+            model, corpus, lengths * longest, documents, top_k
+        )
+        write_json(result_path(device, f"train-{method}", out), result)
+    log(f"bits per byte {result['bits_per_byte']}")
+    log(f"done in {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,62 @@
+"""What a trained model can do: bits per byte by context, pass keys by length, its gates."""
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from lctx_kernels import hf, nn
+
+from .rows import DIGITS, VOCAB, Text, passkey_rows
+
+
+def logits_of(model: Any, ids: torch.Tensor, top_k: int | None) -> torch.Tensor:
+    """Logits (B, T, V); with top_k by retrieval of that many blocks, chunk by chunk."""
+    device = ids.device.type
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        if top_k is None:
+            return model(ids, use_cache=False).logits[..., :VOCAB]
+        cache = hf.make_cache(model, top_k=top_k)
+        return model(ids, past_key_values=cache, use_cache=True).logits[..., :VOCAB]
+
+
+def passkey_accuracy(
+    model: Any, text: Text, T: int, samples: int, top_k: int | None, seed: int
+) -> dict[str, Any]:
+    """Share of samples whose five digits are all the likeliest; the answer's digits are fed."""
+    filler = torch.cat(text.held_out)
+    generator = torch.Generator(filler.device).manual_seed(seed)
+    right, digits, done = 0, 0.0, 0
+    rows = max(1, min(samples, 65536 // T))
+    while done < samples:
+        batch = passkey_rows(filler, min(rows, samples - done), T, generator)
+        tail = logits_of(model, batch.ids[:, :-1], top_k)[:, -DIGITS:]
+        hit = tail.argmax(-1) == batch.ids[:, -DIGITS:]
+        right, digits = right + int(hit.all(1).sum()), digits + hit.float().mean(1).sum().item()
+        done += len(hit)
+    return {"length": T, "samples": done, "accuracy": right / done, "digits": digits / done}
+
+
+def bits_per_byte(
+    model: Any, text: Text, T: int, documents: int, top_k: int | None
+) -> list[dict[str, Any]]:
+    """Bits per byte of held-out bytes by how many come before them: (T/2^i, T/2^(i-1)]."""
+    rows = [document[:T] for document in text.held_out if len(document) >= T][:documents]
+    if not rows:
+        return []
+    bits = []
+    for row in rows:
+        ids = row.long()[None]
+        logits = logits_of(model, ids, top_k)[0, :-1].float()
+        bits.append(functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    mean, found, end = torch.stack(bits).double().mean(0) / math.log(2), [], T
+    while end > 64:
+        found.append({"context": end, "bits_per_byte": mean[end // 2 - 1 : end - 1].mean().item()})
+        end //= 2
+    return found[::-1]
+
+
+def gates(model: Any) -> list[list[float]]:
+    """Share of the memory for every layer and head."""
+    return [torch.sigmoid(gate).tolist() for gate in nn.gate_parameters(model)]
