@@ -5,8 +5,10 @@ Results are JSON below bench/results/<machine-kind>/proofs/.
 
 import dataclasses
 import datetime
+import gc
 import json
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,9 @@ from lctx_kernels._measure import write_json
 
 from ..machine import describe_machine, machine_kind
 from ..results import RESULTS
+from ..timing import describe_error
 from .evaluate import bits_per_byte, gates, passkey_accuracy
+from .measured import MEASURED
 from .models import METHODS
 from .rows import load_text
 from .train import Recipe
@@ -90,6 +94,37 @@ def train(
         write_json(result_path(device, f"train-{method}", out), result)
     log(f"bits per byte {result['bits_per_byte']}")
     log(f"done in {time.perf_counter() - started:.0f} s")
+
+
+@app.command()
+def measure(
+    names: Annotated[str, typer.Argument(help=f"Some of {', '.join(MEASURED)}, or all.")] = "all",
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
+    tiny: Annotated[bool, typer.Option(help="Tiny shapes, to try the commands.")] = False,
+) -> None:
+    """Time and memory of large shapes with random weights; each is a file of its own."""
+    device = device_here()
+    for name in MEASURED if names == "all" else names.split(","):
+        started = time.perf_counter()
+
+        def log(line: str, name: str = name, started: float = started) -> None:
+            print(f"[{name} {time.perf_counter() - started:.1f} s] {line}", flush=True)
+
+        try:
+            found = MEASURED[name](device, log, tiny)
+        except Exception as error:  # reported; the others go on
+            found = {"error": describe_error(error)}
+            log(str(found))
+            traceback.print_exc()
+        result = {
+            "name": name, "found": found, "machine": describe_machine(device),
+            "date": datetime.date.today().isoformat(),
+        }  # fmt: skip
+        write_json(result_path(device, name, out), result)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":
