@@ -55,7 +55,9 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder of the result.")] = None,
     lengths: Annotated[int, typer.Option(help="Longest pass key, in training lengths.")] = 16,
     samples: Annotated[int, typer.Option(help="Pass keys of each length.")] = 40,
-    documents: Annotated[int, typer.Option(help="Held-out documents for bits per byte.")] = 8,
+    documents: Annotated[
+        int, typer.Option(help="Longest held-out documents for bits per byte.")
+    ] = 8,
     seconds: Annotated[float, typer.Option(help="Time for training; 0 is no limit.")] = 0,
 ) -> None:
     """Train one method, measure bits per byte and pass keys by length."""
@@ -91,8 +93,8 @@ def train(
         result["bits_per_byte"][name] = bits_per_byte(
             model, corpus, lengths * longest, documents, top_k
         )
+        log(f"{name} at {time.perf_counter() - started:.0f} s {result['bits_per_byte'][name]}")
         write_json(result_path(device, f"train-{method}", out), result)
-    log(f"bits per byte {result['bits_per_byte']}")
     log(f"done in {time.perf_counter() - started:.0f} s")
 
 

@@ -10,6 +10,8 @@ from lctx_kernels import hf, nn
 
 from .rows import DIGITS, VOCAB, Text, passkey_rows
 
+TARGETS = 512  # bytes that are predicted, behind the longest context
+
 
 def logits_of(model: Any, ids: torch.Tensor, top_k: int | None) -> torch.Tensor:
     """Logits (B, T, V); with top_k by retrieval of that many blocks, chunk by chunk."""
@@ -39,22 +41,25 @@ def passkey_accuracy(
 
 
 def bits_per_byte(
-    model: Any, text: Text, T: int, documents: int, top_k: int | None
+    model: Any, text: Text, longest: int, windows: int, top_k: int | None
 ) -> list[dict[str, Any]]:
-    """Bits per byte of held-out bytes by how many come before them: (T/2^i, T/2^(i-1)]."""
-    rows = [document[:T] for document in text.held_out if len(document) >= T][:documents]
-    if not rows:
-        return []
-    bits = []
-    for row in rows:
-        ids = row.long()[None]
-        logits = logits_of(model, ids, top_k)[0, :-1].float()
-        bits.append(functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
-    mean, found, end = torch.stack(bits).double().mean(0) / math.log(2), [], T
-    while end > 64:
-        found.append({"context": end, "bits_per_byte": mean[end // 2 - 1 : end - 1].mean().item()})
-        end //= 2
-    return found[::-1]
+    """Bits per byte of the same held-out bytes after contexts of doubling lengths.
+
+    longest: Bytes of the longest context; the documents are those that are longer.
+    """
+    need = longest + TARGETS
+    rows = [document[:need] for document in text.held_out if len(document) >= need][:windows]
+    found, context = [], 128
+    while rows and context <= longest:
+        losses = []
+        for row in rows:
+            ids = row[-context - TARGETS :].long()[None]
+            logits = logits_of(model, ids, top_k)[0, -TARGETS - 1 : -1].float()
+            losses.append(functional.cross_entropy(logits, ids[0, -TARGETS:]).item())
+        bits = sum(losses) / len(losses) / math.log(2)
+        found.append({"context": context, "bits_per_byte": bits, "documents": len(rows)})
+        context *= 2
+    return found
 
 
 def gates(model: Any) -> list[list[float]]:

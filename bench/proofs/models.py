@@ -16,7 +16,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "infini-delta": (
         "infini", {"segment_len": SEGMENT, "first": "gate", "gate_init": 0.0, "update": "delta"},
     ),
-    "landmark": ("landmark", {"block_size": BLOCK}),
+    "landmark": ("landmark", {"block_size": BLOCK, "chunk_len": 8 * (BLOCK - 1)}),
     "dilated": (
         "dilated",
         {"segment_lengths": [256, 1024, 4096, 16384], "dilation_rates": [1, 4, 16, 64]},

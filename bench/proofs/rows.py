@@ -16,7 +16,7 @@ VOCAB = 256
 
 @dataclass
 class Text:
-    """Bytes (N,) to train on, documents (n,) held out, and the digest of both."""
+    """Bytes (N,) to train on, documents (n,) held out, longest first, and the digest of both."""
 
     train: Tensor
     held_out: list[Tensor]
@@ -32,7 +32,8 @@ def load_text(folder: Path | None, device: str) -> Text:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
     joined = tensor(b"\n\n".join(document.data for document in train))
-    return Text(joined, [tensor(document.data) for document in held_out], digest(documents))
+    longest = sorted(held_out, key=lambda document: -len(document.data))
+    return Text(joined, [tensor(document.data) for document in longest], digest(documents))
 
 
 @dataclass
