@@ -28,7 +28,7 @@ from .train import Recipe
 from .train import train as train_model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-CONFIGS = Path(__file__).parent / "configs"
+RECIPE = Path(__file__).parent / "recipe.json"
 TOP_K = {"landmark": (2, 4)}
 
 
@@ -62,8 +62,7 @@ def train(
 ) -> None:
     """Train one method, measure bits per byte and pass keys by length."""
     device, started = device_here(), time.perf_counter()
-    path = config or CONFIGS / f"{method}.json"
-    recipe = Recipe(method=method, **(json.loads(path.read_text()) if path.exists() else {}))
+    recipe = Recipe(method=method, **json.loads((config or RECIPE).read_text()))
     recipe.seconds = seconds or recipe.seconds
     corpus = load_text(text, device)
 
