@@ -4,7 +4,7 @@ import copy
 
 import torch
 import torch.distributed as dist
-from hf.tiny import LAYERS, base, close, hf, tokens
+from hf.tiny import FAMILIES, LAYERS, base, close, hf, tokens
 
 from lctx_kernels import cp
 
@@ -38,7 +38,12 @@ def same(ours, want, atol=1e-7):
         close(ours[1][name], want[1][name], rtol=1e-5, atol=atol)
 
 
-def base_losses_and_gradients(rank, n, family):
+def all_families(rank, n):
+    for family in FAMILIES:
+        base_losses_and_gradients(family)
+
+
+def base_losses_and_gradients(family):
     """Any length, any layout, pads behind the text, checkpointing: the base model's numbers."""
     changes = WINDOWS.get(family, {})
     dense = base(family, **changes).train()

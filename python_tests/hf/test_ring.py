@@ -3,21 +3,19 @@
 import pytest
 import torch
 from hf import ring_on_ranks
-from hf.tiny import FAMILIES, base, close, hf, tokens
+from hf.tiny import base, close, hf, tokens
 from processes import run_ranks_well
 from transformers import AutoModelForCausalLM
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("family", FAMILIES)
-def test_losses_and_gradients_are_those_of_the_base(family):
-    run_ranks_well(ring_on_ranks.base_losses_and_gradients, 2, family)
+def test_losses_and_gradients_are_those_of_the_base():
+    run_ranks_well(ring_on_ranks.all_families, 2)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("n", [2, 3])
-def test_documents_do_not_see_each_other(n):
-    run_ranks_well(ring_on_ranks.documents, n)
+def test_documents_do_not_see_each_other():
+    run_ranks_well(ring_on_ranks.documents, 3)
 
 
 @pytest.mark.dist
