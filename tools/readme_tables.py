@@ -17,10 +17,12 @@ sys.path.insert(0, str(ROOT))
 
 from bench.hopper_tables import goals_table, shapes_table  # noqa: E402
 from bench.machine import machine_line  # noqa: E402
-from bench.plot import hash_in_png, plot_cpu, plot_hopper, source_hash  # noqa: E402
+from bench.plot import SOURCE_KEY, hash_in_png, plot_cpu, plot_hopper, source_hash  # noqa: E402
+from bench.proofs import tables as proofs  # noqa: E402
 from bench.results import Document, load  # noqa: E402
 
-PAGES = (Path("README.md"), Path("docs/hopper_results.md"))  # the second may be absent
+# All but the first may be absent.
+PAGES = (Path("README.md"), Path("docs/hopper_results.md"), Path("docs/proofs.md"))
 RESULTS = Path("bench/results")
 GPU = "h200"
 
@@ -49,7 +51,13 @@ class Plot(NamedTuple):
 CPU_SOURCES = tuple(RESULTS / "cpu" / f"{suite}.json" for suite in ("scaling", "reach", "memory"))
 CPU_PLOT = Plot(Path("docs/img/cpu.png"), CPU_SOURCES, plot_cpu)
 HOPPER_PLOT = Plot(Path("docs/img/h200.png"), (RESULTS / GPU / "scaling.json",), plot_hopper)
-PLOTS = (CPU_PLOT, HOPPER_PLOT)
+PROOFS = RESULTS / GPU / "proofs"
+PROOFS_PLOT = Plot(
+    Path("docs/img/proofs.png"),
+    tuple(PROOFS / f"train-{method}.json" for method in proofs.ORDER),
+    lambda sources, path: proofs.plot(sources, path, {SOURCE_KEY: source_hash(sources)}),
+)
+PLOTS = (CPU_PLOT, HOPPER_PLOT, PROOFS_PLOT)
 MISSING = "_Not measured yet: `python -m bench.run --save` measures it._"
 PASS_NAMES = {"fwd": "forward", "fwd_bwd": "forward + backward", "bwd": "backward"}
 MARKERS = re.compile(r"(<!-- bench:([a-z-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
@@ -143,6 +151,18 @@ def hopper_plot(root: Path) -> str:
     return _image(HOPPER_PLOT, "time against the sequence length, on an H200", root)
 
 
+def proofs_plot(root: Path) -> str:
+    """The image, or the note that nothing is measured yet."""
+    if not PROOFS_PLOT.measured(root):
+        return proofs.MISSING
+    return f"![pass keys, bits per byte and gates of small models]({PROOFS_PLOT.path})"
+
+
+def proofs_table(make: Callable[[Path], str]) -> Callable[[Path], str]:
+    """A table of the proofs' results."""
+    return lambda root: make(root / PROOFS)
+
+
 def _image(plot: Plot, text: str, root: Path) -> str:
     if not plot.measured(root):
         return MISSING
@@ -197,6 +217,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "hopper-dilated": hopper_shapes("dilated"),
     "hopper-infini": hopper_shapes("infini"),
     "hopper-decode": hopper_shapes("one token"),
+    "proofs-plot": proofs_plot,
+    "proofs-training": proofs_table(proofs.training),
+    "proofs-steps": proofs_table(proofs.steps),
+    "proofs-headline": proofs_table(proofs.headline),
+    "proofs-generation": proofs_table(proofs.generation),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from lctx_kernels import hf
 
 from ..timing import describe_error
+from .goals import STEP_GOALS
 from .shapes import SHAPES, random_model, register, with_shared_weights
 
 SEGMENT = 2048
@@ -20,11 +21,6 @@ CASES: list[Case] = [
     ("llama-3-8b", 8192, False, 3), ("llama-3.2-1b", 131072, True, 1),
 ]  # fmt: skip
 """Shape, tokens, gradient checkpointing, rounds."""
-GOALS = {
-    "infini": ("segments", 1.15), "infini-delta": ("segments", 1.15),
-    "landmark": ("dense", 1.5), "dilated": ("dense", 1 / 3),
-}  # fmt: skip
-"""Method -> (what it is compared with, its time over that of the other at most)."""
 
 
 def branches(T: int) -> dict[str, list[int]]:
@@ -106,7 +102,7 @@ def measure(
             if device == "cuda":
                 found["peak_bytes"][name] = torch.cuda.max_memory_allocated()
     found["seconds"] = {name: statistics.median(times) for name, times in samples.items()}
-    for name, (rival, _) in GOALS.items():
+    for name, (rival, _) in STEP_GOALS.items():
         if {name, rival} <= found["seconds"].keys():
             found["ratios"][name] = found["seconds"][name] / found["seconds"][rival]
     return found
