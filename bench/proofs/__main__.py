@@ -76,7 +76,7 @@ def train(
         "training_seconds": time.perf_counter() - started, "passkey": {}, "bits_per_byte": {},
         "machine": describe_machine(device), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-    longest = recipe.stages[-1][0]
+    longest = recipe.lengths[-1]
     for top_k in TOP_K.get(method, (None,)):
         name = method if top_k is None else f"{method}, k = {top_k}"
         found: list[dict[str, Any]] = []

@@ -8,8 +8,9 @@ from torch.nn import functional
 
 from lctx_kernels import hf, nn
 
-from .rows import DIGITS, VOCAB, Text, passkey_rows
+from .rows import DIGITS, QUESTION, VOCAB, Batch, Text, passkey_rows
 
+QUESTION_LENGTH = len(QUESTION)
 TARGETS = 512  # bytes that are predicted, behind the longest context
 
 
@@ -23,6 +24,24 @@ def logits_of(model: Any, ids: torch.Tensor, top_k: int | None) -> torch.Tensor:
         return model(ids, past_key_values=cache, use_cache=True).logits[..., :VOCAB]
 
 
+def answer_logits(model: Any, batch: Batch, top_k: int) -> torch.Tensor:
+    """Logits (B, DIGITS, V) of the answer as generation computes them, by retrieval.
+
+    The text is read in chunks, each with one choice of blocks a head (`select="head"`), then the
+    question, then digit after digit.
+    """
+    device, question = batch.ids.device.type, int((~batch.answers[0]).sum()) - QUESTION_LENGTH
+    cache = hf.make_cache(model, top_k=top_k, select="head")
+    parts = [batch.ids[:, :question], batch.ids[:, question:-DIGITS]]
+    parts += batch.ids[:, -DIGITS:-1].split(1, dim=1)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        logits = [
+            model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[..., :VOCAB]
+            for part in parts
+        ]
+    return torch.cat(logits[1:], dim=1)
+
+
 def passkey_accuracy(
     model: Any, text: Text, T: int, samples: int, top_k: int | None, seed: int
 ) -> dict[str, Any]:
@@ -30,10 +49,13 @@ def passkey_accuracy(
     filler = torch.cat(text.held_out)
     generator = torch.Generator(filler.device).manual_seed(seed)
     right, digits, done = 0, 0.0, 0
-    rows = max(1, min(samples, 65536 // T))
+    rows = max(1, min(samples, 131072 // T))
     while done < samples:
         batch = passkey_rows(filler, min(rows, samples - done), T, generator)
-        tail = logits_of(model, batch.ids[:, :-1], top_k)[:, -DIGITS:]
+        if top_k is None:
+            tail = logits_of(model, batch.ids[:, :-1], None)[:, -DIGITS:]
+        else:
+            tail = answer_logits(model, batch, top_k)
         hit = tail.argmax(-1) == batch.ids[:, -DIGITS:]
         right, digits = right + int(hit.all(1).sum()), digits + hit.float().mean(1).sum().item()
         done += len(hit)

@@ -102,7 +102,7 @@ def measure(
             if device == "cuda":
                 found["peak_bytes"][name] = torch.cuda.max_memory_allocated()
     found["seconds"] = {name: statistics.median(times) for name, times in samples.items()}
-    for name, (rival, _) in STEP_GOALS.items():
+    for name, (rival, _, _) in STEP_GOALS.items():
         if {name, rival} <= found["seconds"].keys():
             found["ratios"][name] = found["seconds"][name] / found["seconds"][rival]
     return found

@@ -15,17 +15,23 @@ from lctx_kernels import nn
 from .models import build
 from .rows import VOCAB, Batch, Text, passkey_rows
 
+CHECK = 25  # steps
+
 
 @dataclass
 class Recipe:
-    """What a run is made of. stages: (length of rows, steps)."""
+    """What a run is made of.
+
+    lengths: Of rows; the next one's turn comes when the answers' loss is below `advance`.
+    steps: Of the optimiser, `tokens` each. answer_weight: Of echoes and of answers.
+    """
 
     method: str
     shape: str = "30m"
-    stages: list[tuple[int, int]] = field(
-        default_factory=lambda: [(128, 120), (256, 120), (512, 120), (1024, 300)]
-    )
-    tokens: int = 16384  # per step
+    lengths: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
+    advance: float = 0.5
+    steps: int = 1400
+    tokens: int = 16384
     lr: float = 1.5e-3
     gate_lr: float = 1e-2
     weight_decay: float = 0.1
@@ -34,18 +40,6 @@ class Recipe:
     seed: int = 0
     seconds: float = 0.0  # stop after so long; 0 is never
     options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def steps(self) -> int:
-        return sum(steps for _, steps in self.stages)
-
-    def length(self, step: int) -> int:
-        """Length of the rows of a step."""
-        for length, steps in self.stages:
-            if step < steps:
-                return length
-            step -= steps
-        raise IndexError(step)
 
 
 def losses(logits: Tensor, batch: Batch) -> Tensor:
@@ -59,7 +53,7 @@ def losses(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -> tuple[Any, Any]:
-    """The trained model and its curve, a dict per logged step."""
+    """The trained model and its curve, a dict every CHECK steps."""
     model = build(recipe.method, recipe.shape, recipe.seed, **recipe.options).to(device).train()
     groups = nn.parameter_groups(
         model, lr=recipe.lr, weight_decay=recipe.weight_decay, gate_lr=recipe.gate_lr
@@ -74,9 +68,10 @@ def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator(device).manual_seed(recipe.seed)
     weights = torch.tensor([1.0, recipe.answer_weight, recipe.answer_weight], device=device)
-    curve, started, sums, count = [], time.perf_counter(), torch.zeros_like(weights), 0
-    for step in range(recipe.steps):
-        T = recipe.length(step)
+    curve: list[dict[str, float]] = []
+    started, sums, lengths = time.perf_counter(), torch.zeros_like(weights), list(recipe.lengths)
+    for step in range(1, recipe.steps + 1):
+        T = lengths[0]
         batch = passkey_rows(text.train, max(1, recipe.tokens // T), T, generator)
         with torch.autocast(device, torch.bfloat16, enabled=fused):
             logits = model(batch.ids, use_cache=False).logits
@@ -86,17 +81,20 @@ def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        sums, count = sums + found.detach(), count + 1
-        if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
-            late = recipe.seconds and time.perf_counter() - started > recipe.seconds
-            language, echo, answer = (sums / count).tolist()
-            entry = {
-                "step": step + 1, "length": T, "bits_per_byte": language / math.log(2),
-                "echo_nats": echo, "answer_nats": answer, "seconds": time.perf_counter() - started,
-            }  # fmt: skip
-            curve.append(entry)
-            log(" ".join(f"{name} {value:.4g}" for name, value in entry.items()))
-            sums, count = torch.zeros_like(weights), 0
-            if late:
-                break
+        sums += found.detach()
+        if step % CHECK:
+            continue
+        language, echo, answer = (sums / CHECK).tolist()
+        seconds = time.perf_counter() - started
+        entry = {
+            "step": step, "length": T, "bits_per_byte": language / math.log(2),
+            "echo_nats": echo, "answer_nats": answer, "seconds": seconds,
+        }  # fmt: skip
+        curve.append(entry)
+        log(" ".join(f"{name} {value:.4g}" for name, value in entry.items()))
+        sums.zero_()
+        if len(lengths) > 1 and answer < recipe.advance:
+            lengths.pop(0)
+        if recipe.seconds and seconds > recipe.seconds:
+            break
     return model.eval(), curve

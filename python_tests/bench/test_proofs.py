@@ -89,7 +89,9 @@ def test_commands_and_tables(text, tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, "30m", SHAPES["tiny"] | {"num_hidden_layers": 1})
     monkeypatch.setattr(models, "SHAPES", SHAPES)
     recipe, out = tmp_path / "recipe.json", tmp_path / "proofs"
-    recipe.write_text(json.dumps({"stages": [[112, 2], [128, 2]], "tokens": 256, "warmup": 2}))
+    recipe.write_text(
+        json.dumps({"lengths": [112, 128], "steps": 50, "tokens": 256, "advance": 9.0})
+    )
     for method in METHODS:
         run("train", method, "--text", text, "--config", recipe, "--out", out, "--lengths", 4,
             "--samples", 2, "--documents", 1)  # fmt: skip
