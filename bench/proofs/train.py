@@ -23,7 +23,8 @@ class Recipe:
     """What a run is made of.
 
     lengths: Of rows; the next one's turn comes when the answers' loss is below `advance`.
-    steps: Of the optimiser, `tokens` each. answer_weight: Of echoes and of answers.
+    steps: Of the optimiser, `tokens` each. answer_weight, last_weight: Of the losses of echoes and
+    answers, before and at the last length.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Recipe:
     weight_decay: float = 0.1
     warmup: int = 50
     answer_weight: float = 1.0
+    last_weight: float = 3.0
     seed: int = 0
     seconds: float = 0.0  # stop after so long; 0 is never
     options: dict[str, Any] = field(default_factory=dict)
@@ -67,16 +69,17 @@ def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator(device).manual_seed(recipe.seed)
-    weights = torch.tensor([1.0, recipe.answer_weight, recipe.answer_weight], device=device)
+    weights = torch.tensor([[1.0, w, w] for w in (recipe.answer_weight, recipe.last_weight)])
+    weights = weights.to(device)
     curve: list[dict[str, float]] = []
-    started, sums, lengths = time.perf_counter(), torch.zeros_like(weights), list(recipe.lengths)
+    started, sums, lengths = time.perf_counter(), torch.zeros_like(weights[0]), list(recipe.lengths)
     for step in range(1, recipe.steps + 1):
         T = lengths[0]
         batch = passkey_rows(text.train, max(1, recipe.tokens // T), T, generator)
         with torch.autocast(device, torch.bfloat16, enabled=fused):
             logits = model(batch.ids, use_cache=False).logits
         found = losses(logits, batch)
-        (found * weights).sum().backward()
+        (found * weights[int(len(lengths) == 1)]).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

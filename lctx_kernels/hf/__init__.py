@@ -13,6 +13,8 @@ __all__ = [
     "SegmentMemory",
     "SegmentTrainer",
     "convert",
+    "export_llama",
+    "import_llama",
     "make_cache",
     "register",
     "shard_inputs",
@@ -145,6 +147,50 @@ def register() -> None:
     from .models import register as run
 
     run()
+
+
+def export_llama(model: Any) -> Any:
+    """A transformers Llama with the weights and the attention of an `nn.Llama`.
+
+    Args:
+        model: `nn.Llama` whose layers are full, or one other method, in some or all of them.
+
+    Returns:
+        LlamaForCausalLM, or what `convert` makes of it: save_pretrained writes safetensors.
+
+    Raises:
+        NotImplementedError: Several methods, dropout, or positions and norms that Llama lacks.
+        ImportError: transformers is missing.
+
+    >>> from lctx_kernels import nn
+    >>> model = nn.Llama(nn.LlamaConfig(97, 32, 2, 4, attention="infini"))
+    >>> export_llama(model).save_pretrained("out")  # doctest: +SKIP
+    """
+    from .exchange import export_llama as run
+
+    return run(model)
+
+
+def import_llama(model: Any) -> Any:
+    """An `nn.Llama` with the weights and the attention of a transformers Llama.
+
+    Args:
+        model: LlamaForCausalLM, as it is or converted to infini, landmark or dilated.
+
+    Returns:
+        `nn.Llama` that gives the same logits.
+
+    Raises:
+        NotImplementedError: Another family, biases, scaled rotary embeddings, or a head dimension
+            of its own.
+        ImportError: transformers is missing.
+
+    >>> model = AutoModelForCausalLM.from_pretrained("llama-folder")  # doctest: +SKIP
+    >>> small = import_llama(model)  # doctest: +SKIP
+    """
+    from .exchange import import_llama as run
+
+    return run(model)
 
 
 def __getattr__(name: str) -> Any:
