@@ -1,6 +1,7 @@
 """Training of one model: next bytes, and pass keys at growing lengths."""
 
 import math
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ CHECK = 25  # steps
 class Recipe:
     """What a run is made of.
 
-    lengths: Of rows; the next one's turn comes when the answers' loss is below `advance`.
+    lengths: Of the longest rows; a step's rows have at least `shortest` of it, so that questions
+    stand anywhere in segments and blocks. The next length's turn comes when the answers' loss is
+    below `advance`.
     steps: Of the optimiser, `tokens` each. answer_weight, last_weight: Of the losses of echoes and
     answers, before and at the last length.
     """
@@ -30,6 +33,7 @@ class Recipe:
     method: str
     shape: str = "30m"
     lengths: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
+    shortest: float = 0.75
     advance: float = 0.5
     steps: int = 1400
     tokens: int = 16384
@@ -69,12 +73,13 @@ def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator(device).manual_seed(recipe.seed)
+    chance = random.Random(recipe.seed)
     weights = torch.tensor([[1.0, w, w] for w in (recipe.answer_weight, recipe.last_weight)])
     weights = weights.to(device)
     curve: list[dict[str, float]] = []
     started, sums, lengths = time.perf_counter(), torch.zeros_like(weights[0]), list(recipe.lengths)
     for step in range(1, recipe.steps + 1):
-        T = lengths[0]
+        T = int(lengths[0] * (1 - (1 - recipe.shortest) * chance.random()))
         batch = passkey_rows(text.train, max(1, recipe.tokens // T), T, generator)
         with torch.autocast(device, torch.bfloat16, enabled=fused):
             logits = model(batch.ids, use_cache=False).logits
@@ -90,7 +95,7 @@ def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -
         language, echo, answer = (sums / CHECK).tolist()
         seconds = time.perf_counter() - started
         entry = {
-            "step": step, "length": T, "bits_per_byte": language / math.log(2),
+            "step": step, "length": lengths[0], "bits_per_byte": language / math.log(2),
             "echo_nats": echo, "answer_nats": answer, "seconds": seconds,
         }  # fmt: skip
         curve.append(entry)

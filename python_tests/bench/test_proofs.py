@@ -90,7 +90,7 @@ def test_commands_and_tables(text, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "SHAPES", SHAPES)
     recipe, out = tmp_path / "recipe.json", tmp_path / "proofs"
     recipe.write_text(
-        json.dumps({"lengths": [112, 128], "steps": 50, "tokens": 256, "advance": 9.0})
+        json.dumps({"lengths": [140, 160], "steps": 50, "tokens": 256, "advance": 9.0})
     )
     for method in METHODS:
         run("train", method, "--text", text, "--config", recipe, "--out", out, "--lengths", 4,

@@ -201,3 +201,17 @@ def test_lora(method, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def test_ring_of_one_rank(tmp_path):
+    """Through NCCL's group: the base model's loss and gradients."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        ids, model = tokens(2, T).cuda(), hf.convert(base(), "ring").cuda()
+        want, (_, bar_grads) = step(exact(base()), ids.cpu())[1], bar("llama")
+        model(**hf.shard_inputs(model, {"input_ids": ids, "labels": ids})).loss.backward()
+        for name, parameter in model.named_parameters():
+            assert relative(parameter.grad.double().cpu(), want[name]) <= 2 * bar_grads, name
+    finally:
+        torch.distributed.destroy_process_group()
