@@ -101,7 +101,7 @@ def test_commands_and_tables(text, tmp_path, monkeypatch):
         names = [f"{method}, k = {k}" for k in (2, 4)] if method == "landmark" else [method]
         assert list(result["passkey"]) == names
         for name in names:
-            assert [x["length"] for x in result["passkey"][name]] == [128, 256, 512]
+            assert [x["length"] for x in result["passkey"][name]] == [160, 320, 640]
             assert [x["context"] for x in result["bits_per_byte"][name]] == [128, 256, 512]
     run("measure", "gemma-32k,stream,histories,prompt-32k,steps,llama-1m", "--tiny", "--out", out)
     sources = [out / f"train-{method}.json" for method in tables.ORDER]
