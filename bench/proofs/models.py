@@ -9,14 +9,14 @@ from lctx_kernels import hf
 
 from .rows import VOCAB
 
-SEGMENT, BLOCK = 128, 64
+SEGMENT, BLOCK = 128, 128
 METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "full": None,
     "infini": ("infini", {"segment_len": SEGMENT, "first": "gate", "gate_init": 0.0}),
     "infini-delta": (
         "infini", {"segment_len": SEGMENT, "first": "gate", "gate_init": 0.0, "update": "delta"},
     ),
-    "landmark": ("landmark", {"block_size": BLOCK, "chunk_len": 8 * (BLOCK - 1)}),
+    "landmark": ("landmark", {"block_size": BLOCK, "chunk_len": 2 * (BLOCK - 1)}),
     "dilated": (
         "dilated",
         {"segment_lengths": [256, 1024, 4096, 16384], "dilation_rates": [1, 4, 16, 64]},

@@ -12,6 +12,7 @@ DIGITS = 5
 FACT = "\nThe pass key is {0}. Remember it. {0} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is "
 VOCAB = 256
+LEAST = len(FACT.format("0" * DIGITS)) + len(QUESTION) + DIGITS  # bytes of a row without text
 
 
 @dataclass
@@ -62,7 +63,7 @@ def passkey_rows(text: Tensor, B: int, T: int, generator: torch.Generator) -> Ba
     n, m = fact.shape[1], question.shape[1]
     rest = T - n - m
     if rest < 0:
-        raise ValueError(f"passkey_rows: T is {T}; expected at least {n + m}")
+        raise ValueError(f"passkey_rows: T is {T}; expected at least {LEAST}")
     start, place = draw(len(text) - rest, B, 1), draw(rest + 1, B, 1)
     columns = torch.arange(T - m, device=device)[None]
     behind = columns >= place + n

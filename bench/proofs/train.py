@@ -14,7 +14,7 @@ from torch.nn import functional
 from lctx_kernels import nn
 
 from .models import build
-from .rows import VOCAB, Batch, Text, passkey_rows
+from .rows import LEAST, VOCAB, Batch, Text, passkey_rows
 
 CHECK = 25  # steps
 
@@ -79,7 +79,7 @@ def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -
     curve: list[dict[str, float]] = []
     started, sums, lengths = time.perf_counter(), torch.zeros_like(weights[0]), list(recipe.lengths)
     for step in range(1, recipe.steps + 1):
-        T = int(lengths[0] * (1 - (1 - recipe.shortest) * chance.random()))
+        T = max(LEAST, int(lengths[0] * (1 - (1 - recipe.shortest) * chance.random())))
         batch = passkey_rows(text.train, max(1, recipe.tokens // T), T, generator)
         with torch.autocast(device, torch.bfloat16, enabled=fused):
             logits = model(batch.ids, use_cache=False).logits
