@@ -17,6 +17,19 @@ def test_examples_of_models_run(tmp_path, monkeypatch):
     exec("\n".join(blocks), {})
 
 
+@pytest.mark.parametrize("page", ["infini", "landmark", "dilated"])
+def test_examples_of_methods_run(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.DOTALL)
+    assert blocks
+    exec("\n".join(blocks), {})
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([\w/.-]+\.(?:md|png|py))\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
 def test_the_notebook_runs(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
