@@ -51,7 +51,10 @@ def training(folder: Path) -> str:
             hits = {
                 x["length"] // found[0]["length"]: f"{100 * x['accuracy']:.0f} %" for x in found
             }
-            bits = {x["context"]: f"{x['bits_per_byte']:.2f}" for x in run["bits_per_byte"][name]}
+            bits = {
+                x["context"]: f"{x['bits_per_byte']:.2f}"
+                for x in run["bits_per_byte"].get(name, [])
+            }
             cells = [name, str(run["curve"][-1]["step"])]
             cells += [hits.get(n, "-") for n in times] + [bits.get(n, "-") for n in contexts]
             lines.append(f"| {' | '.join(cells)} |")
@@ -153,7 +156,7 @@ def plot(sources: Sequence[Path], path: Path, metadata: dict[str, str]) -> None:
             style = {"label": name, "color": COLOURS[name], "marker": "o", "markersize": 4}
             lengths = [x["length"] for x in found]
             keys.plot(lengths, [100 * x["accuracy"] for x in found], **style)
-            known = run["bits_per_byte"][name]
+            known = run["bits_per_byte"].get(name, [])
             contexts = [x["context"] for x in known]
             bits.plot(contexts, [x["bits_per_byte"] for x in known], **style)
     trained = next(iter(results[0]["passkey"].values()))[0]["length"]
