@@ -26,7 +26,8 @@ device-tests: build
 # Everything that demo, test and lint need.
 $(VENV)/ready: pyproject.toml
 	python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q "$(TORCH)" "setuptools>=77" wheel "cmake>=3.24" "ninja>=1.10"
+	$(VENV)/bin/python -m pip install -q "$(TORCH)" "setuptools>=77" wheel "cmake>=3.24" "ninja>=1.10" \
+	  "pybind11>=2.12"
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[dev]"
 	touch $@
 

@@ -1,4 +1,4 @@
-"""Builds ``lctx_kernels/_C.abi3.so`` with CMake. Everything else is in pyproject.toml.
+"""Builds ``lctx_kernels/_C.abi3.so`` and ``_ring`` with CMake. The rest is in pyproject.toml.
 
 Environment: ``LCTX_CUDA=auto|on|off``, ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``, ``CXX``,
 ``MAX_JOBS``, ``CMAKE_ARGS``.
@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import NoReturn
 
@@ -96,9 +97,12 @@ class CMakeBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        shutil.copy2(BUILD_DIR / target.name, partial)
-        partial.replace(target)  # a process that has the old library loaded keeps it
+        ring = f"_ring{sysconfig.get_config_var('EXT_SUFFIX')}"  # where it was not skipped
+        for library in filter(Path.is_file, (BUILD_DIR / target.name, BUILD_DIR / ring)):
+            partial = target.with_name(f"{library.name}.partial")
+            shutil.copy2(library, partial)
+            # A process that has the old library loaded keeps it.
+            partial.replace(target.with_name(library.name))
 
 
 setup(

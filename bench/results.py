@@ -40,6 +40,7 @@ class Row:
     errors: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
     group: int = 0  # rows and goals of one group of a suite have the same number
+    mean_s: float | None = None  # on several GPUs: their mean, where median_s is the slowest
 
 
 @dataclass
@@ -84,6 +85,7 @@ class MemoryRow:
     reason: str | None = None
     growth: float | None = None  # longest over shortest
     linear: bool | None = None
+    promised_bytes: list[int] = field(default_factory=list)  # by a formula; 5 % more is a failure
 
 
 @dataclass
@@ -108,9 +110,14 @@ class Document:
         bad = [r for r in (*self.rows, *self.memory) if r.status in ("check_failed", "error")]
         lines = [f"{r.candidate} {r.pass_} {Shape(**{'T': 0, **r.shape})}: {r.reason}" for r in bad]
         grown = [m for m in self.memory if m.linear is False]
-        return lines + [
+        lines += [
             f"{m.candidate} {m.pass_}: peak memory grows {m.growth:.1f}x over {m.lengths}"
             for m in grown
+        ]
+        return lines + [
+            f"{m.candidate} {m.pass_}: {m.extra_bytes} bytes, promised {m.promised_bytes}"
+            for m in self.memory
+            if any(e > 1.05 * p for e, p in zip(m.extra_bytes, m.promised_bytes, strict=False))
         ]
 
     def save(self, path: Path | str) -> None:

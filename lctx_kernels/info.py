@@ -148,10 +148,11 @@ def _library_lines(library: Any) -> list[str]:
         lines.append(f"  cuda: {', '.join(cuda['archs'])} by nvcc {cuda['nvcc']}")
     else:
         lines.append(f"  cuda: not built: {cuda.get('skipped')}")
-    for part, use in (("nccl", "ring communicator"), ("pybind11", "ring binding")):
-        entry = library.get(part, {})
-        state = entry.get("version") or f"not found: {entry.get('missing')}"
-        lines.append(f"  {part} ({use}): {state}")
+    ring = library.get("ring", {})
+    state = f"by pybind11 {ring.get('pybind11')}"
+    lines.append(
+        f"  ring: {state if ring.get('built') else 'not built: ' + str(ring.get('skipped'))}"
+    )
     return lines
 
 

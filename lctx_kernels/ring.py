@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal, overload
 
 import torch
@@ -12,9 +13,11 @@ from ._checks import require
 from ._dtypes import autocast
 from .cp import ops as _ring_ops  # registers lctx::ring_fwd, lctx::ring_bwd
 from .cp.checks import plan_spec
+from .cp.choose import choose
 from .cp.groups import SIM, process_group
 from .cp.plan import Plan
-from .cp.process_group import has_backend, transport_of
+from .cp.process_group import ANNOUNCE_SECONDS, has_backend
+from .cp.transport import RingError
 
 assert _ring_ops
 
@@ -72,10 +75,13 @@ def ring_attention(
             do not see each other; needs B = 1. None: the documents of the plan, in every row of
             the batch.
         deterministic: Bitwise equal gradients from run to run.
-        transport: How shards travel: "pg" by torch.distributed; "sim" computes all ranks in this
+        transport: How shards travel: "pg" by torch.distributed; between GPUs "p2p" by the copy
+            engine inside one host, "nccl" by a communicator of this package; "auto" takes the first
+            that all ranks can use of p2p, nccl and pg, on CPUs pg. "sim" computes all ranks in this
             process, where q, k, v hold the rows of all ranks one after another (`cp.shard` with
-            rank=None) and a plan says how many there are; "auto" chooses.
+            rank=None) and a plan says how many there are.
         timeout: Seconds until a hop that does not happen is a RingError; None is the group's own.
+            On GPUs the next call raises it, or `cp.synchronize`; what was computed since is void.
         return_lse: Return the natural logarithm of the softmax denominators too. Differentiable.
 
     Returns:
@@ -118,7 +124,7 @@ def ring_attention(
         "q": autocast(q), "k": autocast(k), "v": autocast(v),
         "plan": plan_spec(plan, layout, q.shape[1] * world_size, world_size, cu_seqlens),
         "group": "" if members is None else members.group_name,
-        "transport": "pg" if transport == "auto" else transport, "causal": causal,
+        "transport": transport, "causal": causal,
         "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
         "window": 0 if window is None else window,
         "timeout": 0.0 if timeout is None else float(timeout), "deterministic": deterministic,
@@ -128,11 +134,9 @@ def ring_attention(
 
 def _announce_refusal(q: Any, group: Any, transport: str, error: str) -> None:
     """Let the other ranks know of a call that this one refuses: they would wait for it."""
-    if transport not in ("auto", "pg") or not isinstance(q, Tensor):
+    if transport == SIM or not isinstance(q, Tensor):
         return
-    try:
+    with contextlib.suppress(TypeError, ValueError, NotImplementedError, RingError):
         members = process_group(group, "ring_attention")
-    except (TypeError, ValueError):
-        return
-    if has_backend(members, q.device):
-        transport_of(members, q.device).announce(error)
+        if has_backend(members, q.device):
+            choose(members, q.device, transport, ANNOUNCE_SECONDS).announce(error)

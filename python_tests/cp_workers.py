@@ -148,20 +148,6 @@ def log_to_file(rank, n, folder):
     return json.load(open(f"{folder}/{rank}.json"))
 
 
-def by_nccl(rank, n):
-    torch.cuda.set_device(rank)
-    group = dist.new_group(backend="nccl")
-    tensors = [x.cuda(rank) for x in global_tensors(1100, D=128, dtype=torch.bfloat16)[:3]]
-    for layout in ("zigzag", "striped", "contiguous"):
-        plan = cp.make_plan(1100, n, layout=layout)
-        parts = [cp.shard(plan, x, 1, rank) for x in tensors]
-        out, lse = lk.ring_attention(*parts, plan=plan, group=group, return_lse=True)
-        every = [cp.shard(plan, x, 1, None) for x in tensors]
-        want, want_lse = lk.ring_attention(*every, plan=plan, transport="sim", return_lse=True)
-        rows = slice(sum(plan.lengths[:rank]), sum(plan.lengths[: rank + 1]))
-        assert torch.equal(out, want[:, rows]) and torch.equal(lse, want_lse[:, :, rows])
-
-
 # ---- faults ----
 
 

@@ -1,5 +1,6 @@
 """Several processes with a gloo group, for the tests of python_tests/cp."""
 
+import faulthandler
 import multiprocessing
 import os
 import time
@@ -24,7 +25,11 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
 
 
+STACKS_AFTER = 100.0  # seconds, then a rank that still runs says where
+
+
 def _child(function, rank, world_size, port, arguments, pipe):
+    faulthandler.dump_traceback_later(STACKS_AFTER)
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)

@@ -1,4 +1,4 @@
-# pybind11, for what is not a tensor op (the ring communicator). Sets LCTX_PYBIND11_VERSION and
+# pybind11, for what is not a tensor op (csrc/ring). Sets LCTX_PYBIND11_VERSION and
 # LCTX_PYBIND11_MISSING ("" when usable, and then the target pybind11::module exists).
 set(LCTX_PYBIND11_MIN 2.12)
 set(LCTX_PYBIND11_VERSION "")

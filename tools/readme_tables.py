@@ -20,11 +20,14 @@ from bench.machine import machine_line  # noqa: E402
 from bench.plot import SOURCE_KEY, hash_in_png, plot_cpu, plot_hopper, source_hash  # noqa: E402
 from bench.proofs import tables as proofs  # noqa: E402
 from bench.results import Document, load  # noqa: E402
+from bench.ring_tables import ring_goals_table, ring_transports_table  # noqa: E402
 
 # All but the first may be absent.
-PAGES = (Path("README.md"), Path("docs/hopper_results.md"), Path("docs/proofs.md"))
+PAGES = tuple(
+    Path(page) for page in ("README.md", "docs/hopper_results.md", "docs/proofs.md", "docs/ring.md")
+)
 RESULTS = Path("bench/results")
-GPU = "h200"
+GPU, GPUS = "h200", "h200x2"
 
 
 class Plot(NamedTuple):
@@ -196,6 +199,20 @@ def hopper_shapes(*labels: str, suite: str = "hopper") -> Callable[[Path], str]:
     return table
 
 
+def ring_goals(root: Path) -> str:
+    """The ring on two GPUs against one, for every goal."""
+    document = published(root / RESULTS, "ring", GPUS)
+    return MISSING if document is None else _with_conditions(ring_goals_table(document), document)
+
+
+def ring_transports(root: Path) -> str:
+    """Every transport at every shape."""
+    document = published(root / RESULTS, "ring", GPUS)
+    if document is None:
+        return MISSING
+    return _with_conditions(ring_transports_table(document), document)
+
+
 def _with_conditions(lines: list[str], document: Document) -> str:
     rates = [f"{dtype} matmul {x / 1e12:.0f} TFLOP/s" for dtype, x in document.peak_flops.items()]
     if document.copy_bytes_per_s is not None:
@@ -222,6 +239,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "proofs-steps": proofs_table(proofs.steps),
     "proofs-headline": proofs_table(proofs.headline),
     "proofs-generation": proofs_table(proofs.generation),
+    "ring-goals": ring_goals,
+    "ring-transports": ring_transports,
 }
 
 

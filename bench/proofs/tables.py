@@ -184,7 +184,7 @@ def plot(sources: Sequence[Path], path: Path, metadata: dict[str, str]) -> None:
     for axes in (keys, bits, bars):
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(
-        f"rows of at most {trained} bytes in training (dotted). {conditions(results)}",
+        f"at most {trained} bytes in training (dotted). {machine_line(results[0]['machine'])}",
         fontsize=8, color="#555555",
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)

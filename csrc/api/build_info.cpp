@@ -46,10 +46,10 @@ std::string build_info() {
   json += ", \"skipped\": " + quoted(LCTX_CUDA_SKIPPED);
   json += ", \"archs\": " + list(has_cuda ? LCTX_CUDA_ARCHS : "");
   json += ", \"nvcc\": " + quoted(LCTX_NVCC_VERSION) + "}";
-  json += ", \"nccl\": {\"version\": " + quoted(LCTX_NCCL_VERSION) +
-          ", \"missing\": " + quoted(LCTX_NCCL_MISSING);
-  json += "}, \"pybind11\": {\"version\": " + quoted(LCTX_PYBIND11_VERSION);
-  json += ", \"missing\": " + quoted(LCTX_PYBIND11_MISSING) + "}}";
+  const bool has_ring = std::string(LCTX_RING_SKIPPED).empty();
+  json += ", \"ring\": {\"built\": " + std::string(has_ring ? "true" : "false");
+  json += ", \"skipped\": " + quoted(LCTX_RING_SKIPPED);
+  json += ", \"pybind11\": " + quoted(LCTX_PYBIND11_VERSION) + "}}";
   return json;
 }
 

@@ -5,6 +5,11 @@
 
 namespace lctx::api {
 
+// Tensors and positions, without what is carried.
+void set_carry(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+               double scale, int64_t window, int64_t query_start, int64_t key_start,
+               CarryParams& params);
+
 CarryParams carry_params(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v,
                          const Tensor& lse, bool causal, double scale, int64_t window,
                          int64_t query_start, int64_t key_start);

@@ -34,7 +34,8 @@ void launch(const Call& call, const CarryParams& params, const CarryGrads& grads
 void flash_carry_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                      const Tensor& lse, const Tensor& delta, const Tensor& dq, const Tensor& dk,
                      const Tensor& dv, bool causal, double scale, int64_t window,
-                     int64_t query_start, int64_t key_start, [[maybe_unused]] bool deterministic) {
+                     int64_t query_start, int64_t key_start, [[maybe_unused]] bool deterministic,
+                     bool first) {
   const Call call("lctx::flash_carry_bwd",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(dout), LCTX_ARG(lse),
                    LCTX_ARG(delta), LCTX_ARG(dq), LCTX_ARG(dk), LCTX_ARG(dv)});
@@ -52,6 +53,7 @@ void flash_carry_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const
   grads.dq = call.stat_rows(LCTX_ARG(dq), {s.B, s.Tq, s.Hq, s.Dk});
   grads.dk = call.stat_rows(LCTX_ARG(dk), {s.B, s.Tk, s.Hkv, s.Dk});
   grads.dv = call.stat_rows(LCTX_ARG(dv), {s.B, s.Tk, s.Hkv, s.Dv});
+  grads.first = first;
 #ifdef LCTX_WITH_CUDA
   if (call.is_cuda()) return launch(call, params, grads, !deterministic && s.Dk <= 128);
 #endif

@@ -17,18 +17,32 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 
   // One step of a ring: (carry_out, lse) in fp32 takes in attention over k, v, whose first position
-  // is key_start; lse = -inf where nothing is carried yet. The last step returns the result in the
-  // dtype of q (else an empty tensor) and leaves carry_out as it was.
+  // is key_start; lse = -inf where nothing is carried yet. The first step takes nothing from
+  // carry_out and lse. The last step gives the result in the dtype of q, to `out` or returned (else
+  // an empty tensor), and leaves carry_out as it was; on a GPU rows [0, final_rows) may be the only
+  // ones that are done.
   m.def(
       "flash_carry(Tensor q, Tensor k, Tensor v, Tensor(a!) carry_out, Tensor(b!) lse, bool "
-      "causal, float scale, int window, int query_start, int key_start, bool last) -> Tensor out");
+      "causal, float scale, int window, int query_start, int key_start, bool last, "
+      "bool first=False, Tensor(c!)? out=None, int final_rows=0) -> Tensor result");
   // Its backward: lse and delta are those of all keys of the ring; the step's gradients are added
-  // to dq, dk and dv, which are fp32 too. All of carry_out, lse, delta, dq, dk and dv may be slices
-  // of larger tensors.
+  // to dq, dk and dv, which are fp32 too; the first call for some keys takes nothing from dk and
+  // dv. All of carry_out, lse, delta, dq, dk and dv may be slices of larger tensors.
   m.def(
       "flash_carry_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, "
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, bool causal, float scale, int window, "
-      "int query_start, int key_start, bool deterministic) -> ()");
+      "int query_start, int key_start, bool deterministic, bool first=False) -> ()");
+  // The same on a GPU where dq need not be reproducible, head sizes up to 128: `begin` makes the
+  // statistics of all rows and zeroes their sum of dq, both in blocks of rows; every step adds to
+  // rows from first_row, at which a block begins, and heads from first_head on; `end` gives dq.
+  m.def(
+      "carry_bwd_begin(Tensor dout, Tensor? dlse, Tensor out, Tensor lse) "
+      "-> (Tensor rows, Tensor dq_sum)");
+  m.def(
+      "carry_bwd_step(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor rows, Tensor(a!) dq_sum, "
+      "Tensor(b!) dk, Tensor(c!) dv, bool causal, float scale, int window, int query_start, int "
+      "key_start, int first_row, int first_head, bool first=False) -> ()");
+  m.def("carry_bwd_end(Tensor dq_sum, Tensor q, float scale) -> Tensor dq");
   // rowsum(dout * out) - dlse, (B, H, T).
   m.def("attn_delta(Tensor dout, Tensor? dlse, Tensor out) -> Tensor delta");
   // All steps of a ring: q, k, v are this rank's rows, those of all ranks with transport "sim".
@@ -49,6 +63,19 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "landmark_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
       "lse, Tensor? is_landmark, int block_size, float scale, bool deterministic) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
+
+  // Decoding: new tokens, q and k not rotated, over the best top_k blocks of a store, its last
+  // `always`, and the open block of open_len tokens, which they join. Stored keys are rotated inside
+  // their block. On a GPU the blocks may be in pinned memory of the CPU.
+  m.def(
+      "landmark_decode(Tensor q, Tensor k, Tensor v, Tensor landmarks, Tensor blocks_k, Tensor "
+      "blocks_v, Tensor(a!) open_k, Tensor(b!) open_v, Tensor? rope, int open_len, int top_k, int "
+      "always, str select, float scale) -> (Tensor out, Tensor lse, Tensor blocks)");
+  // The same for Infini: over the open segment, gated with what the memory retrieves.
+  m.def(
+      "infini_decode(Tensor q, Tensor k, Tensor v, Tensor q_mem, Tensor k_mem, Tensor(a!) open_k, "
+      "Tensor(b!) open_k_mem, Tensor(c!) open_v, Tensor? M, Tensor? z, Tensor? gate, int open_len, "
+      "bool bypass, float scale) -> (Tensor out, Tensor lse)");
 
   m.def(
       "dilated_fwd(Tensor q, Tensor k, Tensor v, Tensor? seqlens, int[] segment_lengths, int[] "

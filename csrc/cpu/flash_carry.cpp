@@ -1,5 +1,9 @@
 // One step of a ring on the CPU: as flash.cpp, with keys at any positions. flash_carry merges into
 // what earlier steps left, flash_carry_bwd adds to the gradients of earlier steps.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
 #include "attn_driver.h"
 
 namespace lctx::cpu {
@@ -39,10 +43,37 @@ std::vector<Problem> carry_problems(const CarryParams& params, const AttnLaunch&
   return problems;
 }
 
+// Rows of a (B, T, H, D) sum become 0.
+void clear(const TensorView& x, int64_t B, int64_t T, int64_t H, int64_t bytes, int64_t size) {
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t t = 0; t < T; ++t) {
+      for (int64_t h = 0; h < H; ++h) {
+        const int64_t at = b * x.stride_b + t * x.stride_t + h * x.stride_h;
+        std::memset(static_cast<char*>(x.data) + at * size, 0, bytes);
+      }
+    }
+  }
+}
+
+// No row carries anything.
+template <class T>
+void clear_lse(const CarryParams& params) {
+  const AttnShape& s = params.shape;
+  for (int64_t b = 0; b < s.B; ++b) {
+    for (int64_t h = 0; h < s.Hq; ++h) {
+      T* row = static_cast<T*>(params.lse) + b * params.lse_stride_b + h * params.lse_stride_h;
+      std::fill(row, row + s.Tq, -std::numeric_limits<T>::infinity());
+    }
+  }
+}
+
 }  // namespace
 
 void flash_carry(const CarryParams& params, const ThreadPool& pool) {
   const DType stat = stat_dtype(params.shape.dtype);
+  if (params.first) {
+    stat == DType::kFloat64 ? clear_lse<double>(params) : clear_lse<float>(params);
+  }
   const bool last = params.out.data != nullptr;
   const AttnLaunch launch = carry_launch(params, Write::kMerge, last ? params.shape.dtype : stat);
   run_forward(launch,
@@ -56,6 +87,12 @@ void flash_carry(const CarryParams& params, const ThreadPool& pool) {
 
 void flash_carry_bwd(const CarryParams& params, const CarryGrads& grads, const ThreadPool& pool) {
   const AttnLaunch launch = carry_launch(params, Write::kAdd, stat_dtype(params.shape.dtype));
+  if (grads.first) {
+    const AttnShape& s = params.shape;
+    const int64_t size = dtype_size(stat_dtype(s.dtype));
+    clear(grads.dk, s.B, s.Tk, s.Hkv, s.Dk * size, size);
+    clear(grads.dv, s.B, s.Tk, s.Hkv, s.Dv * size, size);
+  }
   run_backward(launch,
                carry_problems(params, launch, &grads,
                               [&](Problem& p, int64_t b, int64_t h) {

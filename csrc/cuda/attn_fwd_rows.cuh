@@ -22,7 +22,10 @@ namespace lctx::cuda {
 
 struct StoreRows {
   struct Params {};
-  static constexpr bool kCarries = false, kRetrieves = false;
+  static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
+
+  template <class Kernel>
+  struct Query {};  // of a memory
 
   // Whether the tile's row `row` is one to keep, and where its lse goes.
   template <class P>
@@ -142,16 +145,21 @@ struct StoreRows {
 
 struct CarryRows : StoreRows {
   // The partial result to continue from, nullptr: none. A row whose lse is not above -inf (NaN too)
-  // holds nothing yet. `out`, not nullptr: the union goes there instead of FwdParams::out.
+  // holds nothing yet. `partial_out`, not nullptr: the union goes there, and of the first
+  // `final_rows` to FwdParams::out (of some rows that share 64 with the last of them to both).
   struct Params {
     const float* carry_out;
     const float* carry_lse;
     float* partial_out;
     float inverse_scale;  // 1 / scale
     int state_rows;       // rows of the tensors that the carried ones and lse are slices of
-    bool sparse;          // most rows carry nothing: look before reading them
+    int final_rows;
+    bool sparse;  // most rows carry nothing: look before reading them
   };
-  static constexpr bool kCarries = true, kRetrieves = false;
+  static constexpr bool kCarries = true, kRetrieves = false, kMakesStates = false;
+  // The carried weight counts as kGain at exp(lse) / kGain, far below the scores to come: these
+  // then have their own maximum as 1, and weights as exact in 16 bits as those of a first step.
+  static constexpr float kGain = 1 << 29, kLogGain = 20.101268f;
 
   // First element of row `row` of the tile in tensors (B, T, H, D).
   template <class Kernel>
@@ -190,8 +198,8 @@ struct CarryRows : StoreRows {
         read_row(p, from, inside, i, o);
       }
       const bool carried = lse > -INFINITY;
-      state.m[i] = carried ? lse * p.inverse_scale : kEmptyRowMax;  // of the raw scores
-      state.l[i] = carried && thread % 4 == 0 ? 1.f : 0.f;          // shares of one
+      state.m[i] = carried ? (lse - kLogGain) * p.inverse_scale : kEmptyRowMax;  // of raw scores
+      state.l[i] = carried && thread % 4 == 0 ? kGain : 0.f;                     // shares of one
     }
   }
 
@@ -204,10 +212,11 @@ struct CarryRows : StoreRows {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const bool carried = factor[row] != 0.f && state.m[row] != kEmptyRowMax;
+      const float weight = factor[row] * kGain;
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) {
-        o[4 * i + 2 * row] = carried ? o[4 * i + 2 * row] * factor[row] : 0.f;
-        o[4 * i + 2 * row + 1] = carried ? o[4 * i + 2 * row + 1] * factor[row] : 0.f;
+        o[4 * i + 2 * row] = carried ? o[4 * i + 2 * row] * weight : 0.f;
+        o[4 * i + 2 * row + 1] = carried ? o[4 * i + 2 * row + 1] * weight : 0.f;
       }
     }
   }
@@ -230,10 +239,12 @@ struct CarryRows : StoreRows {
                                                 const Work& work, float (&o)[Kernel::kValueDim / 2],
                                                 const float (&inverse)[2]) {
     const auto& p = kernel.p;
-    if (p.partial_out == nullptr) {
+    const int row0 = work.row0 + warpgroup * 64;
+    const bool done = p.final_rows > 0 && row0 < p.final_rows;
+    if (p.partial_out == nullptr || done) {
       StoreRows::finish(kernel, warpgroup, work, o, inverse);
-      return;
     }
+    if (p.partial_out == nullptr || (done && row0 + 64 <= p.final_rows)) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(warpgroup_thread()) + 8 * i;
@@ -257,7 +268,9 @@ struct SplitRows {
     int slot_rows;   // rows of a tile that may exist
     int heads_of_group;  // query heads per key/value head
   };
-  static constexpr bool kCarries = false, kRetrieves = false;
+  static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
+  template <class Kernel>
+  struct Query {};
 
   template <class P>
   static __device__ __forceinline__ int head_in_group(const P& p, const Work& work, int row) {

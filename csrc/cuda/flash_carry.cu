@@ -5,12 +5,33 @@
 // Pipeline: as flash_fwd.cu. The carried rows are read into the accumulators, with weight
 //       exp(lse), while the first scores are computed; the online softmax goes on from there, so
 //       that the merge costs no arithmetic.
-// Memory: fp32 out and lse are read and written in place, 8 bytes an element; the last step writes
-//       16-bit out instead.
+// Memory: fp32 out and lse are read and written in place, 8 bytes an element; the first step reads
+//       neither; rows that are done are written as 16-bit out instead.
 // Limits: those of flash_fwd.cu; no cu_seqlens.
 #include "attn_fwd_launch.cuh"
 
 namespace lctx::cuda {
+namespace {
+
+template <class Tile, bool kWindowed>
+void launch_step(const CarryParams& params, int* counter, int num_sms, Stream stream) {
+  using Traits =
+      FwdTraits<Tile, DenseTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN, kWindowed>, CarryRows>;
+  const AttnShape& s = params.shape;
+  auto p = fwd_params<Traits>(params, counter);
+  p.query_offset = static_cast<int>(params.query_start - params.key_start);
+  p.carry_out = params.first ? nullptr : static_cast<const float*>(params.carry_out.data);
+  p.carry_lse = p.lse;
+  p.state_rows = static_cast<int>(params.state_rows);
+  p.inverse_scale = static_cast<float>(1 / params.scale);
+  p.partial_out = params.out.data == nullptr ? static_cast<float*>(params.carry_out.data) : nullptr;
+  p.row_shift = row_shift<Tile>(s.Tq);
+  p.order = make_order("lctx::flash_carry", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
+                       heads_per_section(s, s.Tk, 16));
+  launch_fwd<Traits>(p, num_sms, stream);
+}
+
+}  // namespace
 
 void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, Stream stream) {
   const AttnShape& s = params.shape;
@@ -18,20 +39,8 @@ void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, St
   cudaMemsetAsync(counter, 0, sizeof(int), stream);
   choose_type_and_tile(params, s.Tk, [&](auto tag) {
     using Tile = typename decltype(tag)::type;
-    using Traits =
-        FwdTraits<Tile, DenseTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN>, CarryRows>;
-    auto p = fwd_params<Traits>(params, counter);
-    p.query_offset = static_cast<int>(params.query_start - params.key_start);
-    p.carry_out = static_cast<const float*>(params.carry_out.data);
-    p.carry_lse = p.lse;
-    p.state_rows = static_cast<int>(params.state_rows);
-    p.inverse_scale = static_cast<float>(1 / params.scale);
-    p.partial_out =
-        params.out.data == nullptr ? static_cast<float*>(params.carry_out.data) : nullptr;
-    p.row_shift = row_shift<Tile>(s.Tq);
-    p.order = make_order("lctx::flash_carry", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
-                         heads_per_section(s, s.Tk, 16));
-    launch_fwd<Traits>(p, num_sms, stream);
+    const auto launch = params.window > 0 ? launch_step<Tile, true> : launch_step<Tile, false>;
+    launch(params, counter, num_sms, stream);
   });
 }
 

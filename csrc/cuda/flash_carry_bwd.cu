@@ -3,7 +3,8 @@
 //       sum_d dout_d out_d - dlse.
 // Tile map: attn_bwd_sm90.cuh with positions of queries and keys that are `query_offset` apart;
 //       deterministic: dq by attn_dq_sm90.cuh.
-// Pipeline: statistics of the rows into blocks, the main kernel, the sum of dq added to dq.
+// Pipeline: statistics of the rows into blocks, the main kernel, the sum of dq added to dq. Where
+//       steps share these (carry_bwd_begin, carry_bwd_step, carry_bwd_end), the main kernel alone.
 // Memory: those of its parts; dk and dv are read and written once, dq as well.
 // Limits: those of attn_bwd_sm90.cuh.
 #include "attn_bwd_launch.cuh"
@@ -138,28 +139,31 @@ void add_dq(const CarryParams& params, const CarryGrads& grads, const float* dq_
   check_launch("add_dq_kernel", grid, dim3(256), stream);
 }
 
-template <class Tile>
+template <class Tile, bool kWindowed>
 void launch_keys(const CarryParams& params, const CarryGrads& grads, const BwdScratch& scratch,
-                 int num_sms, Stream stream) {
-  using Traits = BwdTraits<Tile, DenseKeys<Tile::kBlockN>, AddKeys, true>;
+                 int64_t heads, int64_t blocks, int num_sms, Stream stream) {
+  using Traits = BwdTraits<Tile, DenseKeys<Tile::kBlockN>, AddKeys, kWindowed>;
   const AttnShape& s = params.shape;
   typename Traits::Params p{};
   set_attention_bwd<Tile>(params, grads, scratch, p);
+  p.Hq = static_cast<int>(heads);
+  p.blocks_per_head = static_cast<int>(blocks);
   p.query_offset = query_offset(params);
   p.window = static_cast<int>(std::min<int64_t>(params.window, INT32_MAX / 2));
   p.dk_sum = grads.dk;
   p.dv_sum = grads.dv;
   p.last = false;
+  p.first = grads.first;
   p.order = KeyOrder(make_order("lctx::flash_carry_bwd", ceil_div(s.Tk, Tile::kBlockN), s.Hkv, s.B,
                                 bwd_section(s, s.Tq)));
   launch_bwd<Traits>(p, num_sms, stream);
 }
 
-template <class Tile>
+template <class Tile, bool kWindowed>
 void launch_queries(const CarryParams& params, const CarryGrads& grads, const BwdScratch& scratch,
                     int num_sms, Stream stream) {
   using Traits =
-      FwdTraits<Tile, DenseTiles<Tile::kBlockM>, DenseGrads<Tile::kBlockN, true>, AddRows>;
+      FwdTraits<Tile, DenseTiles<Tile::kBlockM>, DenseGrads<Tile::kBlockN, kWindowed>, AddRows>;
   typename Traits::Params p{};
   FlashParams to_dq = params;
   to_dq.out = TensorView{};
@@ -199,13 +203,29 @@ void launch_flash_carry_bwd(const CarryParams& params, const CarryGrads& grads,
   zero(scratch.dq_sum, dq_sum_floats * sizeof(float), stream);
   launch_rows(params, grads, scratch, stream);
   choose_bwd_tile<256>(params, fused, [&](auto tile) {
-    launch_keys<typename decltype(tile)::type>(params, grads, scratch, num_sms, stream);
+    using Tile = typename decltype(tile)::type;
+    const auto launch = params.window > 0 ? launch_keys<Tile, true> : launch_keys<Tile, false>;
+    const AttnShape& s = params.shape;
+    launch(params, grads, scratch, s.Hq, dq_blocks(s.Tq, Tile::kHeadDim), num_sms, stream);
   });
   if (fused) return add_dq(params, grads, scratch.dq_sum, stream);
   zero(scratch.counter, sizeof(int), stream);
   choose_type_and_dim(params.shape, [&](auto type, auto dim) {
     using Tile = typename DqTiles<typename decltype(type)::type, dim.value>::type;
-    launch_queries<Tile>(params, grads, scratch, num_sms, stream);
+    const auto launch =
+        params.window > 0 ? launch_queries<Tile, true> : launch_queries<Tile, false>;
+    launch(params, grads, scratch, num_sms, stream);
+  });
+}
+
+void launch_carry_bwd_step(const CarryParams& params, const CarryGrads& grads,
+                           const BwdScratch& scratch, int64_t heads, int64_t blocks, int num_sms,
+                           Stream stream) {
+  zero(scratch.counter, sizeof(int), stream);
+  choose_bwd_tile(params, true, [&](auto tile) {
+    using Tile = typename decltype(tile)::type;
+    const auto launch = params.window > 0 ? launch_keys<Tile, true> : launch_keys<Tile, false>;
+    launch(params, grads, scratch, heads, blocks, num_sms, stream);
   });
 }
 

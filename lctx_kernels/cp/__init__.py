@@ -10,7 +10,7 @@
 from .decode import decode_attention
 from .forecast import Forecast, forecast
 from .plan import Plan, make_plan
-from .process_group import dump_hop_log, hop_log
+from .process_group import dump_hop_log, hop_log, synchronize
 from .shard import roll, shard, shard_positions, shift_labels, unshard
 from .transport import RingError
 
@@ -27,5 +27,6 @@ __all__ = [
     "shard",
     "shard_positions",
     "shift_labels",
+    "synchronize",
     "unshard",
 ]

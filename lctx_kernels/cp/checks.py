@@ -9,26 +9,32 @@ import torch
 from torch import Tensor
 
 from .._operands import Call, describe, values_readable
+from .device import KINDS, library
 from .groups import SIM, process_group
 from .plan import LAYOUTS, Plan, _spec, document_bounds, plan_of
 from .process_group import has_backend
 
-TRANSPORTS = ("auto", "pg", SIM)
-NOT_BUILT = ("nccl", "p2p")
+TRANSPORTS = ("auto", "pg", "p2p", "nccl", SIM)
 
 
 def _transport(call: Call) -> None:
-    value = call.arguments["transport"]
-    if value in NOT_BUILT:
-        call.refuse(
-            NotImplementedError,
-            f'transport is "{value}", which is not built yet; nearest is transport="pg", '
-            "torch.distributed's own sends and receives",
-        )
-    elif value not in TRANSPORTS:
+    value, q = call.arguments["transport"], call.arguments["q"]
+    if value not in TRANSPORTS:
         error = ValueError if isinstance(value, str) else TypeError
         expected = ", ".join(TRANSPORTS)
         call.refuse(error, f"transport is {describe(value)}; expected one of {expected}")
+    elif value in KINDS and isinstance(q, Tensor) and not torch.compiler.is_compiling():
+        if not q.is_cuda:
+            call.refuse(
+                ValueError,
+                f'transport is "{value}", which moves tensors of GPUs, and q is on {q.device}; '
+                'expected transport="pg" or "auto"',
+            )
+            return
+        try:
+            library()
+        except NotImplementedError as error:
+            call.refuse(NotImplementedError, f'transport is "{value}": {error}')
 
 
 def _timeout(call: Call) -> None:
@@ -39,19 +45,11 @@ def _timeout(call: Call) -> None:
         call.refuse(TypeError, f"timeout is {describe(value)}; expected seconds > 0 or None")
     elif not (value > 0 and math.isfinite(value)):
         call.refuse(ValueError, f"timeout is {value}; expected seconds > 0 or None")
-    elif isinstance(call.arguments["q"], Tensor) and call.arguments["q"].is_cuda:
-        call.refuse(
-            NotImplementedError,
-            "timeout is given with CUDA tensors, whose hops the process group itself watches; "
-            "nearest is timeout=None and the timeout of the group (init_process_group, new_group)",
-        )
 
 
 def _group(call: Call) -> Any:
     """The process group, or None where it is refused or there is none."""
     group, device = call.arguments["group"], call.arguments["q"].device
-    if call.arguments["transport"] in NOT_BUILT:
-        return None
     if call.arguments["transport"] == SIM:
         if group is not None:
             text = f'group is {group!r} with transport="sim"; expected group=None'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .layout import head_groups, memory_of
 from .plan import Plan
 from .schedule import Schedule, schedule_of
 
@@ -66,17 +67,9 @@ class Forecast:
         return "\n".join(lines)
 
 
-def _memory(schedule: Schedule, key_bytes: int, gradient_bytes: int, row_bytes: int) -> int:
-    """key_bytes, gradient_bytes: of a row on the wire; row_bytes: of a row of the rank."""
-    n, most = schedule.plan.world_size, 0
-    for rank, length in enumerate(schedule.plan.lengths):
-        own = schedule.wire_rows(rank)
-        sources = [(schedule.source(rank, step), step) for step in range(1, n)]
-        passing = [schedule.wire_rows(s) for s, step in sources if schedule.last[s] >= step]
-        slots = own + min(len(passing), 2) * max(passing, default=0)
-        sums = 2 * max([own, *(schedule.wire_rows(s) for s, _ in sources)]) if n > 1 else 0
-        most = max(most, length * row_bytes + slots * key_bytes + sums * gradient_bytes)
-    return most
+def _memory(schedule: Schedule, key_bytes: int, sum_bytes: tuple[int, ...], row_bytes: int) -> int:
+    """key_bytes, sum_bytes: of a row on the wire; row_bytes: of a row of the rank."""
+    return max(schedule.plan.lengths) * row_bytes + memory_of(schedule, key_bytes, sum_bytes)
 
 
 def _seconds(work: float, rate: float) -> float:
@@ -85,7 +78,7 @@ def _seconds(work: float, rate: float) -> float:
 
 def _direction(
     schedule: Schedule, *, flops_per_pair: float, flops: float, link: float, key_bytes: int,
-    gradient_bytes: int, row_bytes: int,
+    sum_bytes: tuple[int, ...], row_bytes: int,
 ) -> Direction:  # fmt: skip
     """Step by step, all ranks together: a step ends with its slowest rank or hop."""
     n = schedule.plan.world_size
@@ -99,7 +92,7 @@ def _direction(
             size = rows * key_bytes if schedule.last[source] > step else 0
             moved = moved or size > 0
             if step and in_ring and schedule.first[source] <= step:
-                size += rows * gradient_bytes
+                size += rows * sum(sum_bytes)
             sent[rank] += size
             compute = _seconds(schedule.pairs(rank, source) * flops_per_pair, flops)
             longest = max(longest, compute, _seconds(size, link))
@@ -109,7 +102,7 @@ def _direction(
         total += longest
     pairs = sum(schedule.pairs(r, s) for r in range(n) for s in range(n))
     ideal = _seconds(pairs * flops_per_pair / n, flops)
-    memory = _memory(schedule, key_bytes, gradient_bytes, row_bytes)
+    memory = _memory(schedule, key_bytes, sum_bytes, row_bytes)
     return Direction(hops, max(sent), needed, ideal / total if total else 1.0, memory)
 
 
@@ -157,14 +150,15 @@ def forecast(
     work = [sum(schedule.pairs(rank, source) for source in range(n)) for rank in range(n)]
     row = 2 * batch * key_heads * head_dim  # of k and v
     per_pair = batch * query_heads * head_dim
-    stat = max(4, element_bytes)
+    stat, groups = max(4, element_bytes), head_groups(schedule, key_heads)
     forward = _direction(
         schedule, flops_per_pair=FORWARD_FLOPS * per_pair, flops=forward_flops, link=link,
-        key_bytes=row * element_bytes, gradient_bytes=0, row_bytes=stat * per_pair,
+        key_bytes=row * element_bytes, sum_bytes=(), row_bytes=stat * per_pair,
     )  # fmt: skip
     backward = _direction(
         schedule, flops_per_pair=BACKWARD_FLOPS * per_pair, flops=backward_flops, link=link,
-        key_bytes=row * element_bytes, gradient_bytes=row * stat,
+        key_bytes=row * element_bytes,
+        sum_bytes=tuple(2 * batch * (h1 - h0) * head_dim * stat for h0, h1 in groups),
         row_bytes=stat * (per_pair + row + batch * query_heads),
     )  # fmt: skip
     balance = sum(work) / n / max(work) if max(work) else 1.0

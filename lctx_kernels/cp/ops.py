@@ -15,9 +15,9 @@ from torch import Tensor
 from .. import _load, _ops
 from .._dtypes import dtype_name
 from . import steps
+from .choose import choose
 from .groups import SIM
 from .plan import plan_of
-from .process_group import transport_of
 from .schedule import Schedule, schedule_of
 from .transport import Simulator, run_alone
 
@@ -71,7 +71,7 @@ def _alone(o: _Options, q: Tensor, note: dict[str, Any], agree: bool) -> steps.R
     from torch.distributed import distributed_c10d as c10d
 
     group = c10d._resolve_process_group(o.group)  # type: ignore[attr-defined,arg-type]
-    transport = transport_of(group, q.device)
+    transport = choose(group, q.device, o.transport, o.timeout)
     transport.begin(note, o.timeout, agree)
     return steps.Rank(transport.rank, o.schedule, transport, o.scale, o.deterministic)
 

@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,12 @@ class GroupTransport:
             RingError: Another rank does not come, or the group has been aborted.
         """
         self.call_number += 1
+        if timeout and self.device.type != "cpu" and type(self) is GroupTransport:
+            raise NotImplementedError(
+                'ring_attention: timeout is given with CUDA tensors and transport="pg", whose hops '
+                "the process group itself watches; nearest is timeout=None and the timeout of the "
+                "group (init_process_group, new_group)"
+            )
         self.timeout = timeout or self.default_timeout
         if self.broken is not None:
             raise RingError(
@@ -131,6 +138,15 @@ class GroupTransport:
             )
 
     # ---- hops ----
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that are held between calls, besides torch's own."""
+        return 0
+
+    def memory(self, size: int, device: torch.device) -> Tensor:
+        """As Transport."""
+        return torch.empty(size, dtype=torch.uint8, device=device)
 
     def _entry(self, hop: Hop) -> dict[str, Any]:
         entry = {
@@ -201,6 +217,13 @@ class GroupTransport:
     def close(self) -> None:
         """As Transport."""
         self.kept.clear()
+
+    def synchronize(self) -> None:
+        """Nothing to do: `wait` waits for hops on CPU tensors, NCCL's watchdog for the others."""
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The hops of the log."""
+        return list(self.log)
 
     # ---- what went wrong ----
 
@@ -288,16 +311,42 @@ def has_backend(group: Any, device: torch.device) -> bool:
     return True
 
 
-_TRANSPORTS: dict[tuple[str, str], tuple[weakref.ref[Any], GroupTransport]] = {}
+_TRANSPORTS: dict[tuple[str, str, str], tuple[weakref.ref[Any], GroupTransport]] = {}
+
+
+def known_transport(
+    group: Any, device: torch.device, kind: str, make: Callable[[], GroupTransport]
+) -> GroupTransport:
+    """The transport of one kind of a group, for tensors of a device."""
+    key = (group.group_name, device.type, kind)
+    known = _TRANSPORTS.get(key)
+    if known is None or known[0]() is not group:
+        _TRANSPORTS[key] = known = (weakref.ref(group), make())
+    return known[1]
 
 
 def transport_of(group: Any, device: torch.device) -> GroupTransport:
-    """The transport of a group for tensors of a device."""
-    key = (group.group_name, device.type)
-    known = _TRANSPORTS.get(key)
-    if known is None or known[0]() is not group:
-        _TRANSPORTS[key] = known = (weakref.ref(group), GroupTransport(group, device))
-    return known[1]
+    """The transport of a group by torch.distributed, for tensors of a device."""
+    return known_transport(group, device, "pg", lambda: GroupTransport(group, device))
+
+
+def synchronize(group: Any = None) -> None:
+    """Wait until all hops that this rank has posted in a group are done.
+
+    On GPUs a hop that fails is raised by the next call of `ring_attention` or by this function:
+    call it where results leave the GPU for good, as before writing a checkpoint.
+
+    Args:
+        group: ProcessGroup, 1-D DeviceMesh, or None for the default group.
+
+    Raises:
+        RingError: A rank was late, gone, or called with other arguments.
+        TypeError, ValueError: Not a group.
+    """
+    group = process_group(group, "cp.synchronize")
+    for ref, transport in list(_TRANSPORTS.values()):
+        if ref() is group:
+            transport.synchronize()
 
 
 def hop_log(group: Any = None) -> list[dict[str, Any]]:
@@ -309,15 +358,16 @@ def hop_log(group: Any = None) -> list[dict[str, Any]]:
     Returns:
         A dictionary for each hop: call, phase, step, part, the ranks in "to" and "from",
         bytes_sent, bytes_received, the times (seconds since 1970) "posted" and "done", and "error".
-        A hop that never ended has neither done nor, before its deadline, an error. On GPUs, where
-        the stream waits and not the host, "done" is None.
+        A hop that never ended has neither done nor, before its deadline, an error. On GPUs "done"
+        is known to some milliseconds, and with transport="pg", where the stream waits and not the
+        host, it is None.
 
     Raises:
         TypeError, ValueError: Not a group.
     """
     group = process_group(group, "cp.hop_log")
     known = [t for ref, t in _TRANSPORTS.values() if ref() is group]
-    return [dict(entry) for transport in known for entry in transport.log]
+    return [dict(entry) for transport in known for entry in transport.entries()]
 
 
 def dump_hop_log(path: str | os.PathLike[str], group: Any = None) -> None:

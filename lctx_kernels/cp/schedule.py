@@ -147,22 +147,50 @@ class Schedule:
         return calls
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
-    def local_calls(self, rank: int) -> tuple[list[Call], list[Call]]:
-        """The calls on own keys as those without a mask and the others, for the backward.
+    def first_step_fills(self, rank: int) -> bool:
+        """Whether the calls on own keys have every row of `rank` exactly once."""
+        edges = ((call.q0, call.q1) for call in self.calls[rank][rank])
+        return _tile(edges, self.plan.lengths[rank])
 
-        The first hide the first hop, the others the way home of the last gradients.
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def final_rows(self, rank: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        """Per step and call, how many of its first rows no later call has; the rows left over.
+
+        Every row is among the first ones of the last call that has it, or left over.
         """
-        calls = _pair_calls(self.plan, rank, rank, self.causal, self.window)
-        return [c for c in calls if not c.causal], [c for c in calls if c.causal]
+        order = [
+            (step, call)
+            for step in range(self.plan.world_size)
+            for call in self.calls[rank][self.source(rank, step)]
+        ]
+        edges = sorted({0, self.plan.lengths[rank], *(e for _, c in order for e in (c.q0, c.q1))})
+        last = [-1] * len(edges)  # the last call that has rows from an edge to the next
+        for index, (_, call) in enumerate(order):
+            for at in range(bisect.bisect_left(edges, call.q0), bisect.bisect_left(edges, call.q1)):
+                last[at] = index
+        counts: list[list[int]] = [[] for _ in range(self.plan.world_size)]
+        for index, (step, call) in enumerate(order):
+            at = bisect.bisect_left(edges, call.q0)
+            while last[at] == index:
+                last[at] = -2
+                at += 1
+            counts[step].append(edges[at] - call.q0)
+        spans = zip(edges, edges[1:], last, strict=False)
+        return counts, [(begin, end) for begin, end, owner in spans if owner != -2]
 
-    def rounding_step(self, rank: int) -> int:
-        """The last step with calls, if its last call covers all rows of `rank`; else -1."""
-        for step in reversed(range(self.plan.world_size)):
-            calls = self.calls[rank][self.source(rank, step)]
-            if calls:
-                whole = (calls[-1].q0, calls[-1].q1) == (0, self.plan.lengths[rank])
-                return step if whole else -1
-        return -1
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def keys_once(self, rank: int, source: int) -> bool:
+        """Whether the calls of `rank` have all keys of `source` that are there exactly once."""
+        if rank == source:
+            calls: Sequence[Call] = self.calls[rank][rank]
+            return _tile(((call.k0, call.k1) for call in calls), self.plan.lengths[rank])
+        calls = self.wire_calls(rank, source)
+        return _tile(((call.k0, call.k1) for call in calls), self.wire_rows(source))
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def row_starts(self, rank: int) -> frozenset[int]:
+        """First rows of all calls."""
+        return frozenset(call.q0 for calls in self.calls[rank] for call in calls)
 
     def pairs(self, rank: int, source: int) -> int:
         """(query, key) pairs that `rank` computes on the keys of `source`."""
@@ -198,6 +226,13 @@ def _union(intervals: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
         else:
             merged.append((begin, end))
     return tuple(merged)
+
+
+def _tile(intervals: Iterable[tuple[int, int]], length: int) -> bool:
+    """Whether the intervals have every number below `length` exactly once."""
+    edges = sorted(intervals)
+    ends = [0, *(end for _, end in edges)]
+    return [begin for begin, _ in edges] == ends[:-1] and ends[-1] == length
 
 
 @functools.lru_cache(maxsize=256)

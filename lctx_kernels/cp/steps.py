@@ -9,7 +9,6 @@ Source: Liu et al. 2023 (arXiv 2310.01889), algorithm 1.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import stat_dtype
+from .layout import Layout, head_groups, home_slot, layout_of, memory_of
 from .schedule import Call, Schedule
 from .transport import Hop, Steps, Transport
 
@@ -54,17 +54,36 @@ class Wire(NamedTuple):
     v: Tensor
 
 
-def _wire(flat: Tensor, rows: int, k: Tensor, v: Tensor) -> Wire:
-    """Views of the beginning of `flat` for `rows` rows shaped like those of k and v."""
-    shapes = [(x.shape[0], rows, *x.shape[2:]) for x in (k, v)]
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    parts = flat[: sum(sizes)].split(sizes)
-    return Wire(flat[: sum(sizes)], *(p.view(s) for p, s in zip(parts, shapes, strict=True)))
-
-
 def _row_size(k: Tensor, v: Tensor) -> int:
     """Elements of one row of k and of v."""
     return k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3])
+
+
+class Memory:
+    """A rank's part of the memory that hops read and write, and the layout of every rank's."""
+
+    def __init__(self, at: Rank, k: Tensor, v: Tensor, sums: Sequence[tuple[Tensor, Tensor]] = ()):
+        self.at = at
+        self.sizes = (
+            _row_size(k, v) * k.element_size(),
+            tuple(_row_size(dk, dv) * dk.element_size() for dk, dv in sums),
+        )
+        size = memory_of(at.schedule, *self.sizes)
+        self.bytes = at.transport.memory(size, k.device) if size else k.new_empty(0).view(-1)
+        self.own = self.of(at.rank)
+
+    def of(self, rank: int) -> Layout:
+        """The layout of `rank`'s memory."""
+        return layout_of(self.at.schedule, rank, *self.sizes)
+
+    def wire(self, offset: int, rows: int, k: Tensor, v: Tensor) -> Wire:
+        """Views at `offset` for `rows` rows shaped like those of k and v."""
+        shapes = [(x.shape[0], rows, *x.shape[2:]) for x in (k, v)]
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        end = offset + sum(sizes) * k.element_size()
+        flat = self.bytes[offset:end].view(k.dtype)
+        parts = flat.split(sizes)
+        return Wire(flat, *(p.view(s) for p, s in zip(parts, shapes, strict=True)))
 
 
 def _intervals(wire: Iterable[tuple[int, int]]) -> list[tuple[slice, slice]]:
@@ -79,41 +98,40 @@ def _intervals(wire: Iterable[tuple[int, int]]) -> list[tuple[slice, slice]]:
 class KeyRing:
     """The keys and values that a rank holds, step by step: two slots and the packed own rows."""
 
-    def __init__(self, at: Rank, phase: str, k: Tensor, v: Tensor) -> None:
-        self.at, self.phase, self.k, self.v = at, phase, k, v
-        schedule, n = at.schedule, at.world_size
-        received = [
-            schedule.wire_rows(schedule.source(at.rank, step))
-            for step in range(1, n)
-            if schedule.last[schedule.source(at.rank, step)] >= step
-        ]
-        size = max(received, default=0) * _row_size(k, v)
-        self.slots = [k.new_empty(size) for _ in range(min(len(received), 2))]
+    def __init__(self, at: Rank, phase: str, memory: Memory, k: Tensor, v: Tensor) -> None:
+        self.at, self.phase, self.memory, self.k, self.v = at, phase, memory, k, v
         self.held: Wire | None = None
-        if schedule.last[at.rank] > 0:
-            rows = schedule.wire_rows(at.rank)
-            self.held = _wire(k.new_empty(rows * _row_size(k, v)), rows, k, v)
-            for own, packed in _intervals(schedule.wire[at.rank]):
+        if at.schedule.last[at.rank] > 0:
+            self.held = memory.wire(memory.own.own, at.schedule.wire_rows(at.rank), k, v)
+            for own, packed in _intervals(at.schedule.wire[at.rank]):
                 self.held.k[:, packed] = k[:, own]
                 self.held.v[:, packed] = v[:, own]
         self.arriving: Wire | None = None
+
+    def _place(self, rank: int, step: int) -> int:
+        """Where keys lie that arrive at `rank` in `step`."""
+        slots = self.memory.of(rank).keys
+        return slots[step % len(slots)]
 
     def post(self, step: int) -> Any:
         """Send on what is held in `step` and receive what the next step needs; its ticket."""
         at, schedule = self.at, self.at.schedule
         sends: tuple[tuple[int, Tensor], ...] = ()
         recvs: tuple[tuple[int, Tensor], ...] = ()
+        places: tuple[int, ...] = ()
         coming = schedule.source(at.rank, step + 1)
         if self.held is not None and schedule.last[schedule.source(at.rank, step)] > step:
             sends = ((at.next, self.held.flat),)
+            places = (self._place(at.next, step + 1),)
         self.arriving = None
         if schedule.last[coming] > step and step + 1 < at.world_size:
             rows = schedule.wire_rows(coming)
-            self.arriving = _wire(self.slots[step % len(self.slots)], rows, self.k, self.v)
+            place = self._place(at.rank, step + 1)
+            self.arriving = self.memory.wire(place, rows, self.k, self.v)
             recvs = ((at.previous, self.arriving.flat),)
         if not sends and not recvs:
             return None
-        return at.transport.post(Hop(self.phase, step, 0, sends, recvs))
+        return at.transport.post(Hop(self.phase, step, 0, sends, recvs, places))
 
     def turn(self) -> None:
         """What has arrived is held now."""
@@ -124,39 +142,48 @@ def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Te
     """out (B, L, Hq, Dv) and lse (B, Hq, L) of one rank's queries over the keys of all."""
     stat = stat_dtype(q.dtype)
     (B, L, Hq, _), Dv = q.shape, v.shape[-1]
-    carry = q.new_zeros(B, L, Hq, Dv, dtype=stat)
-    lse = q.new_full((B, Hq, L), -torch.inf, dtype=stat)
-    ring = KeyRing(at, "forward kv", k, v)
-    rounding, out = at.schedule.rounding_step(at.rank), None
+    carry, out = q.new_empty(B, L, Hq, Dv, dtype=stat), q.new_empty(B, L, Hq, Dv)
+    lse = q.new_empty(B, Hq, L, dtype=stat)
+    first = at.schedule.first_step_fills(at.rank)
+    if not first:
+        lse.fill_(-torch.inf)
+    ring = KeyRing(at, "forward kv", Memory(at, k, v), k, v)
+    counts, left_over = at.schedule.final_rows(at.rank)
     for step in range(at.world_size):
         source = at.schedule.source(at.rank, step)
         ticket = ring.post(step)
-        last = step == rounding
         if step == 0:
             calls: Sequence[Call] = at.schedule.calls[at.rank][source]
-            out = _forward_calls(at, calls, q, k, v, carry, lse, last)
+            _forward_calls(at, calls, counts[0], q, k, v, carry, lse, out, first)
         elif ring.held is not None:
             calls = at.schedule.wire_calls(at.rank, source)
-            some = _forward_calls(at, calls, q, ring.held.k, ring.held.v, carry, lse, last)
-            out = some if last else out
+            keys, values = ring.held.k, ring.held.v
+            _forward_calls(at, calls, counts[step], q, keys, values, carry, lse, out, False)
         if ticket is not None:
             yield ticket
         ring.turn()
-    return carry.to(q.dtype) if out is None else out, lse
+    for begin, end in left_over:
+        out[:, begin:end] = carry[:, begin:end]
+    return out, lse
 
 
 def _forward_calls(
-    at: Rank, calls: Sequence[Call], q: Tensor, k: Tensor, v: Tensor, carry: Tensor, lse: Tensor,
-    last: bool,
-) -> Tensor | None:  # fmt: skip
-    """With `last`, what the last call returns: the result, rounded by the kernel."""
-    out = None
-    for index, (q0, q1, k0, k1, causal, window, start) in enumerate(calls):
-        out = torch.ops.lctx.flash_carry(
+    at: Rank, calls: Sequence[Call], counts: Sequence[int], q: Tensor, k: Tensor, v: Tensor,
+    carry: Tensor, lse: Tensor, out: Tensor, first: bool,
+) -> None:  # fmt: skip
+    """Of every call the first `count` rows are done: they are rounded and go to `out`.
+
+    With `first`, every row belongs to one call and carries nothing.
+    """
+    for call, count in zip(calls, counts, strict=True):
+        q0, q1, k0, k1, causal, window, start = call
+        in_kernel = count if q.is_cuda or count == q1 - q0 else 0
+        torch.ops.lctx.flash_carry(
             q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], carry[:, q0:q1], lse[:, :, q0:q1], causal,
-            at.scale, window, 0, start, last and index == len(calls) - 1,
+            at.scale, window, 0, start, False, first, out[:, q0:q1], in_kernel,
         )  # fmt: skip
-    return out if last else None
+        if in_kernel < count:
+            out[:, q0 : q0 + count] = carry[:, q0 : q0 + count]
 
 
 class Saved(NamedTuple):
@@ -174,16 +201,73 @@ class Saved(NamedTuple):
         rows = slice(begin, end)
         return Saved(dout[:, :, rows], q[:, :, rows], lse[:, rows], delta[:, rows], dq[:, :, rows])
 
-
-def _backward_calls(
-    at: Rank, calls: Iterable[Call], x: Saved, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor
-) -> None:
-    for q0, q1, k0, k1, causal, window, start in calls:
+    def add(
+        self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, first: bool
+    ) -> None:
+        """Add the gradients of one call; with `first`, nothing is in dk and dv yet."""
+        q0, q1, k0, k1, causal, window, start = call
         torch.ops.lctx.flash_carry_bwd(
-            x.dout[:, q0:q1], x.q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], x.lse[:, :, q0:q1],
-            x.delta[:, :, q0:q1], x.dq[:, q0:q1], dk[:, k0:k1], dv[:, k0:k1], causal, at.scale,
-            window, 0, start, at.deterministic,
+            self.dout[:, q0:q1], self.q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], self.lse[:, :, q0:q1],
+            self.delta[:, :, q0:q1], self.dq[:, q0:q1], dk[:, k0:k1], dv[:, k0:k1], causal,
+            at.scale, window, 0, start, at.deterministic, first,
         )  # fmt: skip
+
+    def result(self, at: Rank) -> Tensor:
+        """dq of all calls."""
+        return self.dq.to(self.q.dtype)
+
+
+class SavedInBlocks(NamedTuple):
+    """The same on a GPU where dq need not be reproducible: made once for all calls, in blocks."""
+
+    dout: Tensor
+    q: Tensor
+    rows: Tensor
+    dq_sum: Tensor
+    first_head: int = 0
+
+    @staticmethod
+    def fits(at: Rank, q: Tensor) -> bool:
+        """Whether the rows of every call begin with a block."""
+        block = 128 if q.shape[-1] <= 64 else 64
+        plain = q.is_cuda and not at.deterministic and q.shape[-1] <= 128
+        return plain and all(q0 % block == 0 for q0 in at.schedule.row_starts(at.rank))
+
+    def heads(self, begin: int, end: int) -> SavedInBlocks:
+        """Query heads [begin, end)."""
+        rows = slice(begin, end)
+        return self._replace(
+            dout=self.dout[:, :, rows], q=self.q[:, :, rows], first_head=self.first_head + begin
+        )
+
+    def add(
+        self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, first: bool
+    ) -> None:
+        """Add the gradients of one call; with `first`, nothing is in dk and dv yet."""
+        q0, q1, k0, k1, causal, window, start = call
+        torch.ops.lctx.carry_bwd_step(
+            self.dout[:, q0:q1], self.q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], self.rows, self.dq_sum,
+            dk[:, k0:k1], dv[:, k0:k1], causal, at.scale, window, 0, start, q0, self.first_head,
+            first,
+        )  # fmt: skip
+
+    def result(self, at: Rank) -> Tensor:
+        """dq of all calls."""
+        dq: Tensor = torch.ops.lctx.carry_bwd_end(self.dq_sum, self.q, at.scale)
+        return dq
+
+
+def _save(
+    at: Rank, dout: Tensor, dlse: Tensor | None, q: Tensor, out: Tensor, lse: Tensor
+) -> Saved | SavedInBlocks:
+    if SavedInBlocks.fits(at, q):
+        return SavedInBlocks(dout, q, *torch.ops.lctx.carry_bwd_begin(dout, dlse, out, lse))
+    delta = torch.ops.lctx.attn_delta(dout, dlse, out)
+    return Saved(dout, q, lse, delta, _zeros(q))
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, dtype=stat_dtype(x.dtype), memory_format=torch.contiguous_format)
 
 
 class GradientRing:
@@ -193,64 +277,77 @@ class GradientRing:
     from rank to rank, and goes home from the last one.
     """
 
-    def __init__(self, at: Rank, part: int, h0: int, h1: int, dk: Tensor, dv: Tensor) -> None:
-        self.at, self.part, self.h0, self.h1 = at, part, h0, h1
-        self.dk, self.dv = dk[:, :, h0:h1], dv[:, :, h0:h1]
-        schedule, n = at.schedule, at.world_size
-        passing = [schedule.source(at.rank, step) for step in range(1, n)]
-        rows = [schedule.wire_rows(s) for s in (at.rank, *passing)]
-        size = max(rows) * _row_size(self.dk, self.dv)
-        self.slots = [dk.new_empty(size) for _ in range(2 if n > 1 else 0)]
+    def __init__(
+        self, at: Rank, part: int, heads: tuple[int, int], memory: Memory, dk: Tensor, dv: Tensor
+    ) -> None:
+        self.at, self.part, self.memory = at, part, memory
+        self.h0, self.h1 = heads
+        self.dk, self.dv = dk, dv
         self.held: Wire | None = None  # the sum that has arrived for the step to come
         self.arriving: Wire | None = None
         self.home: Wire | None = None
+        self.home_is_last = at.schedule.last[at.rank] == at.world_size - 1
         self.ticket: Any = None
 
-    def _slot(self, step: int, source: int) -> Wire:
+    def _slot(self, slot: int, source: int) -> Wire:
         rows = self.at.schedule.wire_rows(source)
-        return _wire(self.slots[step % 2], rows, self.dk, self.dv)
+        return self.memory.wire(self.memory.own.sums[self.part][slot], rows, self.dk, self.dv)
 
     def arrive(self) -> Steps[None]:
         """Wait for the hop under way; own gradients that came home are added."""
         if self.ticket is not None:
             yield self.ticket
         self.ticket, self.held, self.arriving = None, self.arriving, None
-        if self.home is None:
+        if self.home is None or self.home_is_last:
             return
         for own, packed in _intervals(self.at.schedule.wire[self.at.rank]):
             self.dk[:, own] += self.home.k[:, packed]
             self.dv[:, own] += self.home.v[:, packed]
         self.home = None
 
-    def sum_of(self, step: int) -> Wire:
-        """Where the gradients of `step` are added."""
+    def finish(self, dk: Tensor, dv: Tensor) -> None:
+        """The results in their dtype, rounded once."""
+        row = 0
+        wire = self.at.schedule.wire[self.at.rank] if self.home is not None else ()
+        for own, packed in _intervals(wire):
+            assert self.home is not None
+            for sums, home, out in ((self.dk, self.home.k, dk), (self.dv, self.home.v, dv)):
+                out[:, row : own.start] = sums[:, row : own.start]
+                torch.add(sums[:, own], home[:, packed], out=out[:, own])
+            row = own.stop
+        dk[:, row:], dv[:, row:] = self.dk[:, row:], self.dv[:, row:]
+
+    def sum_of(self, step: int) -> tuple[Wire, bool]:
+        """Where the gradients of `step` are added, and whether nothing is there yet."""
         source = self.at.schedule.source(self.at.rank, step)
-        if self.at.schedule.first[source] == step:
-            self.held = self._slot(step, source)
-            self.held.flat.zero_()
+        empty = self.at.schedule.first[source] == step
+        if empty:
+            self.held = self._slot(step % 2, source)
+            if not self.at.schedule.keys_once(self.at.rank, source):
+                self.held.flat.zero_()
+                empty = False
         assert self.held is not None
-        return self.held
+        return self.held, empty
 
     def post(self, step: int) -> None:
         """Pass the sum of `step` on, or home, and receive that of the next step."""
         at, schedule, n = self.at, self.at.schedule, self.at.world_size
         source, coming = schedule.source(at.rank, step), schedule.source(at.rank, step + 1)
-        sends, recvs = [], []
+        sends, recvs, places = [], [], []
         if self.held is not None:
-            sends.append((at.next if step < schedule.last[source] else source, self.held.flat))
+            passes = step < schedule.last[source]
+            target = at.next if passes else source
+            slot = (step + 1) % 2 if passes else home_slot(schedule, source)
+            sends.append((target, self.held.flat))
+            places.append(self.memory.of(target).sums[self.part][slot])
         if schedule.first[coming] <= step < schedule.last[coming] and step + 1 < n:
-            self.arriving = self._slot(step + 1, coming)
+            self.arriving = self._slot((step + 1) % 2, coming)
             recvs.append((at.previous, self.arriving.flat))
         if schedule.last[at.rank] == step:
-            free = self._slot(step + 1, at.rank)
-            if self.arriving is not None:
-                free = _wire(
-                    torch.empty_like(free.flat), schedule.wire_rows(at.rank), free.k, free.v
-                )
-            self.home = free
-            recvs.append(((at.rank + step) % n, free.flat))
+            self.home = self._slot(home_slot(schedule, at.rank), at.rank)
+            recvs.append(((at.rank + step) % n, self.home.flat))
         if sends or recvs:
-            hop = Hop("backward dkv", step, self.part, tuple(sends), tuple(recvs))
+            hop = Hop("backward dkv", step, self.part, tuple(sends), tuple(recvs), tuple(places))
             self.ticket = at.transport.post(hop)
 
 
@@ -259,40 +356,45 @@ def backward(
     lse: Tensor,
 ) -> Steps[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """dq, dk, dv of one rank's tensors; lse and delta are those over the keys of all ranks."""
-    stat = stat_dtype(q.dtype)
-    delta = torch.ops.lctx.attn_delta(dout, dlse, out)
-    dq, dk, dv = (torch.zeros_like(x, dtype=stat, memory_format=torch.contiguous_format)
-                  for x in (q, k, v))  # fmt: skip
-    own = Saved(dout, q, lse, delta, dq)
     heads, G = k.shape[2], q.shape[2] // k.shape[2]
-    edges = [0, (heads + 1) // 2, heads] if heads > 1 else [0, 1]
+    stat, heads_of = stat_dtype(k.dtype), head_groups(at.schedule, heads)
+    once = at.schedule.keys_once(at.rank, at.rank) and at.schedule.last[at.rank] in (
+        0, at.world_size - 1,
+    )  # fmt: skip
+    fresh = torch.empty_like if once else torch.zeros_like
+    dk, dv = (fresh(x, dtype=stat, memory_format=torch.contiguous_format) for x in (k, v))
+    sums = [(dk[:, :, h0:h1], dv[:, :, h0:h1]) for h0, h1 in heads_of]
+    memory = Memory(at, k, v, sums)
     parts = [
-        GradientRing(at, part, h0, h1, dk, dv)
-        for part, (h0, h1) in enumerate(itertools.pairwise(edges))
+        GradientRing(at, part, heads_of[part], memory, *sums[part]) for part in range(len(sums))
     ]
-    ring = KeyRing(at, "backward kv", k, v)
-    dense, masked = at.schedule.local_calls(at.rank)
-    for step in range(at.world_size):
-        source = at.schedule.source(at.rank, step)
-        ticket = ring.post(step)
-        if step == 0:
-            _backward_calls(at, dense, own, k, v, dk, dv)
-        else:
-            calls = at.schedule.wire_calls(at.rank, source)
-            for part in parts:
-                yield from part.arrive()
-                if at.schedule.first[source] <= step <= at.schedule.last[source]:
-                    assert ring.held is not None
-                    rows, sums = slice(part.h0, part.h1), part.sum_of(step)
-                    _backward_calls(
-                        at, calls, own.heads(part.h0 * G, part.h1 * G), ring.held.k[:, :, rows],
-                        ring.held.v[:, :, rows], sums.k, sums.v,
-                    )  # fmt: skip
-                part.post(step)
+    ring = KeyRing(at, "backward kv", memory, k, v)
+    ticket = ring.post(0)
+    own = _save(at, dout, dlse, q, out, lse)
+    for step in range(1, at.world_size):
         if ticket is not None:
             yield ticket
         ring.turn()
-    _backward_calls(at, masked, own, k, v, dk, dv)
+        source = at.schedule.source(at.rank, step)
+        ticket = ring.post(step)
+        calls = at.schedule.wire_calls(at.rank, source)
+        for part in parts:
+            yield from part.arrive()
+            if at.schedule.first[source] <= step <= at.schedule.last[source]:
+                assert ring.held is not None
+                rows, (total, empty) = slice(part.h0, part.h1), part.sum_of(step)
+                mine = own.heads(part.h0 * G, part.h1 * G)
+                keys, values = ring.held.k[:, :, rows], ring.held.v[:, :, rows]
+                for call in calls:
+                    mine.add(at, call, keys, values, total.k, total.v, empty)
+            part.post(step)
+    if ticket is not None:
+        yield ticket
+    for call in at.schedule.calls[at.rank][at.rank]:
+        own.add(at, call, k, v, dk, dv, once)
+    dk_out, dv_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     for part in parts:
         yield from part.arrive()
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        heads_ = slice(part.h0, part.h1)
+        part.finish(dk_out[:, :, heads_], dv_out[:, :, heads_])
+    return own.result(at), dk_out, dv_out

@@ -27,6 +27,7 @@ class Hop:
         step: Step of the ring.
         part: Which group of key/value heads.
         sends, recvs: (peer, contiguous buffer); peers are ranks of the group.
+        places: Of every send, where in the peer's memory it is received, in bytes.
     """
 
     phase: str
@@ -34,6 +35,7 @@ class Hop:
     part: int
     sends: tuple[tuple[int, Tensor], ...]
     recvs: tuple[tuple[int, Tensor], ...]
+    places: tuple[int, ...] = ()
 
     @property
     def bytes_sent(self) -> int:
@@ -48,6 +50,9 @@ class Hop:
 
 class Transport(Protocol):
     """Buffers of a posted hop belong to the transport until `wait` returns or `done` is true."""
+
+    def memory(self, size: int, device: torch.device) -> Tensor:
+        """(size,) uint8, which all buffers of a call's hops are parts of; every rank asks."""
 
     def post(self, hop: Hop) -> Any:
         """Start the exchange; returns its ticket."""
@@ -109,6 +114,8 @@ class Simulator:
         self.world_size = world_size
         self.posted: dict[Message, Tensor] = {}
         self.expected: dict[Message, Tensor] = {}
+        self.places: dict[Message, int] = {}
+        self.memories: dict[int, Tensor] = {}
         self.bytes_sent = [0] * world_size
 
     def rank(self, rank: int) -> SimulatedRank:
@@ -146,6 +153,9 @@ class Simulator:
             source, target = self.posted.pop(key), self.expected.pop(key)
             if source.shape != target.shape or source.dtype != target.dtype:
                 raise RuntimeError(f"{key}: {source.shape} was sent, {target.shape} expected")
+            place, base = self.places.pop(key), self.memories.get(key[1], target).data_ptr()
+            if target.numel() and base + place != target.data_ptr():
+                raise RuntimeError(f"{key}: sent to another place than it is expected at")
             target.copy_(source)
         return key not in self.posted and key not in self.expected
 
@@ -157,11 +167,18 @@ class SimulatedRank:
     simulator: Simulator
     own: int
 
+    def memory(self, size: int, device: torch.device) -> Tensor:
+        """As Transport."""
+        memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self.simulator.memories[self.own] = memory
+        return memory
+
     def post(self, hop: Hop) -> tuple[Any, ...]:
         """As Transport."""
         sim = self.simulator
-        for peer, buffer in hop.sends:
+        for (peer, buffer), place in zip(hop.sends, hop.places, strict=True):
             sim.posted[self.key(self.own, peer, hop)] = buffer
+            sim.places[self.key(self.own, peer, hop)] = place
         for peer, buffer in hop.recvs:
             sim.expected[self.key(peer, self.own, hop)] = buffer.fill_(torch.nan)
         sim.bytes_sent[self.own] += hop.bytes_sent

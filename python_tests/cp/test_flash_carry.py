@@ -36,13 +36,18 @@ def by_steps(q, k, v, cuts, order, *, dout, dlse, causal, window=0, query_start=
     (B, T, H, D), stat = q.shape, torch.promote_types(q.dtype, torch.float32)
     Dv = v.shape[-1]
     carry = q.new_full((B, T + 5, H, Dv), torch.nan, dtype=stat)[:, 2 : T + 2]
-    lse = q.new_full((B, H, T + 3), -torch.inf, dtype=stat)[:, :, 3:]
+    says_first = order[0] % 2 == 0  # else lse says it
+    unread = torch.nan if says_first else -torch.inf
+    lse = q.new_full((B, H, T + 3), unread, dtype=stat)[:, :, 3:]
     options = (causal, D**-0.5, window, query_start)
     for step, piece in enumerate(order):
         rows = slice(cuts[piece], cuts[piece + 1])
         last = step == len(order) - 1
         before = carry.clone()
-        out = OPS.flash_carry(q, k[:, rows], v[:, rows], carry, lse, *options, rows.start, last)
+        out = OPS.flash_carry(
+            q, k[:, rows], v[:, rows], carry, lse, *options, rows.start, last,
+            says_first and step == 0,
+        )  # fmt: skip
         assert out.shape == ((*q.shape[:3], Dv) if last else (0, 0, 0, 0))
     assert torch.equal(carry.nan_to_num(), before.nan_to_num())  # the last step leaves it alone
 

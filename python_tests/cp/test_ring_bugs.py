@@ -16,15 +16,14 @@ from helpers import assert_fp64_equal, random_tensor, run
 
 import lctx_kernels as lk
 from lctx_kernels import cp, reference
-from lctx_kernels.cp import ops, schedule, steps
+from lctx_kernels.cp import layout, ops, schedule, steps
 
 BUGS = {
     "stale keys in the backward": (
         steps,
-        "ring.held.v[:, :, rows], sums.k, sums.v,",
-        "ring.held.v[:, :, rows], sums.k, sums.v,\n                    ) if step == 1 else "
-        "_backward_calls(\n                        at, calls, own.heads(part.h0 * G, part.h1 * G), "
-        "k[:, :, rows],\n                        v[:, :, rows], sums.k, sums.v,",
+        "keys, values = ring.held.k[:, :, rows], ring.held.v[:, :, rows]",
+        "held = ring.held if step == 1 else Wire(k, k, v)\n"
+        "                keys, values = held.k[:, :, rows], held.v[:, :, rows]",
     ),
     "stale keys in the forward": (
         steps,
@@ -33,8 +32,8 @@ BUGS = {
     ),
     "lse of the own keys in the backward": (
         steps,
-        "own = Saved(dout, q, lse, delta, dq)",
-        "own = Saved(dout, q, _own_lse(q, k, v, lse), delta, dq)",
+        "own = _save(at, dout, dlse, q, out, lse)",
+        "own = _save(at, dout, dlse, q, out, lse)._replace(lse=_own_lse(q, k, v, lse))",
     ),
     "delta without dlse": (steps, "attn_delta(dout, dlse, out)", "attn_delta(dout, None, out)"),
     "next source instead of the one before": (
@@ -72,27 +71,51 @@ BUGS = {
         "self.held.k[:, packed] = k[:, own]",
         "self.held.k[:, packed] = v[:, own]",
     ),
-    "gradients never come home": (steps, "self.dk[:, own] += self.home.k[:, packed]", "pass"),
+    "gradients never come home": (
+        steps,
+        "torch.add(sums[:, own], home[:, packed], out=out[:, own])",
+        "out[:, own] = sums[:, own]",
+    ),
+    "gradients come home early and are lost": (
+        steps,
+        "self.dk[:, own] += self.home.k[:, packed]",
+        "pass",
+    ),
     "gradients come home instead of being added": (
         steps,
-        "self.dv[:, own] += self.home.v[:, packed]",
-        "self.dv[:, own] = self.home.v[:, packed]",
+        "torch.add(sums[:, own], home[:, packed], out=out[:, own])",
+        "out[:, own] = home[:, packed]",
+    ),
+    "rows beside those that come home are forgotten": (
+        steps,
+        "out[:, row : own.start] = sums[:, row : own.start]",
+        "out[:, row : own.start] = 0",
+    ),
+    "own sums cleared after others were added": (
+        steps,
+        "        0, at.world_size - 1,\n",
+        "        0, 1, at.world_size - 1,\n",
     ),
     "gradients come home to the next rank": (
         steps,
-        "at.next if step < schedule.last[source] else source",
-        "at.next",
+        "target = at.next if passes else source",
+        "target = at.next",
     ),
     "sums not cleared": (steps, "self.held.flat.zero_()", "pass"),
+    "sums cleared by every call": (
+        steps,
+        "if not self.at.schedule.keys_once(self.at.rank, source):",
+        "if False:",
+    ),
     "sums start anew at every rank": (
         steps,
-        "if self.at.schedule.first[source] == step:",
-        "if True:",
+        "empty = self.at.schedule.first[source] == step",
+        "empty = True",
     ),
     "both groups of heads are the first": (
         steps,
-        "rows, sums = slice(part.h0, part.h1), part.sum_of(step)",
-        "rows, sums = slice(0, part.h1 - part.h0), part.sum_of(step)",
+        "rows, (total, empty) = slice(part.h0, part.h1), part.sum_of(step)",
+        "rows, (total, empty) = slice(0, part.h1 - part.h0), part.sum_of(step)",
     ),
     "query heads not grouped": (
         steps,
@@ -101,30 +124,60 @@ BUGS = {
     ),
     "keys used before they are there": (
         steps,
-        "if ticket is not None:\n            yield ticket\n        ring.turn()\n    return carry",
-        "if step == -1:\n            yield ticket\n        ring.turn()\n    return carry",
+        "if ticket is not None:\n            yield ticket\n        ring.turn()\n    for begin",
+        "if step == -1:\n            yield ticket\n        ring.turn()\n    for begin",
+    ),
+    "rows rounded by their first call": (
+        schedule,
+        "                last[at] = index\n",
+        "                last[at] = index if last[at] < 0 else last[at]\n",
+    ),
+    "rows that no call ends with forgotten": (
+        steps,
+        "for begin, end in left_over:",
+        "for begin, end in ():",
     ),
     "gradients used before they are there": (
         steps,
         "        if self.ticket is not None:\n",
         "        if self.ticket is not None and self.home is not None:\n",
     ),
-    "one slot for keys": (steps, "self.slots[step % len(self.slots)]", "self.slots[0]"),
-    "one slot for gradients": (steps, "self.slots[step % 2]", "self.slots[0]"),
+    "one slot for keys": (steps, "slots[step % len(slots)]", "slots[0]"),
+    "one slot for gradients": (
+        layout,
+        "tuple(tuple(take(rows * size) for _ in range(slots)) for size in sum_bytes)",
+        "tuple((take(rows * size),) * slots for size in sum_bytes)",
+    ),
+    "slots side by side overlap": (layout, "end += -(-size // ALIGNMENT) * ALIGNMENT", "end += 0"),
+    "keys sent to the slot that is read": (
+        steps,
+        "places = (self._place(at.next, step + 1),)",
+        "places = (self._place(at.next, step),)",
+    ),
+    "gradients sent to the slot that is read": (
+        steps,
+        "slot = (step + 1) % 2 if passes",
+        "slot = step % 2 if passes",
+    ),
     "rows without keys start at lse 0": (
         steps,
-        "lse = q.new_full((B, Hq, L), -torch.inf, dtype=stat)",
-        "lse = q.new_full((B, Hq, L), 0.0, dtype=stat)",
+        "lse.fill_(-torch.inf)",
+        "lse.fill_(0.0)",
     ),
-    "masked half of the own keys without gradient": (
+    "rows start anew in every call of the first step": (
         steps,
-        "    _backward_calls(at, masked, own, k, v, dk, dv)\n",
-        "",
+        "first = at.schedule.first_step_fills(at.rank)",
+        "first = True",
     ),
-    "dense half of the own keys without gradient": (
+    "own keys without gradient": (
         steps,
-        "            _backward_calls(at, dense, own, k, v, dk, dv)\n",
-        "            pass\n",
+        "for call in at.schedule.calls[at.rank][at.rank]:\n        own",
+        "for call in ():\n        own",
+    ),
+    "own keys without a home": (
+        steps,
+        "dk[:, row:], dv[:, row:] = self.dk[:, row:], self.dv[:, row:]",
+        "pass",
     ),
 }  # fmt: skip
 
@@ -195,8 +248,11 @@ def test_planted_bug_is_found(bug, monkeypatch):
     changed = mutant(module, old, new)
     if module is steps:
         monkeypatch.setattr(ops, "steps", changed)
+    elif module is layout:
+        monkeypatch.setattr(steps, "layout_of", changed.layout_of)
+        monkeypatch.setattr(steps, "memory_of", changed.memory_of)
     else:
         monkeypatch.setattr(ops, "schedule_of", changed.schedule_of)
-    errors = (AssertionError, RuntimeError, ValueError, StopIteration)  # wrong, stuck, or refused
+    errors = (AssertionError, RuntimeError, ValueError, IndexError, StopIteration)
     with pytest.raises(errors):
         run_checks()

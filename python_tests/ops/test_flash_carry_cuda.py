@@ -13,12 +13,14 @@ def ring(q, k, v, bounds, order, *, causal, window=0, query_start=0):
     """Attention of q over the pieces of k, v that `bounds` cut, taken in `order`."""
     B, T, H, D = q.shape
     carry = q.new_full((B, T, H, D), torch.nan, dtype=torch.float32)
-    lse = q.new_full((B, H, T), -torch.inf, dtype=torch.float32)
+    says_first = order[0] % 2 == 0  # else lse says it
+    unread = torch.nan if says_first else -torch.inf
+    lse = q.new_full((B, H, T), unread, dtype=torch.float32)
     for step, piece in enumerate(order):
         begin, end = bounds[piece], bounds[piece + 1]
         out = torch.ops.lctx.flash_carry(
             q, k[:, begin:end], v[:, begin:end], carry, lse, causal, D**-0.5, window,
-            query_start, begin, step == len(order) - 1,
+            query_start, begin, step == len(order) - 1, says_first and step == 0,
         )  # fmt: skip
         assert step == len(order) - 1 or out.numel() == 0
     return out, lse

@@ -1,0 +1,70 @@
+"""The ring's results as Markdown tables."""
+
+from lctx_kernels.demo_plot import short
+
+from .results import Document, Row
+
+PASSES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward + backward"}
+
+
+def _work(row: Row) -> str:
+    s, options = row.shape, row.options
+    kind = "packed documents" if "documents" in options else short(s["T"])
+    more = ", deterministic" if options.get("deterministic") else ""
+    return f"{kind} | {s['Hq']} / {s['Hkv']} | {PASSES[row.pass_]}{more}"
+
+
+def ring_goals_table(document: Document) -> list[str]:
+    """Times of one GPU and of the ring, their ratio and its goal; host time and memory."""
+    lines = [
+        "| tokens | Hq / Hkv | pass | one GPU, ms | ring, ms | speed | goal | TFLOP/s a GPU |",
+        "| --- | --- | --- | --: | --: | --: | --: | --: |",
+    ]
+    rows = {(r.group, r.candidate): r for r in document.rows if r.group and r.median_s}
+    gpus = int(document.machine["kind"].rpartition("x")[2])
+    first = [r for (_, name), r in rows.items() if name == "flash"]
+    for alone in first:
+        ring = next(
+            r for (group, name), r in rows.items() if group == alone.group and name != "flash"
+        )
+        goal = next((g for g in document.goals if g.group == alone.group), None)
+        assert alone.median_s and ring.median_s and ring.flops_per_s
+        wanted = "-"
+        if goal is not None:
+            wanted = f"{goal.wanted:g}x{'' if goal.reached else ' (missed)'}"
+        lines.append(
+            f"| {_work(alone)} | {1e3 * alone.median_s:.2f} | {1e3 * ring.median_s:.2f} "
+            f"| **{alone.median_s / ring.median_s:.2f}x** | {wanted} "
+            f"| {ring.flops_per_s / gpus / 1e12:.0f} |"
+        )
+    hops = [r for r in document.rows if r.op == "hop" and r.median_s]
+    if hops:
+        said = ", ".join(f"{r.candidate.removeprefix('hop-')} {1e6 * r.median_s:.1f}" for r in hops)  # type: ignore[operator]
+        lines += ["", f"Host time of a hop, us (goal at most 12): {said}."]
+    for memory in document.memory:
+        lines.append(
+            f"Peak of the {PASSES[memory.pass_]} at {short(memory.lengths[0])} tokens, Hq / Hkv "
+            f"{memory.shape['Hq']} / {memory.shape['Hkv']}: {memory.extra_bytes[0] / 2**20:.0f} MiB"
+            f" beyond inputs and results; the formula says {memory.promised_bytes[0] / 2**20:.0f}."
+        )
+    return lines
+
+
+def ring_transports_table(document: Document) -> list[str]:
+    """Speed against one GPU of every transport."""
+    names = list(dict.fromkeys(r.candidate for r in document.rows if r.candidate[:5] == "ring-"))
+    heads = " | ".join(name.removeprefix("ring-") for name in names)
+    lines = [
+        f"| tokens | Hq / Hkv | pass | {heads} |",
+        "| --- | --- | --- |" + " --: |" * len(names),
+    ]
+    for alone in [r for r in document.rows if r.candidate == "flash" and r.median_s]:
+        rings = {r.candidate: r for r in document.rows if r.group == alone.group}
+        if not set(names) <= set(rings):
+            continue
+        speeds = " | ".join(
+            f"{alone.median_s / r.median_s:.3f}x" if (r := rings[name]).median_s else "-"
+            for name in names
+        )
+        lines.append(f"| {_work(alone)} | {speeds} |")
+    return lines

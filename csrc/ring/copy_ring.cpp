@@ -1,0 +1,219 @@
+#include "copy_ring.h"
+
+#include <cstring>
+#include <stdexcept>
+
+namespace lctx::ring {
+namespace {
+
+constexpr size_t kWordStep = 128;                 // bytes from word to word: a cache line each
+constexpr size_t kGranularity = size_t{2} << 20;  // a mapping of IPC covers whole allocations
+constexpr uint32_t kRelease = 1u << 30;           // ahead of any count that is waited for
+
+size_t rounded(size_t bytes) { return (bytes + kGranularity - 1) / kGranularity * kGranularity; }
+
+Handle handle_of(CUdeviceptr pointer) {
+  CUipcMemHandle handle;
+  LCTX_CU(cuIpcGetMemHandle, &handle, pointer);
+  return Handle(handle.reserved, sizeof handle.reserved);
+}
+
+CUdeviceptr open(const Handle& text) {
+  CUipcMemHandle handle;
+  if (text.size() != sizeof handle.reserved) throw std::runtime_error("not a handle of memory");
+  std::memcpy(handle.reserved, text.data(), sizeof handle.reserved);
+  CUdeviceptr pointer = 0;
+  LCTX_CU(cuIpcOpenMemHandle, &pointer, handle, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS);
+  return pointer;
+}
+
+void open_all(const std::vector<Handle>& handles, int rank, CUdeviceptr own,
+              std::vector<CUdeviceptr>& opened) {
+  for (size_t peer = 0; peer < handles.size(); ++peer) {
+    opened.push_back(static_cast<int>(peer) == rank ? own : open(handles[peer]));
+  }
+}
+
+void close_all(std::vector<CUdeviceptr>& opened, int rank) {
+  for (size_t peer = 0; peer < opened.size(); ++peer) {
+    if (static_cast<int>(peer) != rank) driver().cuIpcCloseMemHandle_(opened[peer]);
+  }
+  opened.clear();
+}
+
+}  // namespace
+
+CopyRing::CopyRing(int rank, int world_size) : Ring(rank, world_size) {
+  const size_t bytes = rounded(word(kTest, kChannels, 0) + kWordStep);
+  LCTX_CU(cuMemAlloc, &words_, bytes);
+  LCTX_CU(cuMemsetD8Async, words_, 0, bytes, rescue_);
+  LCTX_CU(cuStreamSynchronize, rescue_);
+  for (int channel = 0; channel < kChannels; ++channel) {
+    sent_[channel].resize(world_size);
+    received_[channel].resize(world_size);
+  }
+}
+
+CopyRing::~CopyRing() { close(); }
+
+size_t CopyRing::word(Word kind, int channel, int peer) const {
+  return ((static_cast<size_t>(kind) * kChannels + channel) * world_size_ + peer) * kWordStep;
+}
+
+Handle CopyRing::words_handle() const { return handle_of(words_); }
+
+void CopyRing::connect_words(const std::vector<Handle>& handles) {
+  open_all(handles, rank_, words_, peer_words_);
+}
+
+Handle CopyRing::allocate(int64_t bytes) {
+  LCTX_CU(cuMemAlloc, &memory_, rounded(static_cast<size_t>(bytes)));
+  return handle_of(memory_);
+}
+
+void CopyRing::connect(const std::vector<Handle>& handles) {
+  open_all(handles, rank_, memory_, peer_memory_);
+}
+
+void CopyRing::disconnect() { close_all(peer_memory_, rank_); }
+
+void CopyRing::free_memory() {
+  if (memory_ != 0) driver().cuMemFree_(memory_);
+  memory_ = 0;
+}
+
+void CopyRing::tell(CUstream stream, Word kind, int channel, int peer, uint32_t count) {
+  const CUdeviceptr out = words_ + word(kind == kFreeIn ? kFreeOut : kDataOut, channel, peer);
+  LCTX_CU(cuStreamWriteValue32, stream, out, count, CU_STREAM_WRITE_VALUE_DEFAULT);
+  LCTX_CU(cuMemcpyDtoDAsync, peer_words_[peer] + word(kind, channel, rank_), out, sizeof count,
+          stream);
+}
+
+void CopyRing::copy(const Message& m, CUstream stream) {
+  LCTX_CU(cuMemcpyDtoDAsync, peer_memory_[m.peer] + m.place, m.data, static_cast<size_t>(m.bytes),
+          stream);
+}
+
+void CopyRing::enqueue(Hop& hop, CUstream stream) {
+  const int channel = hop.channel();
+  for (const Message& m : hop.sends) hop.send_counts.push_back(++sent_[channel][m.peer]);
+  for (const Message& m : hop.recvs) hop.recv_counts.push_back(++received_[channel][m.peer]);
+  direct_ ? enqueue_direct(hop, stream) : enqueue_by_copies(hop, stream);
+}
+
+void CopyRing::enqueue_by_copies(const Hop& hop, CUstream stream) {
+  const int channel = hop.channel();
+  for (size_t i = 0; i < hop.recvs.size(); ++i) {
+    tell(stream, kFreeIn, channel, hop.recvs[i].peer, hop.recv_counts[i]);
+  }
+  for (size_t i = 0; i < hop.sends.size(); ++i) {
+    const int peer = hop.sends[i].peer;
+    LCTX_CU(cuStreamWaitValue32, stream, words_ + word(kFreeIn, channel, peer), hop.send_counts[i],
+            CU_STREAM_WAIT_VALUE_GEQ);
+    copy(hop.sends[i], stream);
+    tell(stream, kDataIn, channel, peer, hop.send_counts[i]);
+  }
+  for (size_t i = 0; i < hop.recvs.size(); ++i) {
+    LCTX_CU(cuStreamWaitValue32, stream, words_ + word(kDataIn, channel, hop.recvs[i].peer),
+            hop.recv_counts[i], CU_STREAM_WAIT_VALUE_GEQ);
+  }
+}
+
+void CopyRing::enqueue_direct(const Hop& hop, CUstream stream) {
+  const int channel = hop.channel();
+  std::vector<CUstreamBatchMemOpParams> operations;
+  const auto write = [&](Word kind, int peer, uint32_t count) {
+    CUstreamBatchMemOpParams one{};
+    one.writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32;
+    one.writeValue.address = peer_words_[peer] + word(kind, channel, rank_);
+    one.writeValue.value = count;
+    operations.push_back(one);
+  };
+  const auto wait = [&](Word kind, int peer, uint32_t count) {
+    CUstreamBatchMemOpParams one{};
+    one.waitValue.operation = CU_STREAM_MEM_OP_WAIT_VALUE_32;
+    one.waitValue.address = words_ + word(kind, channel, peer);
+    one.waitValue.value = count;
+    one.waitValue.flags = CU_STREAM_WAIT_VALUE_GEQ;
+    operations.push_back(one);
+  };
+  const auto run = [&] {
+    if (operations.empty()) return;
+    LCTX_CU(cuStreamBatchMemOp, stream, static_cast<unsigned>(operations.size()), operations.data(),
+            0);
+    operations.clear();
+  };
+  for (size_t i = 0; i < hop.recvs.size(); ++i)
+    write(kFreeIn, hop.recvs[i].peer, hop.recv_counts[i]);
+  for (size_t i = 0; i < hop.sends.size(); ++i)
+    wait(kFreeIn, hop.sends[i].peer, hop.send_counts[i]);
+  run();
+  for (const Message& m : hop.sends) copy(m, stream);
+  for (size_t i = 0; i < hop.sends.size(); ++i)
+    write(kDataIn, hop.sends[i].peer, hop.send_counts[i]);
+  for (size_t i = 0; i < hop.recvs.size(); ++i)
+    wait(kDataIn, hop.recvs[i].peer, hop.recv_counts[i]);
+  run();
+}
+
+void CopyRing::try_direct() {
+  for (int peer = 0; peer < world_size_; ++peer) {
+    if (peer == rank_) continue;
+    LCTX_CU(cuStreamWriteValue32, rescue_, peer_words_[peer] + word(kTest, 0, rank_),
+            static_cast<uint32_t>(rank_ + 1), CU_STREAM_WRITE_VALUE_DEFAULT);
+  }
+  LCTX_CU(cuStreamSynchronize, rescue_);
+}
+
+bool CopyRing::check_direct() {
+  for (int peer = 0; peer < world_size_; ++peer) {
+    const auto wanted = static_cast<uint32_t>(peer + 1);
+    if (peer != rank_ && read(words_ + word(kTest, 0, peer)) != wanted) return false;
+  }
+  return true;
+}
+
+uint32_t CopyRing::read(CUdeviceptr word) {
+  uint32_t found = 0;
+  LCTX_CU(cuMemcpyDtoHAsync, &found, word, sizeof found, rescue_);
+  LCTX_CU(cuStreamSynchronize, rescue_);
+  return found;
+}
+
+void CopyRing::release(const std::vector<Hop*>& pending) {
+  for (const Hop* hop : pending) {
+    const int channel = hop->channel();
+    const auto let_go = [&](Word kind, const Message& m, uint32_t count) {
+      driver().cuStreamWriteValue32_(rescue_, words_ + word(kind, channel, m.peer),
+                                     count + kRelease, CU_STREAM_WRITE_VALUE_DEFAULT);
+    };
+    for (size_t i = 0; i < hop->send_counts.size(); ++i) {
+      let_go(kFreeIn, hop->sends[i], hop->send_counts[i]);
+    }
+    for (size_t i = 0; i < hop->recv_counts.size(); ++i) {
+      let_go(kDataIn, hop->recvs[i], hop->recv_counts[i]);
+    }
+  }
+}
+
+std::string CopyRing::missing(const Hop& hop) {
+  const auto behind = [&](Word kind, int peer, uint32_t wanted) {
+    return static_cast<int32_t>(read(words_ + word(kind, hop.channel(), peer)) - wanted) < 0;
+  };
+  std::string text;
+  for (size_t i = 0; i < hop.send_counts.size(); ++i) {
+    const int peer = hop.sends[i].peer;
+    if (behind(kFreeIn, peer, hop.send_counts[i])) {
+      text += "rank " + std::to_string(peer) + " has no place for it yet; ";
+    }
+  }
+  for (size_t i = 0; i < hop.recv_counts.size(); ++i) {
+    const int peer = hop.recvs[i].peer;
+    if (behind(kDataIn, peer, hop.recv_counts[i])) {
+      text += "rank " + std::to_string(peer) + " has sent nothing; ";
+    }
+  }
+  return text.empty() ? "it takes longer than that" : text.substr(0, text.size() - 2);
+}
+
+}  // namespace lctx::ring

@@ -1,0 +1,45 @@
+// Hops by NCCL: one send and one receive of packed buffers in a group, a communicator for each
+// channel, on streams of the highest priority.
+//
+// The memory that hops use comes from NCCL and is registered with both communicators on every rank,
+// or on none: with one side registered a hop hangs. Few blocks take part (max_ctas, no clusters):
+// registered, two move 80 GB/s each way, and every one takes a multiprocessor from the attention.
+#pragma once
+
+#include "nccl_api.h"
+#include "ring.h"
+
+namespace lctx::ring {
+
+class NcclRing : public Ring {
+ public:
+  // ids: of the communicators, made by one rank. Returns when all ranks have come.
+  NcclRing(int rank, int world_size, const std::vector<std::string>& ids, int max_ctas);
+  ~NcclRing() override;
+
+  static std::vector<std::string> make_ids();
+
+  // New memory of that many bytes. Returns whether it is registered.
+  bool allocate(int64_t bytes);
+  // Takes the registration back, because another rank has none.
+  void deregister();
+  void free_memory();
+  CUdeviceptr memory() const { return reinterpret_cast<CUdeviceptr>(memory_); }
+  // A first hop to and from both neighbours, which makes the connections.
+  void warm_up();
+
+ protected:
+  void enqueue(Hop& hop, CUstream stream) override;
+  void release(const std::vector<Hop*>& pending) override;
+  std::string missing(const Hop& hop) override;
+  std::string asynchronous_error() override;
+
+ private:
+  nccl::Comm comms_[kChannels] = {};
+  void* handles_[kChannels] = {};
+  void* memory_ = nullptr;
+  std::timed_mutex using_;  // the communicators: none may be given up while a hop is enqueued
+  bool aborted_ = false;
+};
+
+}  // namespace lctx::ring

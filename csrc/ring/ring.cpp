@@ -1,0 +1,213 @@
+#include "ring.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+
+namespace lctx::ring {
+namespace {
+
+constexpr size_t kLogLength = 4096;
+constexpr auto kInterval = std::chrono::milliseconds(2);
+// Streams of one priority may share a hardware queue, where one that waits stops the others: each
+// of ours has a priority of its own, and the watchdog's another than those that it rescues.
+constexpr int kPriorities[kChannels] = {-5, -4};
+constexpr int kRescuePriority = -3;
+
+}  // namespace
+
+double seconds_now() {
+  using namespace std::chrono;
+  return duration<double>(system_clock::now().time_since_epoch()).count();
+}
+
+Ring::Ring(int rank, int world_size) : rank_(rank), world_size_(world_size) {
+  LCTX_CU(cuCtxGetCurrent, &context_);
+  if (context_ == nullptr) throw std::runtime_error("no CUDA context is current");
+  for (int channel = 0; channel < kChannels; ++channel) {
+    LCTX_CU(cuStreamCreateWithPriority, &channels_[channel], CU_STREAM_NON_BLOCKING,
+            kPriorities[channel]);
+  }
+  LCTX_CU(cuStreamCreateWithPriority, &rescue_, CU_STREAM_NON_BLOCKING, kRescuePriority);
+  watchdog_ = std::thread([this] { watch(); });
+}
+
+CUevent Ring::take_event() {
+  if (free_events_.empty()) {
+    CUevent event = nullptr;
+    LCTX_CU(cuEventCreate, &event, CU_EVENT_DISABLE_TIMING);
+    return event;
+  }
+  CUevent event = free_events_.back();
+  free_events_.pop_back();
+  return event;
+}
+
+void Ring::throw_if_failed() const {
+  if (!failure_.empty()) throw std::runtime_error(failure_);
+}
+
+int64_t Ring::post(CUstream stream, Hop posted) {
+  const std::lock_guard<std::mutex> order(posting_);
+  auto hop = std::make_shared<Hop>(std::move(posted));
+  hop->posted = seconds_now();
+  const int channel = hop->channel();
+  Pending pending{hop, nullptr, nullptr};
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    throw_if_failed();
+    hop->number = next_number_++;
+    pending.ready = take_event();
+    pending.done = take_event();
+  }
+  // Without the lock: a full queue blocks here until the watchdog has let the stream go on.
+  LCTX_CU(cuEventRecord, pending.ready, stream);
+  LCTX_CU(cuStreamWaitEvent, channels_[channel], pending.ready, 0);
+  enqueue(*hop, channels_[channel]);
+  LCTX_CU(cuEventRecord, pending.done, channels_[channel]);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  tickets_[hop->number] = pending.done;
+  const bool idle = pending_[0].empty() && pending_[1].empty();
+  pending_[channel].push_back(pending);
+  log_.push_back(hop);
+  if (log_.size() > kLogLength) log_.pop_front();
+  if (idle) changed_.notify_all();
+  return hop->number;
+}
+
+void Ring::wait(int64_t number, CUstream stream) {
+  CUevent done = nullptr;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    throw_if_failed();
+    const auto found = tickets_.find(number);
+    if (found == tickets_.end()) return;  // it is done
+    done = found->second;
+  }
+  LCTX_CU(cuStreamWaitEvent, stream, done, 0);
+}
+
+bool Ring::done(int64_t number) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = tickets_.find(number);
+  return found == tickets_.end() || driver().cuEventQuery_(found->second) == CUDA_SUCCESS;
+}
+
+void Ring::synchronize() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(
+      lock, [this] { return !failure_.empty() || (pending_[0].empty() && pending_[1].empty()); });
+  throw_if_failed();
+}
+
+void Ring::abort(const std::string& reason) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!failure_.empty()) return;
+  Hop none;
+  for (const auto& pending : pending_) {
+    if (!pending.empty()) {
+      fail(*pending.front().hop, reason);
+      return;
+    }
+  }
+  fail(none, reason);
+}
+
+void Ring::close() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    closing_ = true;
+    changed_.notify_all();
+  }
+  if (watchdog_.joinable()) watchdog_.join();
+}
+
+std::vector<Hop> Ring::log() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<Hop> copies;
+  for (const auto& hop : log_) copies.push_back(*hop);
+  return copies;
+}
+
+Hop Ring::failure() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return failed_hop_;
+}
+
+void Ring::watch() {
+  driver().cuCtxSetCurrent_(context_);
+  std::unique_lock<std::mutex> lock(mutex_);
+  double closing_since = 0;
+  while (true) {
+    const bool idle = pending_[0].empty() && pending_[1].empty();
+    if (closing_ && idle) return;
+    if (idle) {
+      changed_.wait(lock,
+                    [this] { return closing_ || !pending_[0].empty() || !pending_[1].empty(); });
+      continue;
+    }
+    const double now = seconds_now();
+    for (int channel = 0; channel < kChannels; ++channel) look_after(channel, now);
+    if (closing_ && closing_since == 0) closing_since = now;
+    if (closing_ && now - closing_since > 1 && failure_.empty()) {
+      for (const auto& pending : pending_) {
+        if (!pending.empty() && failure_.empty()) fail(*pending.front().hop, "closed");
+      }
+    }
+    if (closing_ && now - closing_since > 3) return;  // a kernel of the caller hangs
+    if (pending_[0].empty() && pending_[1].empty()) changed_.notify_all();
+    changed_.wait_for(lock, kInterval);
+  }
+}
+
+void Ring::look_after(int channel, double now) {
+  auto& pending = pending_[channel];
+  while (!pending.empty() && driver().cuEventQuery_(pending.front().done) != CUDA_ERROR_NOT_READY) {
+    Pending& first = pending.front();
+    if (failure_.empty()) first.hop->done = now;
+    if (first.hop->ready == 0) first.hop->ready = now;
+    tickets_.erase(first.hop->number);
+    free_events_.push_back(first.ready);
+    free_events_.push_back(first.done);
+    pending.pop_front();
+    front_since_[channel] = 0;
+  }
+  if (pending.empty()) return;
+  if (!failure_.empty()) {
+    std::vector<Hop*> hops;
+    for (Pending& one : pending) hops.push_back(one.hop.get());
+    release(hops);
+    return;
+  }
+  Pending& first = pending.front();
+  if (front_since_[channel] == 0) {
+    if (driver().cuEventQuery_(first.ready) == CUDA_ERROR_NOT_READY) return;
+    front_since_[channel] = first.hop->ready = now;
+  }
+  const std::string error = asynchronous_error();
+  if (!error.empty()) {
+    fail(*first.hop, error);
+  } else if (now - front_since_[channel] > first.hop->timeout) {
+    fail(*first.hop, missing(*first.hop));
+  }
+}
+
+void Ring::fail(Hop& hop, const std::string& what) {
+  hop.error = what.empty() ? "given up" : what;
+  failed_hop_ = hop;
+  failure_ = hop.error;
+  std::vector<Hop*> hops;
+  for (auto& pending : pending_) {
+    for (Pending& one : pending) {
+      hops.push_back(one.hop.get());
+      one.hop->error = hop.error;
+      for (const Message& m : one.hop->recvs) {  // 0xff...: NaN in every format
+        driver().cuMemsetD8Async_(m.data, 0xff, static_cast<size_t>(m.bytes), rescue_);
+      }
+    }
+  }
+  release(hops);
+  changed_.notify_all();
+}
+
+}  // namespace lctx::ring

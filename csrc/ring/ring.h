@@ -1,0 +1,117 @@
+// What both communicators share: hops on streams of their own, their log, and a watchdog.
+//
+// A hop is posted on the caller's stream and runs on that of its channel; nothing waits on the
+// host. A thread looks after the hops that are under way. The deadline of a hop runs from when this
+// rank is ready for it, which the GPU says, so that work queued before it does not count. Past it
+// the watchdog sets the failure, fills what was still to arrive with NaN, and lets the streams go
+// on: nobody hangs, and every later call throws.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "driver.h"
+
+namespace lctx::ring {
+
+// Keys and values, and gradients, travel apart: neither waits for the other.
+constexpr int kChannels = 2;
+
+struct Message {
+  int peer;
+  CUdeviceptr data;
+  int64_t bytes;
+  int64_t place;  // offset in the peer's memory; of a receive: in one's own
+};
+
+// A hop as the log keeps it. Times are seconds since 1970, 0 before they are known.
+struct Hop {
+  int64_t number = 0, call = 0;
+  int phase = 0, step = 0, part = 0;
+  std::vector<Message> sends, recvs;
+  double timeout = 0, posted = 0, ready = 0, done = 0;
+  std::string error;
+  // How many messages of its channel each peer has taken and sent when this hop is done.
+  std::vector<uint32_t> send_counts, recv_counts;
+
+  int channel() const { return phase == 2 ? 1 : 0; }
+};
+
+class Ring {
+ public:
+  Ring(int rank, int world_size);
+  virtual ~Ring() { close(); }
+  Ring(const Ring&) = delete;
+  Ring& operator=(const Ring&) = delete;
+
+  // Starts a hop after what `stream` has been given so far; returns its number. Throws
+  // std::runtime_error after a failure.
+  int64_t post(CUstream stream, Hop hop);
+  // Lets `stream` wait for the hop. Throws std::runtime_error after a failure.
+  void wait(int64_t number, CUstream stream);
+  bool done(int64_t number);
+  // Waits on the host until no hop is under way. Throws std::runtime_error after a failure.
+  void synchronize();
+  // Gives up every hop under way.
+  void abort(const std::string& reason);
+  // Ends the watchdog; a hop under way is given up. Every subclass calls it in its destructor,
+  // where its release() still is.
+  void close();
+
+  std::vector<Hop> log();
+  // The hop that failed first, and how; its error is empty before a failure.
+  Hop failure();
+
+ protected:
+  // Puts the exchange into `stream`, of the hop's channel.
+  virtual void enqueue(Hop& hop, CUstream stream) = 0;
+  // Lets the channels' streams go on without their peers; called again while they do not.
+  virtual void release(const std::vector<Hop*>& pending) = 0;
+  // Which messages of a hop have not come, as text.
+  virtual std::string missing(const Hop& hop) = 0;
+  // An error of the transport itself, or "".
+  virtual std::string asynchronous_error() { return ""; }
+
+  const int rank_, world_size_;
+  CUstream channels_[kChannels] = {};
+  CUstream rescue_ = nullptr;  // of the watchdog
+
+ private:
+  struct Pending {
+    std::shared_ptr<Hop> hop;
+    CUevent ready, done;
+  };
+
+  CUevent take_event();
+  void watch();
+  void look_after(int channel, double now);
+  void fail(Hop& hop, const std::string& what);
+  void throw_if_failed() const;
+
+  CUcontext context_ = nullptr;
+  std::mutex posting_;  // keeps hops of several threads in one order
+  std::mutex mutex_;    // of everything below; never held where a call may wait for the GPU
+  std::condition_variable changed_;
+  std::deque<Pending> pending_[kChannels];
+  std::unordered_map<int64_t, CUevent> tickets_;  // of hops under way, their `done`
+  std::vector<CUevent> free_events_;
+  std::deque<std::shared_ptr<Hop>> log_;
+  double front_since_[kChannels] = {};  // when the first pending hop was found ready
+  int64_t next_number_ = 1;
+  Hop failed_hop_;
+  std::string failure_;
+  bool closing_ = false;
+  std::thread watchdog_;
+};
+
+double seconds_now();  // since 1970
+
+}  // namespace lctx::ring

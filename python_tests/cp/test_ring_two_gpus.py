@@ -1,0 +1,83 @@
+"""ring_attention between two GPUs: every transport gives the bits of the simulation."""
+
+import cp_gpu_workers as workers
+import pytest
+import torch
+from gpu_checks import needs_kernel
+from processes import run_ranks, run_ranks_well
+
+pytestmark = [
+    *needs_kernel("ring_bwd"),
+    pytest.mark.dist,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+OWN = ("p2p", "nccl")
+TRANSPORTS = ("pg", *OWN)
+TIMEOUT = 1.0
+GRACE = 5.0
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_every_case(transport):
+    hops = run_ranks_well(workers.check_all, 2, transport)
+    assert min(hops) > 50
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_many_calls_in_flight(transport):
+    run_ranks_well(workers.many_calls, 2, transport)
+
+
+def test_auto_takes_the_copy_engine():
+    for name, phases, fewest in run_ranks_well(workers.what_auto_takes, 2):
+        assert name == "CopyTransport" and fewest > 0
+        assert sorted(set(phases)) == ["backward dkv", "backward kv", "forward kv"]
+
+
+@pytest.mark.parametrize("transport", OWN)
+def test_host_time_of_a_hop(transport):
+    assert max(run_ranks_well(workers.host_seconds_of_a_hop, 2, transport, 2000)) <= 12e-6
+
+
+def check_ring_error(found, rank, phases):
+    seconds, text, phase, step, peers = found
+    assert seconds < TIMEOUT + GRACE, text
+    assert phase in phases and step >= -1, text
+    assert peers == (1 - rank,) and f"rank {rank} of 2 waited" in text
+    assert "late, gone, or was called with other arguments" in text
+
+
+PHASES = ("forward kv", "backward kv", "backward dkv")
+
+
+@pytest.mark.parametrize("phase, step", [("forward kv", 0), ("backward dkv", 1)])
+@pytest.mark.parametrize("transport", OWN)
+def test_a_killed_rank(transport, phase, step):
+    alive, dead = run_ranks(workers.killed, 2, transport, phase, step, TIMEOUT)
+    assert dead.error == "died" and alive.error is None, alive.text
+    check_ring_error(alive.value, 0, PHASES)
+
+
+@pytest.mark.parametrize("transport", OWN)
+def test_a_late_rank_and_a_new_group(transport):
+    """The rank that waits says so in time; the late one at its next hop, or when it waits."""
+    found = run_ranks_well(workers.late_and_again, 2, transport, 3, TIMEOUT)
+    for round_ in range(3):
+        waiting = 1 - round_ % 2
+        check_ring_error(found[waiting][round_], waiting, PHASES)
+
+
+@pytest.mark.parametrize("transport", OWN)
+def test_two_communicators_in_another_order(transport):
+    for seconds, errors in run_ranks_well(workers.other_order, 2, transport, TIMEOUT):
+        assert seconds < 2 * TIMEOUT + 2 * GRACE
+        assert errors and all("late, gone, or" in text for text in errors)
+
+
+@pytest.mark.parametrize("transport", OWN)
+def test_another_length(transport):
+    found = run_ranks_well(workers.other_length, 2, transport, TIMEOUT)
+    for rank, (message, error) in enumerate(found):
+        assert "different arguments" in message and "rank 1: " in message
+        check_ring_error(error, rank, ("agreement", *PHASES))

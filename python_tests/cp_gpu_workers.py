@@ -1,0 +1,234 @@
+"""What the processes of python_tests/cp/test_ring_two_gpus.py do, one GPU each."""
+
+import functools
+import itertools
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+from cp_plans import LAYOUTS, int32
+from cp_workers import global_tensors, local_run
+from helpers import errors
+
+import lctx_kernels as lk
+from lctx_kernels import cp, reference
+from lctx_kernels.cp import device
+from lctx_kernels.cp.choose import choose
+
+NAMES = ("out", "lse", "dq", "dk", "dv")
+MASKS = ({}, {"causal": False}, {"window": 300})
+
+
+def gpu_group(rank):
+    torch.cuda.set_device(rank)
+    return dist.new_group(backend="nccl")
+
+
+def gpu_tensors(T, **options):
+    return [x.cuda() for x in global_tensors(T, **{"D": 128, "dtype": torch.bfloat16, **options})]
+
+
+def cases(n):
+    """(what, plan, tensors, options): layouts, masks, documents, heads, dtypes, odd lengths."""
+    bounds = int32([0, 1, 300, 300, 999, 1100])
+    for layout, mask in itertools.product(LAYOUTS, MASKS):
+        yield f"{layout} {mask}", cp.make_plan(1100, n, layout=layout), {}, mask
+    for layout, mask in itertools.product(LAYOUTS, MASKS[::2]):
+        packed = cp.make_plan(1100, n, layout=layout, cu_seqlens=bounds)
+        yield f"documents {layout} {mask}", packed, {}, mask
+    for heads in ({"Hkv": 1}, {"Hkv": 4}, {"Hq": 3, "Hkv": 3}, {"B": 2}):
+        yield f"{heads}", cp.make_plan(700, n), heads, {}
+    for D, dtype in ((64, torch.float16), (256, torch.bfloat16)):
+        yield f"D {D} {dtype}", cp.make_plan(700, n), {"D": D, "dtype": dtype}, {}
+    for T in (n - 1, 0, 4099):
+        yield f"{T} tokens", cp.make_plan(T, n), {}, {}
+    pieces = [torch.arange(r * r, (r + 1) * (r + 1) if r < n - 1 else 370) for r in range(n)]
+    yield "positions", cp.make_plan(370, n, positions=pieces), {}, {}
+    yield "not deterministic", cp.make_plan(1100, n), {}, {"deterministic": False}
+
+
+def check_all(rank, n, transport):
+    """The bits of the simulation in every case; out as accurate as that of one device."""
+    group = gpu_group(rank)
+    wrong = []
+    for what, plan, shape, options in cases(n):
+        x = gpu_tensors(plan.seq_len, **shape)
+        bitwise = options.get("deterministic", True)
+        mine = local_run(plan, rank, x, group=group, transport=transport, **options)
+        every = local_run(plan, None, x, **options)
+        begin = sum(plan.lengths[:rank])
+        for i, (name, ours, all_ranks) in enumerate(zip(NAMES, mine, every, strict=True)):
+            theirs = all_ranks.narrow(2 if i == 1 else 1, begin, plan.lengths[rank])
+            same = torch.equal(ours, theirs)
+            if not bitwise and name in ("dq",):
+                same = torch.allclose(ours.float(), theirs.float(), atol=2e-2, rtol=2e-2)
+            if not same:
+                wrong.append(f"{what}: {name} differs from the simulation's")
+        wrong += accuracy(what, plan, rank, x, mine[0], options)
+    assert not wrong, "\n".join(wrong)
+    return len(cp.hop_log(group))
+
+
+def accuracy(what, plan, rank, x, out, options):
+    if plan.seq_len < 300:
+        return []
+    documents = int32(plan.documents).cuda() if len(plan.documents) > 2 else None
+    mask = {name: value for name, value in options.items() if name != "deterministic"}
+    exact = reference.flash_attention(*(t.double() for t in x[:3]), cu_seqlens=documents, **mask)[0]
+    single = lk.flash_attention(*x[:3], cu_seqlens=documents, **mask)
+    mine, alone = (
+        errors(a, cp.shard(plan, exact, 1, rank)).rms
+        for a in (out, cp.shard(plan, single, 1, rank))
+    )
+    return [] if mine <= 1.02 * alone else [f"{what}: error {mine:.3g}, of one device {alone:.3g}"]
+
+
+def many_calls(rank, n, transport):
+    """Calls in flight together, growing and shrinking, two groups at once: no slot is mixed up."""
+    groups = [gpu_group(rank), dist.new_group(backend="nccl")]
+    lengths = (1100, 300, 2500, 700)
+    plans = [cp.make_plan(T, n, layout=LAYOUTS[i % 3]) for i, T in enumerate(lengths)]
+    tensors = [gpu_tensors(T, seed=i) for i, T in enumerate(lengths)]
+    run = [
+        local_run(plan, rank, x, group=group, transport=transport)
+        for _ in range(5)
+        for plan, x in zip(plans, tensors, strict=True)
+        for group in groups
+    ]
+    every = [local_run(plan, None, x) for plan, x in zip(plans, tensors, strict=True)]
+    for i, mine in enumerate(run):
+        at = i // 2 % len(plans)
+        begin, length = sum(plans[at].lengths[:rank]), plans[at].lengths[rank]
+        for j, (ours, all_ranks) in enumerate(zip(mine, every[at], strict=True)):
+            assert torch.equal(ours, all_ranks.narrow(2 if j == 1 else 1, begin, length)), (i, j)
+
+
+# ---- faults ----
+
+
+def strike(phase, step, what):
+    """Let `what` happen once, when this rank posts this hop."""
+    post = device.DeviceTransport.post
+
+    def faulty(self, hop):
+        if (hop.phase, hop.step) == (phase, step):
+            device.DeviceTransport.post = post
+            what()
+        return post(self, hop)
+
+    device.DeviceTransport.post = faulty
+
+
+def caught(plan, rank, x, group, calls=1, **options):
+    """(seconds, text, phase, step, peers) of the RingError of one of some calls; there must be one.
+
+    A rank whose last hop is late gets what it needs, and hears of it in the next call.
+    """
+    begin = time.monotonic()
+    try:
+        for _ in range(calls):
+            local_run(plan, rank, x, group=group, **options)
+            cp.synchronize(group)
+    except cp.RingError as error:
+        torch.cuda.synchronize()  # nothing hangs on the device either
+        return time.monotonic() - begin, str(error), error.phase, error.step, error.peers
+    raise AssertionError("no RingError")
+
+
+def killed(rank, n, transport, phase, step, timeout):
+    group = gpu_group(rank)
+    plan, x = cp.make_plan(1100, n), gpu_tensors(1100)
+    local_run(plan, rank, x, group=group, transport=transport)
+    if rank == 1:
+        strike(phase, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return caught(plan, rank, x, group, transport=transport, timeout=timeout)
+
+
+def late_and_again(rank, n, transport, rounds, timeout):
+    """One rank is late, in turn and in every phase; each time a new group works."""
+    plan, x = cp.make_plan(1100, n), gpu_tensors(1100)
+    torch.cuda.set_device(rank)
+    every, found = local_run(plan, None, x), []
+    begin = sum(plan.lengths[:rank])
+    hops = itertools.cycle([("forward kv", 0), ("backward kv", 0), ("backward dkv", 1)])
+    for round_, (phase, step) in zip(range(rounds), hops, strict=False):
+        group = dist.new_group(backend="nccl")
+        for i, ours in enumerate(local_run(plan, rank, x, group=group, transport=transport)):
+            dim = 2 if i == 1 else 1
+            assert torch.equal(ours, every[i].narrow(dim, begin, plan.lengths[rank]))
+        late = rank == round_ % n
+        if late:
+            strike(phase, step, functools.partial(time.sleep, timeout + 1))
+        options = {"transport": transport, "timeout": timeout}
+        found.append(caught(plan, rank, x, group, calls=1 + late, **options))
+        dist.barrier()  # of the processes, by gloo
+    return found
+
+
+def other_order(rank, n, transport, timeout):
+    """Two communicators in flight, which one rank uses in the other order."""
+    torch.cuda.set_device(rank)
+    groups = [dist.new_group(backend="nccl") for _ in range(2)]
+    plan, x = cp.make_plan(1100, n), gpu_tensors(1100)
+    for group in groups:
+        local_run(plan, rank, x, group=group, transport=transport)
+    begin, errors_ = time.monotonic(), []
+    parts = [cp.shard(plan, t, 1, rank) for t in x[:3]]
+    for group in groups if rank == 0 else groups[::-1]:
+        try:
+            lk.ring_attention(*parts, plan=plan, group=group, transport=transport, timeout=timeout)
+        except cp.RingError as error:
+            errors_.append(str(error))
+    for group in groups:
+        try:
+            cp.synchronize(group)
+        except cp.RingError as error:
+            errors_.append(str(error))
+    torch.cuda.synchronize()
+    return time.monotonic() - begin, errors_
+
+
+def other_length(rank, n, transport, timeout):
+    """Another length in the first call, and in a later one."""
+    group = gpu_group(rank)
+    lengths = (700, 1100)
+    plans, x = [cp.make_plan(T, n) for T in lengths], [gpu_tensors(T) for T in lengths]
+    options = {"group": group, "transport": transport, "timeout": timeout}
+    message = ""
+    try:
+        local_run(plans[rank], rank, x[rank], **options)
+    except ValueError as error:
+        message = str(error)
+    local_run(plans[0], rank, x[0], **options)
+    return message, caught(plans[rank], rank, x[rank], **options)
+
+
+def what_auto_takes(rank, n):
+    group = gpu_group(rank)
+    plan, x = cp.make_plan(700, n), gpu_tensors(700)
+    local_run(plan, rank, x, group=group)
+    chosen = choose(group, x[0].device, "auto")
+    hops = cp.hop_log(group)
+    return type(chosen).__name__, [hop["phase"] for hop in hops], min(h["bytes_sent"] for h in hops)
+
+
+def host_seconds_of_a_hop(rank, n, transport, count):
+    """Median of post and wait, a hop of 1 MB each, with nothing to wait for on the host."""
+    from lctx_kernels.cp.transport import Hop
+
+    group = gpu_group(rank)
+    plan, x = cp.make_plan(8192, n), gpu_tensors(8192)
+    local_run(plan, rank, x, group=group, transport=transport)
+    at = choose(group, x[0].device, transport)
+    memory = at.memory(1 << 21, x[0].device)
+    half, peer = 1 << 20, 1 - rank
+    hop = Hop("forward kv", 0, 0, ((peer, memory[:half]),), ((peer, memory[half:]),), (half,))
+    times = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        at.wait(at.post(hop))
+        times.append(time.perf_counter() - begin)
+    cp.synchronize(group)
+    return sorted(times)[count // 2]
