@@ -280,15 +280,22 @@ struct DeltaKernel {
         }
       }
       wgmma_commit();
-      if (c > 0) {
+      if constexpr (Traits::kTerms == 2) {
+        // At once: the parts of the next chunk are waited for before its product, and one of them
+        // may come to this stage.
+        wgmma_wait<0>();
+        pipe.release(state);
+      } else if (c > 0) {
         wgmma_wait<1>();
         pipe.release(last);
       }
       last = state;
       state.advance();
     }
-    wgmma_wait<0>();
-    pipe.release(last);
+    if constexpr (Traits::kTerms == 1) {
+      wgmma_wait<0>();
+      pipe.release(last);
+    }
   }
 
   __device__ __forceinline__ void consume() {

@@ -13,9 +13,8 @@
 // Memory: K and V once, which attention reads soon after from the L2 cache; per tile M twice in
 //       fp32, once in 16 bits.
 // Limits: D from 72 to 128: at 64 the kernel spills registers. A tile waits for the state before
-// it, at its end (linear) or
-//       at its start (delta); that tile has a lower number, and so has been taken by a block that
-//       waits for still lower ones only.
+//       it, at its end (linear) or at its start (delta); the tile that makes that one has a lower
+//       number: a block has taken it that waits for still lower ones only.
 #pragma once
 
 #include "infini_keys.cuh"
