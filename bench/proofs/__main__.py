@@ -17,19 +17,27 @@ import typer
 
 from lctx_kernels._measure import write_json
 
-from ..machine import describe_machine, machine_kind
+from ..machine import describe_machine, machine_kind, machine_line
 from ..results import RESULTS
 from ..timing import describe_error
 from .evaluate import bits_per_byte, gates, passkey_accuracy
 from .measured import MEASURED
 from .models import METHODS
-from .rows import load_text
+from .rows import Text, load_text
 from .train import Recipe
 from .train import train as train_model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-RECIPE = Path(__file__).parent / "recipe.json"
+RECIPES = Path(__file__).parent / "recipes"
 TOP_K = {"landmark": (2, 4)}
+STARTED = time.perf_counter()
+
+Method = Annotated[str, typer.Argument(help=f"One of {', '.join(METHODS)}.")]
+Folder = Annotated[Path | None, typer.Option(help="Folder of documents.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the result.")]
+Lengths = Annotated[int, typer.Option(help="Longest pass key, in training lengths.")]
+Samples = Annotated[int, typer.Option(help="Pass keys of each length.")]
+Documents = Annotated[int, typer.Option(help="Held-out documents for bits per byte.")]
 
 
 def device_here() -> str:
@@ -49,52 +57,88 @@ def main() -> None:
 
 @app.command()
 def train(
-    method: Annotated[str, typer.Argument(help=f"One of {', '.join(METHODS)}.")],
-    text: Annotated[Path | None, typer.Option(help="Folder of documents.")] = None,
+    method: Method,
+    text: Folder = None,
     config: Annotated[Path | None, typer.Option(help="JSON of a Recipe; default: ours.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the result.")] = None,
-    lengths: Annotated[int, typer.Option(help="Longest pass key, in training lengths.")] = 16,
-    samples: Annotated[int, typer.Option(help="Pass keys of each length.")] = 40,
-    documents: Annotated[
-        int, typer.Option(help="Longest held-out documents for bits per byte.")
-    ] = 8,
-    seconds: Annotated[float, typer.Option(help="Time for training; 0 is no limit.")] = 0,
+    out: Out = None,
+    lengths: Lengths = 16,
+    samples: Samples = 40,
+    documents: Documents = 8,
+    seconds: Annotated[float, typer.Option(help="Time for training; 0 is the recipe's.")] = 0,
+    weights: Annotated[Path | None, typer.Option(help="Folder to save the weights in.")] = None,
 ) -> None:
     """Train one method, measure bits per byte and pass keys by length."""
     device, started = device_here(), time.perf_counter()
-    recipe = Recipe(method=method, **json.loads((config or RECIPE).read_text()))
+    path = config or RECIPES / f"{method}.json"
+    recipe = Recipe(method=method, **json.loads(path.read_text()))
     recipe.seconds = seconds or recipe.seconds
     corpus = load_text(text, device)
-
-    def log(line: str) -> None:
-        print(f"{method}: {line}", flush=True)
-
-    model, curve = train_model(recipe, corpus, device, log)
+    model, curve = train_model(recipe, corpus, device, lambda line: log(method, line))
     result: dict[str, Any] = {
         "recipe": dataclasses.asdict(recipe), "text_sha256": corpus.sha256, "curve": curve,
         "parameters": sum(p.numel() for p in model.parameters()), "gates": gates(model),
         "training_seconds": time.perf_counter() - started, "passkey": {}, "bits_per_byte": {},
         "machine": describe_machine(device), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-    longest = recipe.lengths[-1]
+    if weights is not None:
+        half = {name: x.bfloat16() for name, x in model.state_dict().items()}
+        model.save_pretrained(weights, state_dict=half, max_shard_size="14MB")
+    assess(model, result, corpus, result_path(device, f"train-{method}", out), lengths, samples,
+           documents)  # fmt: skip
+
+
+@app.command()
+def evaluate(
+    weights: Annotated[Path, typer.Argument(help="Folder of a trained model.")],
+    result: Annotated[Path, typer.Argument(help="JSON of its training, which gets the figures.")],
+    text: Folder = None,
+    lengths: Lengths = 16,
+    samples: Samples = 40,
+    documents: Documents = 8,
+) -> None:
+    """Measure a trained model again."""
+    from transformers import AutoModelForCausalLM
+
+    from lctx_kernels import hf
+
+    hf.register()
+    device, known = device_here(), json.loads(result.read_text())
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).to(device).eval()
+    known["evaluated_on"] = machine_line(describe_machine(device))
+    assess(model, known, load_text(text, device), result, lengths, samples, documents)
+
+
+def assess(
+    model: Any, result: dict[str, Any], corpus: Text, path: Path, lengths: int, samples: int,
+    documents: int,
+) -> None:  # fmt: skip
+    """Fill in a result's pass keys and bits per byte, written after every figure."""
+    method, longest = result["recipe"]["method"], result["recipe"]["lengths"][-1]
     for top_k in TOP_K.get(method, (None,)):
         name = method if top_k is None else f"{method}, k = {top_k}"
         found: list[dict[str, Any]] = []
-        result["passkey"][name] = found
+        result["passkey"][name], result["bits_per_byte"][name] = found, []
         times = 1
         while times <= lengths:
             found.append(
-                passkey_accuracy(model, corpus, times * longest, samples, top_k, recipe.seed + 1)
+                passkey_accuracy(
+                    model, corpus, times * longest, samples, top_k, result["recipe"]["seed"] + 1
+                )
             )
-            log(f"{name} {found[-1]} at {time.perf_counter() - started:.0f} s")
+            log(name, str(found[-1]))
             times *= 2
-            write_json(result_path(device, f"train-{method}", out), result)
-        result["bits_per_byte"][name] = bits_per_byte(
-            model, corpus, lengths * longest, documents, top_k
-        )
-        log(f"{name} at {time.perf_counter() - started:.0f} s {result['bits_per_byte'][name]}")
-        write_json(result_path(device, f"train-{method}", out), result)
-    log(f"done in {time.perf_counter() - started:.0f} s")
+            write_json(path, result)
+    for top_k in TOP_K.get(method, (None,)):
+        name = method if top_k is None else f"{method}, k = {top_k}"
+        bits = bits_per_byte(model, corpus, lengths * longest, documents, top_k)
+        result["bits_per_byte"][name] = bits
+        log(name, str(bits))
+        write_json(path, result)
+
+
+def log(name: str, line: str) -> None:
+    """A line of progress, with the seconds since the start."""
+    print(f"{name}: {line} [{time.perf_counter() - STARTED:.1f} s]", flush=True)
 
 
 @app.command()

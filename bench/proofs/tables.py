@@ -41,17 +41,22 @@ def training(folder: Path) -> str:
     results = runs(folder)
     if not results:
         return MISSING
-    lengths = [x["length"] for x in next(iter(results[0]["passkey"].values()))]
+    times = [1 << i for i in range(len(next(iter(results[0]["passkey"].values()))))]
     contexts = [x["context"] for x in next(iter(results[0]["bits_per_byte"].values()))][::2]
-    head = ["", "steps"] + [f"{n // lengths[0]}x" for n in lengths]
+    head = ["", "steps"] + [f"{n}x" for n in times]
     head += [f"{short(n)} B" for n in contexts]
     lines = [f"| {' | '.join(head)} |", "| --- |" + " --: |" * (len(head) - 1)]
     for run in results:
         for name, found in run["passkey"].items():
-            hits = {x["length"]: f"{100 * x['accuracy']:.0f} %" for x in found}
-            bits = {x["context"]: f"{x['bits_per_byte']:.2f}" for x in run["bits_per_byte"][name]}
+            hits = {
+                x["length"] // found[0]["length"]: f"{100 * x['accuracy']:.0f} %" for x in found
+            }
+            bits = {
+                x["context"]: f"{x['bits_per_byte']:.2f}"
+                for x in run["bits_per_byte"].get(name, [])
+            }
             cells = [name, str(run["curve"][-1]["step"])]
-            cells += [hits.get(n, "-") for n in lengths] + [bits.get(n, "-") for n in contexts]
+            cells += [hits.get(n, "-") for n in times] + [bits.get(n, "-") for n in contexts]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", conditions(results)])
 
@@ -151,16 +156,17 @@ def plot(sources: Sequence[Path], path: Path, metadata: dict[str, str]) -> None:
             style = {"label": name, "color": COLOURS[name], "marker": "o", "markersize": 4}
             lengths = [x["length"] for x in found]
             keys.plot(lengths, [100 * x["accuracy"] for x in found], **style)
-            known = run["bits_per_byte"][name]
+            known = run["bits_per_byte"].get(name, [])
             contexts = [x["context"] for x in known]
             bits.plot(contexts, [x["bits_per_byte"] for x in known], **style)
     trained = next(iter(results[0]["passkey"].values()))[0]["length"]
-    for axes, title, ticks in (
-        (keys, "pass keys found, %", lengths), (bits, "bits per byte after a context", contexts)
+    ticks = [int(trained * 2.0**i) for i in range(-3, 5)]
+    for axes, title, places in (
+        (keys, "pass keys found, %", ticks[3:]), (bits, "bits per byte after a context", ticks)
     ):  # fmt: skip
         axes.axvline(trained, color="#bbbbbb", linewidth=1, linestyle=":")
         axes.set(xscale="log", xlabel="bytes", title=title)
-        axes.set_xticks(ticks)
+        axes.set_xticks(places)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
         axes.xaxis.set_minor_locator(NullLocator())
     keys.legend(frameon=False)
@@ -178,7 +184,7 @@ def plot(sources: Sequence[Path], path: Path, metadata: dict[str, str]) -> None:
     for axes in (keys, bits, bars):
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(
-        f"rows of at most {trained} bytes in training (dotted). {conditions(results)}",
+        f"at most {trained} bytes in training (dotted). {machine_line(results[0]['machine'])}",
         fontsize=8, color="#555555",
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ class Recipe:
     """What a run is made of.
 
     lengths: Of the longest rows; a step's rows have at least `shortest` of it, so that questions
-    stand anywhere in segments and blocks. The next length's turn comes when the answers' loss is
-    below `advance`.
+    stand anywhere in segments and blocks. The next length's turn comes after its steps in
+    `steps_at`; without that, when the answers' loss is below `advance`.
     steps: Of the optimiser, `tokens` each. answer_weight, last_weight: Of the losses of echoes and
     answers, before and at the last length.
     """
@@ -33,7 +34,8 @@ class Recipe:
     method: str
     shape: str = "30m"
     lengths: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
-    shortest: float = 0.75
+    steps_at: list[int] | None = None
+    shortest: float = 1.0
     advance: float = 0.5
     steps: int = 1400
     tokens: int = 16384
@@ -44,7 +46,7 @@ class Recipe:
     answer_weight: float = 1.0
     last_weight: float = 3.0
     seed: int = 0
-    seconds: float = 0.0  # stop after so long; 0 is never
+    seconds: float = 0.0  # the last step and the end of the learning rate at the latest; 0: never
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,6 +62,7 @@ def losses(logits: Tensor, batch: Batch) -> Tensor:
 
 def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -> tuple[Any, Any]:
     """The trained model and its curve, a dict every CHECK steps."""
+    started = time.perf_counter()
     model = build(recipe.method, recipe.shape, recipe.seed, **recipe.options).to(device).train()
     groups = nn.parameter_groups(
         model, lr=recipe.lr, weight_decay=recipe.weight_decay, gate_lr=recipe.gate_lr
@@ -67,17 +70,24 @@ def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -
     fused = device == "cuda"
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=fused)
 
+    def done(step: int) -> float:
+        """Share of the run that is over."""
+        share = step / recipe.steps
+        if recipe.seconds:
+            share = max(share, (time.perf_counter() - started) / recipe.seconds)
+        return min(share, 1.0)
+
     def factor(step: int) -> float:
         warm = min(1.0, (step + 1) / recipe.warmup)
-        return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
+        return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done(step))))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator(device).manual_seed(recipe.seed)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     chance = random.Random(recipe.seed)
     weights = torch.tensor([[1.0, w, w] for w in (recipe.answer_weight, recipe.last_weight)])
     weights = weights.to(device)
     curve: list[dict[str, float]] = []
-    started, sums, lengths = time.perf_counter(), torch.zeros_like(weights[0]), list(recipe.lengths)
+    sums, lengths = torch.zeros_like(weights[0]), list(recipe.lengths)
     for step in range(1, recipe.steps + 1):
         T = max(LEAST, int(lengths[0] * (1 - (1 - recipe.shortest) * chance.random())))
         batch = passkey_rows(text.train, max(1, recipe.tokens // T), T, generator)
@@ -101,7 +111,10 @@ def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -
         curve.append(entry)
         log(" ".join(f"{name} {value:.4g}" for name, value in entry.items()))
         sums.zero_()
-        if len(lengths) > 1 and answer < recipe.advance:
+        if recipe.steps_at is not None:
+            passed = sum(step >= end for end in accumulate(recipe.steps_at))
+            lengths = recipe.lengths[min(passed, len(recipe.lengths) - 1) :]
+        elif len(lengths) > 1 and answer < recipe.advance:
             lengths.pop(0)
         if recipe.seconds and seconds > recipe.seconds:
             break

@@ -103,6 +103,17 @@ def test_commands_and_tables(text, tmp_path, monkeypatch):
         for name in names:
             assert [x["length"] for x in result["passkey"][name]] == [160, 320, 640]
             assert [x["context"] for x in result["bits_per_byte"][name]] == [128, 256, 512]
+    weights, result = tmp_path / "weights", out / "train-landmark.json"
+    run("train", "landmark", "--text", text, "--config", recipe, "--out", out, "--lengths", 4,
+        "--samples", 2, "--documents", 1, "--weights", weights)  # fmt: skip
+    before = json.loads(result.read_text())
+    run("evaluate", weights, result, "--text", text, "--lengths", 4, "--samples", 2,
+        "--documents", 1)  # fmt: skip
+    after = json.loads(result.read_text())
+    assert after["curve"] == before["curve"] and "evaluated_on" in after
+    for name, found in before["bits_per_byte"].items():
+        for a, b in zip(found, after["bits_per_byte"][name], strict=True):
+            assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], abs=0.05)  # bf16
     run("measure", "gemma-32k,stream,histories,prompt-32k,steps,llama-1m", "--tiny", "--out", out)
     sources = [out / f"train-{method}.json" for method in tables.ORDER]
     pytest.importorskip("matplotlib")
