@@ -65,8 +65,8 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 
   // Decoding: new tokens, q and k not rotated, over the best top_k blocks of a store, its last
-  // `always`, and the open block of open_len tokens, which they join. Stored keys are rotated inside
-  // their block. On a GPU the blocks may be in pinned memory of the CPU.
+  // `always`, and the open block of open_len tokens, which they join. Stored keys are rotated
+  // inside their block. On a GPU the blocks may be in pinned memory of the CPU.
   m.def(
       "landmark_decode(Tensor q, Tensor k, Tensor v, Tensor landmarks, Tensor blocks_k, Tensor "
       "blocks_v, Tensor(a!) open_k, Tensor(b!) open_v, Tensor? rope, int open_len, int top_k, int "
