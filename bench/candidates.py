@@ -78,7 +78,7 @@ def build(
         forward = _our_forward(candidate, inputs, options, backend)
         return Call(_with_pass(forward, inputs.tensors, inputs.dout, pass_))
     if candidate == "fa4":
-        return Call(_with_pass(_fa4_forward(), inputs.tensors, inputs.dout, pass_))
+        return Call(_with_pass(_fa4_forward(inputs.causal), inputs.tensors, inputs.dout, pass_))
     if candidate == "copy":
         return Call(_copy(inputs.tensors[0].device))
     if candidate.startswith("local-"):
@@ -213,11 +213,12 @@ def _flex_forward(tensors: Tensors) -> Callable[..., torch.Tensor]:
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=gqa)
 
 
-def _fa4_forward() -> Callable[..., torch.Tensor]:
+def _fa4_forward(causal: bool) -> Callable[..., torch.Tensor]:
+    """The package flash-attn-4; `causal` is aligned to the last position there, too."""
     from flash_attn.cute import flash_attn_func
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        result = flash_attn_func(q, k, v, causal=True)
+        result = flash_attn_func(q, k, v, causal=causal)
         return result[0] if isinstance(result, tuple) else result
 
     return forward

@@ -58,6 +58,17 @@ def hopper_scaling() -> list[Group]:
     return groups
 
 
+def hopper_fa4() -> list[Group]:
+    """Dense attention beside FlashAttention-4, which compiles for half a minute for every mask."""
+    table = ((128, True), (128, False), (64, True), (256, True))
+    rivals = (CUDNN, "fa4", "flash")
+    return [
+        Group(shape(T, D, causal=causal), "fwd", rivals)
+        for D, causal in table
+        for T in (2 * KIBI, 4 * KIBI, 16 * KIBI)
+    ]
+
+
 def shape(
     T: int, D: int, *, B: int | None = None, Hq: int | None = None, Hkv: int | None = None,
     Tq: int | None = None, causal: bool = True,

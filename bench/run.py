@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -124,8 +124,14 @@ def show_memory(rows: list[MemoryRow]) -> None:
         )
 
 
-def run_suite(name: str, runner: IsolatedRunner, groups: list[Group], document: Document) -> None:
-    """Run the groups one after another into `document`, printing each as it is done."""
+def run_suite(
+    name: str,
+    runner: IsolatedRunner,
+    groups: list[Group],
+    document: Document,
+    keep: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the groups one after another into `document`, printing and keeping each as it is done."""
     started = time.perf_counter()
     for number, group in enumerate(groups, 1):
         print(f"[{name} {number}/{len(groups)}] {group} ...", file=sys.stderr, flush=True)
@@ -136,8 +142,9 @@ def run_suite(name: str, runner: IsolatedRunner, groups: list[Group], document: 
         show_rows(group, rows, goals)
         document.rows += rows
         document.goals += goals
-    document.peak_flops = {name: rate for name, rate in runner.peaks.items() if name != COPY}
-    document.copy_bytes_per_s = runner.peaks.get(COPY)
+        document.peak_flops = {name: rate for name, rate in runner.peaks.items() if name != COPY}
+        document.copy_bytes_per_s = runner.peaks.get(COPY)
+        keep()
     formulas = {row.op: row.formula for row in document.rows if row.formula}
     print("\nforward FLOPs: " + "; ".join(f"{op} {formula}" for op, formula in formulas.items()))
     if document.goals:
@@ -198,7 +205,7 @@ def bench(
         return
     machine = describe_machine(device)
     print(machine_line(machine))
-    documents = []
+    documents: list[Document] = []
     budget = QUICK if quick_run else BUDGETS[device]
     with IsolatedRunner(device, backend, check, budget) as runner:
         for name, groups in plan.items():
@@ -209,14 +216,14 @@ def bench(
                 quick=quick_run,
                 date=datetime.date.today().isoformat(),
             )
+            documents.append(document)
             if name == "memory":
                 lengths = QUICK_LENGTHS if quick_run else MEMORY_LENGTHS[device]
                 document.memory = memory_suite(device, lengths, backend)
                 show_memory(document.memory)
             else:
-                run_suite(name, runner, groups, document)
+                run_suite(name, runner, groups, document, lambda: _keep(documents, json))
                 document.machine = document.machine | clocks_now(device)
-            documents.append(document)
     raise typer.Exit(_report(documents, json, save))
 
 
@@ -254,17 +261,24 @@ def _selected(plan: dict[str, list[Group]], only: Sequence[str]) -> dict[str, li
     return chosen
 
 
+def _keep(documents: list[Document], json: Path | None) -> None:
+    """Write what there is so far, so that a run that is cut short loses one group at most."""
+    if json is None:
+        return
+    merged = dataclasses.replace(documents[0])
+    for other in documents[1:]:
+        merged.suite += f"+{other.suite}"
+        merged.rows, merged.goals = merged.rows + other.rows, merged.goals + other.goals
+        merged.memory = merged.memory + other.memory
+        merged.peak_flops = merged.peak_flops | other.peak_flops
+        merged.copy_bytes_per_s = merged.copy_bytes_per_s or other.copy_bytes_per_s
+    merged.save(json)
+
+
 def _report(documents: list[Document], json: Path | None, save: bool) -> int:
     failed = [line for document in documents for line in document.failed]
+    _keep(documents, json)
     if json is not None:
-        merged = dataclasses.replace(documents[0])
-        for other in documents[1:]:
-            merged.suite += f"+{other.suite}"
-            merged.rows, merged.goals = merged.rows + other.rows, merged.goals + other.goals
-            merged.memory = merged.memory + other.memory
-            merged.peak_flops = merged.peak_flops | other.peak_flops
-            merged.copy_bytes_per_s = merged.copy_bytes_per_s or other.copy_bytes_per_s
-        merged.save(json)
         print(f"wrote {json}")
     for line in failed:
         print(f"FAILED {line}", file=sys.stderr)

@@ -81,6 +81,36 @@ struct LandmarkParams : AttnParams {
   const bool* is_landmark = nullptr;  // else (B, Tk) contiguous
 };
 
+// Whose choice of blocks it is: every row's own, one for all tokens of a head, one for all heads of
+// a token.
+enum class BlockChoice : int32_t { kTokenAndHead, kHead, kToken };
+
+// New tokens over the best blocks of a store, its last ones, and the open block, which they join.
+// q and k are not rotated yet; stored keys are, to places 0 .. block_size - 1 of their block.
+struct LandmarkDecodeParams : AttnParams {
+  BlockChoice choice = BlockChoice::kTokenAndHead;
+  int64_t block_size = 0, open_len = 0;
+  int64_t count = 0, always = 0, used = 0;  // blocks to choose from, read in any case, chosen
+  TensorView landmarks;                     // (B, count + always, Hkv, Dk)
+  TensorView blocks_k, blocks_v;  // (B, count + always, Hkv, block_size, D), stride_t of a block
+  void *open_k = nullptr, *open_v = nullptr;  // (B, Hkv, block_size, D) contiguous
+  const void* rope = nullptr;                 // stat (2, rope_len, Dk) cos and sin, or no rotation
+  int64_t rope_len = 0;
+  int32_t* blocks = nullptr;                    // (B, choice_tokens, choice_heads, used)
+  int64_t choice_tokens = 0, choice_heads = 0;  // Tq, Hq, or 1 where they share a choice
+  int64_t moved = 0;  // 1 where the last `used` blocks are not all: earlier ones share a place
+};
+
+// New tokens of a segment over its earlier ones, gated with what the memory holds for them.
+struct InfiniDecodeParams : AttnParams {
+  TensorView q_mem, k_mem;
+  void *open_k = nullptr, *open_k_mem = nullptr, *open_v = nullptr;  // (B, Hkv, segment_len, D)
+  int64_t segment_len = 0, open_len = 0;
+  const void *M = nullptr, *z = nullptr;  // stat (B, Hkv, Dk, Dv), (B, Hkv, Dk); no memory yet
+  const void* gate = nullptr;             // stat (Hq) logits; nullptr: zeros
+  bool bypass = false;                    // without memory the gate is skipped
+};
+
 struct DilatedParams : AttnParams {
   const int64_t* segment_lengths = nullptr;
   const int64_t* dilation_rates = nullptr;

@@ -167,28 +167,11 @@ def _hopper_limits(call: Call) -> None:
 def _hopper_gradient_limits(call: Call) -> None:
     """What the backward kernels do not have yet."""
     nearest = 'nearest is backend="reference" (plain PyTorch)'
-    Dk, wide = call.size("Dk"), call.op in ("flash_attention", "ring_attention")
-    if Dk is not None and Dk > 128 and not wide:
+    Dk, narrow = call.size("Dk"), call.op in ("landmark_attention", "infini_attention")
+    if Dk is not None and Dk > 128 and narrow:
         call.refuse(
             NotImplementedError,
             f"gradients at head dimension {Dk} on a GPU; expected at most 128; {nearest}",
-        )
-    if call.op == "landmark_attention" and call.arguments["is_landmark"] is not None:
-        call.refuse(
-            NotImplementedError,
-            f"gradients with is_landmark on a GPU; expected block_size; {nearest}",
-        )
-    if call.op != "dilated_attention":
-        return
-    if call.arguments["mix_grad"] == "detached":
-        call.refuse(
-            NotImplementedError,
-            f'gradients with mix_grad="detached" on a GPU; expected mix_grad="exact"; {nearest}',
-        )
-    if call.arguments["deterministic"] is True:
-        call.refuse(
-            NotImplementedError,
-            f"deterministic gradients on a GPU; expected deterministic=False; {nearest}",
         )
 
 

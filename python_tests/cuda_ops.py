@@ -86,9 +86,6 @@ class Call:
     def skip_if_not_built(self, needs_grad=False):
         """Skip without a kernel; at head dimensions that every kernel has, a refusal fails."""
         reasons = self.reasons(needs_grad)
-        not_yet = ("deterministic gradients on a GPU", "gradients with is_landmark on a GPU")
-        if any(text in reason for text in not_yet for reason in reasons):
-            pytest.skip(reasons[0])
         if any("has no cuda kernel" in reason for reason in reasons):
             pytest.skip(reasons[0])
         if reasons and self.tensors["q"].shape[-1] not in (64, 128):

@@ -1,5 +1,6 @@
 """What the documentation shows runs, and what it names exists."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,28 @@ def test_examples_of_models_run(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/models.md").read_text(), re.DOTALL)
     assert len(blocks) >= 6
     exec("\n".join(blocks), {})
+
+
+@pytest.mark.parametrize("page", ["infini", "landmark", "dilated"])
+def test_examples_of_methods_run(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.DOTALL)
+    assert blocks
+    exec("\n".join(blocks), {})
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([\w/.-]+\.(?:md|png|py))\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "examples/models.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 6
+    exec("\n".join(code), {})
 
 
 def test_every_test_that_the_documentation_names_exists():

@@ -17,11 +17,15 @@ sys.path.insert(0, str(ROOT))
 
 from bench.hopper_tables import goals_table, shapes_table  # noqa: E402
 from bench.machine import machine_line  # noqa: E402
-from bench.plot import hash_in_png, plot_cpu, plot_hopper, source_hash  # noqa: E402
+from bench.plot import SOURCE_KEY, hash_in_png, plot_cpu, plot_hopper, source_hash  # noqa: E402
+from bench.proofs import tables as proofs  # noqa: E402
 from bench.results import Document, load  # noqa: E402
 from bench.ring_tables import ring_goals_table, ring_transports_table  # noqa: E402
 
-PAGES = (Path("README.md"), Path("docs/hopper_results.md"), Path("docs/ring.md"))
+# All but the first may be absent.
+PAGES = tuple(
+    Path(page) for page in ("README.md", "docs/hopper_results.md", "docs/proofs.md", "docs/ring.md")
+)
 RESULTS = Path("bench/results")
 GPU, GPUS = "h200", "h200x2"
 
@@ -50,7 +54,13 @@ class Plot(NamedTuple):
 CPU_SOURCES = tuple(RESULTS / "cpu" / f"{suite}.json" for suite in ("scaling", "reach", "memory"))
 CPU_PLOT = Plot(Path("docs/img/cpu.png"), CPU_SOURCES, plot_cpu)
 HOPPER_PLOT = Plot(Path("docs/img/h200.png"), (RESULTS / GPU / "scaling.json",), plot_hopper)
-PLOTS = (CPU_PLOT, HOPPER_PLOT)
+PROOFS = RESULTS / GPU / "proofs"
+PROOFS_PLOT = Plot(
+    Path("docs/img/proofs.png"),
+    tuple(PROOFS / f"train-{method}.json" for method in proofs.ORDER),
+    lambda sources, path: proofs.plot(sources, path, {SOURCE_KEY: source_hash(sources)}),
+)
+PLOTS = (CPU_PLOT, HOPPER_PLOT, PROOFS_PLOT)
 MISSING = "_Not measured yet: `python -m bench.run --save` measures it._"
 NO_RING = "_Not measured yet: `torchrun --nproc-per-node 2 -m bench.ring --save` measures it._"
 PASS_NAMES = {"fwd": "forward", "fwd_bwd": "forward + backward", "bwd": "backward"}
@@ -145,6 +155,18 @@ def hopper_plot(root: Path) -> str:
     return _image(HOPPER_PLOT, "time against the sequence length, on an H200", root)
 
 
+def proofs_plot(root: Path) -> str:
+    """The image, or the note that nothing is measured yet."""
+    if not PROOFS_PLOT.measured(root):
+        return proofs.MISSING
+    return f"![pass keys, bits per byte and gates of small models]({PROOFS_PLOT.path})"
+
+
+def proofs_table(make: Callable[[Path], str]) -> Callable[[Path], str]:
+    """A table of the proofs' results."""
+    return lambda root: make(root / PROOFS)
+
+
 def _image(plot: Plot, text: str, root: Path) -> str:
     if not plot.measured(root):
         return MISSING
@@ -213,6 +235,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "hopper-dilated": hopper_shapes("dilated"),
     "hopper-infini": hopper_shapes("infini"),
     "hopper-decode": hopper_shapes("one token"),
+    "proofs-plot": proofs_plot,
+    "proofs-training": proofs_table(proofs.training),
+    "proofs-steps": proofs_table(proofs.steps),
+    "proofs-headline": proofs_table(proofs.headline),
+    "proofs-generation": proofs_table(proofs.generation),
     "ring-goals": ring_goals,
     "ring-transports": ring_transports,
 }

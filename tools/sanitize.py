@@ -37,6 +37,11 @@ def qkv(T: int, D: int, *, B: int = 1, Hq: int = 4, Hkv: int = 2, Tq: int | None
     return [torch.randn(shape).bfloat16().cuda() for shape in shapes]
 
 
+def leaves(T: int, D: int) -> list[torch.Tensor]:
+    """q, k, v that want gradients."""
+    return [x.requires_grad_() for x in qkv(T, D)]
+
+
 def _flash() -> None:
     for D in (64, 128, 256):
         lk.flash_attention(*qkv(300, D))
@@ -45,8 +50,29 @@ def _flash() -> None:
     lk.flash_attention(*qkv(300, 64), cu_seqlens=bounds)
 
 
+def _flash_bwd() -> None:
+    for D in (64, 128, 256):
+        for fixed in (False, True):
+            out = lk.flash_attention(*(tensors := leaves(300, D)), deterministic=fixed)
+            torch.autograd.grad(out.sum(), tensors)
+
+
 def _decode() -> None:
     lk.flash_attention(*qkv(1500, 128, Tq=1, B=2))
+
+
+def _decode_states() -> None:
+    from lctx_kernels.cache import InfiniState, RetrievalState, RopeTable
+
+    angle = torch.rand(1, 500, 64).repeat(1, 1, 2)
+    rope = RopeTable(torch.cat([angle.cos(), angle.sin()]).cuda())
+    q, k, v = qkv(300, 128, B=2)
+    states = [RetrievalState(16, 3, x, offload=x == "token") for x in ("token_and_head", "token")]
+    with torch.no_grad():
+        for state, options in [*((s, {"rope": rope}) for s in states), (InfiniState(128), {})]:
+            state.attend(q, k, v, **options)
+            for n in (1, 2, 16):
+                state.attend(q[:, :n], k[:, :n], v[:, :n], **options)
 
 
 def _landmark() -> None:
@@ -56,10 +82,28 @@ def _landmark() -> None:
     lk.landmark_attention(*qkv(300, 64), is_landmark=places)
 
 
+def _landmark_bwd() -> None:
+    places = (torch.arange(300) % 37 == 5)[None].cuda()
+    for fixed in (False, True):
+        for D, block_size in ((64, 64), (128, 51), (128, 64), (128, 256), (64, 100), (64, None)):
+            where = {"block_size": block_size} if block_size else {"is_landmark": places}
+            tensors = leaves(300, D)
+            out = lk.landmark_attention(*tensors, deterministic=fixed, **where)
+            torch.autograd.grad(out.sum(), tensors)
+
+
 def _dilated() -> None:
     for causal in (True, False):
         lk.dilated_attention(*qkv(300, 64), [64, 128, 300], [1, 2, 4], causal=causal)
     lk.dilated_attention(*qkv(300, 128), [100], [3])
+
+
+def _dilated_bwd() -> None:
+    for D, rates in ((64, [1, 2, 4]), (128, [1, 3, 4]), (256, [2, 3, 4])):
+        for fixed, mix_grad in ((False, "exact"), (True, "exact"), (False, "detached")):
+            tensors, options = leaves(300, D), {"deterministic": fixed, "mix_grad": mix_grad}
+            out = lk.dilated_attention(*tensors, [64, 128, 300], rates, **options)
+            torch.autograd.grad(out.sum(), tensors)
 
 
 def _infini() -> None:
@@ -72,7 +116,7 @@ def _infini() -> None:
 def _infini_bwd() -> None:
     for D in (64, 128):
         for update in ("linear", "delta"):
-            tensors = [x.requires_grad_() for x in qkv(300, D)]
+            tensors = leaves(300, D)
             for fixed in (False, True):
                 out, _ = lk.infini_attention(
                     *tensors, segment_len=128, update=update, deterministic=fixed
@@ -101,10 +145,11 @@ def _planted() -> None:
 
 PLANTED = "planted"
 FINDERS = ("memcheck", "initcheck")  # of what is planted
-CALLS: dict[str, Callable[[], None]] = {
-    f.__name__[1:]: f
-    for f in (_planted, _flash, _decode, _landmark, _dilated, _infini, _infini_bwd, _carry, _merge)
-}
+OPS = (
+    _planted, _flash, _flash_bwd, _decode, _decode_states, _landmark, _landmark_bwd, _dilated,
+    _dilated_bwd, _infini, _infini_bwd, _carry, _merge,
+)  # fmt: skip
+CALLS: dict[str, Callable[[], None]] = {f.__name__[1:]: f for f in OPS}
 
 
 def run_calls(op: str) -> int:
@@ -129,10 +174,10 @@ def sanitize(tool: str, op: str) -> tuple[bool, str]:
             env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return False, f"{tool:<10} {op:<9} took more than {TIMEOUT_S} s"
+        return False, f"{tool:<10} {op:<12} took more than {TIMEOUT_S} s"
     lines = done.stdout.splitlines() + done.stderr.splitlines()
     found = [match[1] for line in lines if (match := HEADLINE.match(line))]
-    what = f"{tool:<10} {op:<9}"
+    what = f"{tool:<10} {op:<12}"
     if op == PLANTED:
         return bool(found), f"{what} {len(found)} findings; at least one was planted"
     if done.returncode == SKIPPED and not found:

@@ -91,20 +91,20 @@ std::tuple<Tensor, Tensor> dilated_fwd(const Tensor& q, const Tensor& k, const T
 }
 
 #ifdef LCTX_WITH_CUDA
-void launch_bwd(const Call& call, const DilatedParams& params, const AttnGrads& grads) {
-  const AttnShape& s = params.shape;
+void launch_bwd(const Call& call, const DilatedParams& params, const AttnGrads& grads, bool fused) {
   const CudaCall gpu(call);
-  if (zero_if_empty(params, grads, gpu.stream())) return;
-  check_bwd(call, params, grads);
-  call.check(!params.mix_detached, "mix_grad is \"detached\"; expected \"exact\" on a GPU");
-  const BwdBuffers buffers(call, s, cuda::dilated_dq_floats(params));
-  Tensor sums = call.new_stat({2, s.B, s.Tk, s.Hkv, s.Dk});
-  Tensor statistics = call.new_stat({cuda::dilated_statistics_floats(params)});
-  float* dk_sum = static_cast<float*>(sums.mutable_data_ptr());
-  cuda::launch_bwd_rows(params, grads, buffers.scratch, buffers.dq_floats, gpu.stream());
-  cuda::launch_dilated_bwd(params, grads, buffers.scratch,
-                           static_cast<float*>(statistics.mutable_data_ptr()), dk_sum,
-                           dk_sum + s.B * s.Tk * s.Hkv * s.Dk, gpu.num_sms(), gpu.stream());
+  const cuda::Stream stream = gpu.stream();
+  if (zero_if_empty(params, grads, stream)) return;
+  check_bwd(call, params, grads, 256);
+  const cuda::DilatedSizes sizes = cuda::dilated_sizes(params, fused);
+  const BwdBuffers buffers(call, params.shape, sizes.dq);
+  Tensor sums = call.new_stat({2 * sizes.keys + sizes.statistics + sizes.delta});
+  float* dk = static_cast<float*>(sums.mutable_data_ptr());
+  float *dv = dk + sizes.keys, *statistics = dv + sizes.keys;
+  float* delta = params.mix_detached ? statistics + sizes.statistics : nullptr;
+  cuda::launch_bwd_rows(params, grads, buffers.scratch, 0, stream);
+  cuda::launch_dilated_bwd(params, grads, buffers.scratch, {statistics, dk, dv, delta}, fused,
+                           gpu.num_sms(), stream);
 }
 #endif
 
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> dilated_bwd(
     const Tensor& out, const Tensor& lse, const OptTensor& seqlens,
     const std::vector<int64_t>& segment_lengths, const std::vector<int64_t>& dilation_rates,
     bool causal, double scale, const std::string& head_offset, const std::string& mix_grad,
-    bool /*deterministic: always*/) {
+    [[maybe_unused]] bool deterministic) {
   const Call call("lctx::dilated_bwd",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(out), LCTX_ARG(lse),
                    LCTX_ARG(dout), LCTX_ARG(dlse), LCTX_ARG(seqlens)});
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> dilated_bwd(
   auto results = set_grads(call, dout, dlse, params, grads);
 #ifdef LCTX_WITH_CUDA
   if (call.is_cuda()) {
-    launch_bwd(call, params, grads);
+    launch_bwd(call, params, grads, !deterministic && params.shape.Dk <= 128);
     return results;
   }
 #endif

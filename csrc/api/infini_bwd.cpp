@@ -28,8 +28,6 @@ void launch(const Call& call, const InfiniParams& params, const InfiniGrads& gra
   Tensor dq_sum = call.new_stat({own_q || !deterministic ? cuda::flash_dq_sum_floats(s) : 0});
   if (!own_q) torch::stable::zero_(dq_sum);
   Tensor counters = call.new_plain(ScalarType::Int, {2});
-  Tensor dk_add = call.new_rows(own_k ? Shape{s.B, s.Tk, s.Hkv, s.Dk} : Shape{0});
-  Tensor dv_add = call.new_rows({s.B, s.Tk, s.Hkv, s.Dv});
   const auto stat = [](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
   cuda::InfiniBwdScratch scratch;
   scratch.norms = stat(norms);
@@ -43,8 +41,8 @@ void launch(const Call& call, const InfiniParams& params, const InfiniGrads& gra
   scratch.dgate_parts = stat(dgate_parts);
   scratch.dq_sum = stat(dq_sum);
   scratch.counters = static_cast<int*>(counters.mutable_data_ptr());
-  if (own_k) scratch.dk_add = view(dk_add);
-  scratch.dv_add = view(dv_add);
+  if (own_k) scratch.dk_add = grads.dk;
+  scratch.dv_add = grads.dv;
   cuda::launch_infini_memory_bwd(params, grads, plan, scratch, gpu.num_sms(), gpu.stream());
   cuda::launch_infini_local_bwd(params, grads, scratch, deterministic, gpu.num_sms(), gpu.stream());
 }
@@ -85,6 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infin
   if (M) grads.dM_in = dM.mutable_data_ptr();
   if (z) grads.dz_in = dz.mutable_data_ptr();
   if (gate) grads.dgate = dgate.mutable_data_ptr();
+  const bool empty = S == 0 || s.B == 0;
 #ifdef LCTX_WITH_CUDA
   if (call.is_cuda()) {
     AttnParams local = params;
@@ -92,14 +91,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infin
     check_bwd(call, local, grads);
     check_limits(call, params);
   }
-  if (call.is_cuda() && S > 0) {
+  if (call.is_cuda() && !empty) {
     launch(call, params, grads, deterministic);
     return {dq, dk, dv, dq_mem, dk_mem, dM, dz, dgate};
   }
 #else
   static_cast<void>(deterministic);  // always
 #endif
-  if (S > 0) {
+  if (!empty) {
     cpu::infini_bwd(params, grads, thread_pool());
   } else {
     if (M) set_state(dM_out, dM);

@@ -48,13 +48,17 @@ std::tuple<Tensor, Tensor> landmark_fwd(const Tensor& q, const Tensor& k, const 
 }
 
 #ifdef LCTX_WITH_CUDA
-void landmark_bwd_cuda(const Call& call, const LandmarkParams& params, const AttnGrads& grads) {
-  check_bwd(call, params, grads);
+void landmark_bwd_cuda(const Call& call, const LandmarkParams& params, const AttnGrads& grads,
+                       bool deterministic) {
   const CudaCall gpu(call);
-  const BwdBuffers buffers(call, params.shape, 0);
+  if (zero_if_empty(params, grads, gpu.stream())) return;
+  check_bwd(call, params, grads);
+  const bool fused = !deterministic && cuda::landmark_fuses(params);
+  BwdBuffers buffers(call, params.shape, fused ? cuda::flash_dq_sum_floats(params.shape) : 0);
+  if (!fused) buffers.scratch.dq_sum = nullptr;
   Tensor vectors = call.new_stat({cuda::landmark_vector_floats(params)});
   Tensor ints = call.new_plain(ScalarType::Int, {cuda::landmark_bwd_ints(params)});
-  cuda::launch_bwd_rows(params, grads, buffers.scratch, 0, gpu.stream());
+  cuda::launch_bwd_rows(params, grads, buffers.scratch, buffers.dq_floats, gpu.stream());
   cuda::launch_landmark_bwd(
       params, grads, buffers.scratch, static_cast<float*>(vectors.mutable_data_ptr()),
       static_cast<int*>(ints.mutable_data_ptr()), gpu.num_sms(), gpu.stream());
@@ -65,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> landmark_bwd(const Tensor& dout, const OptTen
                                                 const Tensor& q, const Tensor& k, const Tensor& v,
                                                 const Tensor& out, const Tensor& lse,
                                                 const OptTensor& is_landmark, int64_t block_size,
-                                                double scale, bool /*deterministic: always*/) {
+                                                double scale, [[maybe_unused]] bool deterministic) {
   const Call call("lctx::landmark_bwd",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(out), LCTX_ARG(lse),
                    LCTX_ARG(dout), LCTX_ARG(dlse), LCTX_ARG(is_landmark)});
@@ -75,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> landmark_bwd(const Tensor& dout, const OptTen
   auto results = set_grads(call, dout, dlse, params, grads);
 #ifdef LCTX_WITH_CUDA
   if (call.is_cuda()) {
-    landmark_bwd_cuda(call, params, grads);
+    landmark_bwd_cuda(call, params, grads, deterministic);
     return results;
   }
 #endif

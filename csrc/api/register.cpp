@@ -64,6 +64,19 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "lse, Tensor? is_landmark, int block_size, float scale, bool deterministic) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 
+  // Decoding: new tokens, q and k not rotated, over the best top_k blocks of a store, its last
+  // `always`, and the open block of open_len tokens, which they join. Stored keys are rotated inside
+  // their block. On a GPU the blocks may be in pinned memory of the CPU.
+  m.def(
+      "landmark_decode(Tensor q, Tensor k, Tensor v, Tensor landmarks, Tensor blocks_k, Tensor "
+      "blocks_v, Tensor(a!) open_k, Tensor(b!) open_v, Tensor? rope, int open_len, int top_k, int "
+      "always, str select, float scale) -> (Tensor out, Tensor lse, Tensor blocks)");
+  // The same for Infini: over the open segment, gated with what the memory retrieves.
+  m.def(
+      "infini_decode(Tensor q, Tensor k, Tensor v, Tensor q_mem, Tensor k_mem, Tensor(a!) open_k, "
+      "Tensor(b!) open_k_mem, Tensor(c!) open_v, Tensor? M, Tensor? z, Tensor? gate, int open_len, "
+      "bool bypass, float scale) -> (Tensor out, Tensor lse)");
+
   m.def(
       "dilated_fwd(Tensor q, Tensor k, Tensor v, Tensor? seqlens, int[] segment_lengths, int[] "
       "dilation_rates, bool causal, float scale, str head_offset, str mix_grad, bool "

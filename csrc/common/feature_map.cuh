@@ -26,6 +26,15 @@ __device__ __forceinline__ float elu_plus_one(float x) {
   return x > 0.f ? x + 1.f : ptx::exp2_anywhere(x * 1.4426950408889634f);
 }
 
+// The same where it is written: above the wait for a product that runs under it.
+template <class T>
+__device__ __forceinline__ float2 elu_plus_one2_here(uint32_t x) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  const float2 in = unpack2<T>(x);
+  const float2 power{ptx::exp2_approx(in.x * kLog2e), ptx::exp2_approx(in.y * kLog2e)};
+  return {in.x > 0.f ? in.x + 1.f : power.x, in.y > 0.f ? in.y + 1.f : power.y};
+}
+
 template <class T>
 __device__ __forceinline__ float2 elu_plus_one2(uint32_t x) {
   const float2 pair = unpack2<T>(x);

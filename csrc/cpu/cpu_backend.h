@@ -25,6 +25,9 @@ void attn_delta(const AttnParams& params, const AttnGrads& grads, void* delta,
 void landmark_fwd(const LandmarkParams& params, const ThreadPool& pool);
 void landmark_bwd(const LandmarkParams& params, const AttnGrads& grads, const ThreadPool& pool);
 
+void landmark_decode(const LandmarkDecodeParams& params, const ThreadPool& pool);
+void infini_decode(const InfiniDecodeParams& params, const ThreadPool& pool);
+
 void dilated_fwd(const DilatedParams& params, const ThreadPool& pool);
 void dilated_bwd(const DilatedParams& params, const AttnGrads& grads, const ThreadPool& pool);
 

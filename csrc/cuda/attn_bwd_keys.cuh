@@ -3,7 +3,8 @@
 //       StoreGroupKeys   the same for the pieces of landmark attention
 //       AddKeys     the same, added to fp32 tensors; the last to add may write the input dtype
 // Tile map: 64 keys of a warpgroup.
-// Pipeline: from registers, while the next tile is loaded.
+// Pipeline: from registers, while the next tile is loaded. kPrefetches: prefetch() when a tile
+//       begins; kReadsKeys: read_keys() while its keys are still there.
 // Memory: dK and dV once, 16 bytes a thread.
 // Limits: none of their own.
 #pragma once
@@ -15,6 +16,7 @@ namespace lctx::cuda {
 
 struct StoreKeys {
   struct Params {};
+  static constexpr bool kPrefetches = false, kReadsKeys = false;
 
   template <class Kernel, int N>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
@@ -52,6 +54,7 @@ struct StoreKeys {
 // The same for the pieces of LandmarkKeys, of which the last keys count.
 struct StoreGroupKeys {
   struct Params {};
+  static constexpr bool kPrefetches = false, kReadsKeys = false;
 
   template <class Kernel, int N>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
@@ -76,14 +79,24 @@ struct AddKeys {
     bool last;                  // the sums go to BwdParams::dk and dv, and stay as they are
     bool first;                 // nothing is there yet; the sums are not read
   };
+  static constexpr bool kPrefetches = false, kReadsKeys = false;
 
   template <class Kernel, int N>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
                                                 const KeyWork& work, float (&dk)[N],
                                                 float (&dv)[N]) {
-    add(kernel, warpgroup, work, dv, 1.f, kernel.p.dv_sum);
+    const bool reads[2] = {true, true};
+    finish(kernel, warpgroup, work, dk, dv, reads);
+  }
+
+  // reads: for either row of a thread whether the sums hold something yet.
+  template <class Kernel, int N>
+  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
+                                                const KeyWork& work, float (&dk)[N], float (&dv)[N],
+                                                const bool (&reads)[2]) {
+    add(kernel, warpgroup, work, dv, 1.f, kernel.p.dv_sum, reads);
     if (kernel.p.last) StoreKeys::store(kernel, warpgroup, work, dv, 1.f, kernel.p.dv);
-    add(kernel, warpgroup, work, dk, kernel.p.scale, kernel.p.dk_sum);
+    add(kernel, warpgroup, work, dk, kernel.p.scale, kernel.p.dk_sum, reads);
     if (kernel.p.last) StoreKeys::store(kernel, warpgroup, work, dk, 1.f, kernel.p.dk);
   }
 
@@ -91,7 +104,7 @@ struct AddKeys {
   template <class Kernel, int N>
   static __device__ __forceinline__ void add(const Kernel& kernel, int warpgroup,
                                              const KeyWork& work, float (&d)[N], float factor,
-                                             const TensorView& sum) {
+                                             const TensorView& sum, const bool (&reads)[2]) {
     const int thread = warpgroup_thread(), column = kernel.first_column(warpgroup);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -103,7 +116,7 @@ struct AddKeys {
 #pragma unroll
       for (int j = 0; j < N / 4; ++j) {
         const bool inside = exists && column + 8 * j < kernel.p.D;
-        const bool holds = inside && !kernel.p.first;
+        const bool holds = inside && reads[i] && !kernel.p.first;
         float2 x = holds ? *reinterpret_cast<const float2*>(row + 8 * j) : make_float2(0.f, 0.f);
         x.x += d[4 * j + 2 * i] * factor;
         x.y += d[4 * j + 2 * i + 1] * factor;

@@ -252,8 +252,10 @@ struct BwdLoads {
       const KeyWork work = Tiles::find(p, index);
       const QueryRange range = queries(work, 0, kBlockN);
       put_aside();
+      // There is no register for the last head.
+      ptx::store_shared_4(place_aside() + 16, work.end_head);
 #pragma unroll 1
-      for (int head = work.first_head; head < work.end_head; ++head) {
+      for (int head = work.first_head; head < ptx::load_shared_4(place_aside() + 16); ++head) {
 #pragma unroll 1
         for (int m = range.begin; m < range.end; ++m) {
           load_group_statistics<kOfQ>(state, work, head, m);

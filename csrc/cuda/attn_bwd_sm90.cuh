@@ -210,6 +210,7 @@ struct BwdKernel : BwdLoads<Traits_> {
     const bool own = threadIdx.x % 128 >= 124;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
+      if (Traits::kFused && j % 2 == 0) __syncwarp();  // or there are no registers for the loads
       const float2 w = stat(Traits::kLandmark, state, half, j);
       uint32_t& x = ds[j / 2][j % 2 * 2 + 1];
       x = own ? pack2<T>(w.x, w.y) : x;
@@ -262,9 +263,10 @@ struct BwdKernel : BwdLoads<Traits_> {
         continue;
       }
       note_seen(warpgroup, work);
+      if constexpr (Traits::Keys::kPrefetches) Traits::Keys::prefetch(*this, warpgroup, work);
       QueryRange own;
       if constexpr (Traits::kGroups) {
-        own = Tiles::template queries_of_piece<kBlockM>(p, work, warpgroup);
+        own = Tiles::template queries_of_piece<kBlockM, Traits::kFused>(p, work, warpgroup);
         ptx::store_shared_4(aside(warpgroup) + 8, Tiles::has_landmark(p, work, warpgroup));
       } else {
         own = queries(work, warpgroup * 64, 64);
@@ -287,6 +289,9 @@ struct BwdKernel : BwdLoads<Traits_> {
       index = kept.x;
       queue.state.step = kept.y;
       __syncwarp();
+      if constexpr (Traits::Keys::kReadsKeys) {
+        Traits::Keys::read_keys(*this, warpgroup, find_work_again(index), dk);
+      }
       k_pipe.release(key_state());
       v_pipe.release(key_state());
       Traits::Keys::finish(*this, warpgroup, find_work_again(index), dk, dv);

@@ -22,7 +22,10 @@ namespace lctx::cuda {
 
 struct StoreRows {
   struct Params {};
-  static constexpr bool kCarries = false, kRetrieves = false;
+  static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
+
+  template <class Kernel>
+  struct Query {};  // of a memory
 
   // Whether the tile's row `row` is one to keep, and where its lse goes.
   template <class P>
@@ -153,7 +156,7 @@ struct CarryRows : StoreRows {
     int final_rows;
     bool sparse;  // most rows carry nothing: look before reading them
   };
-  static constexpr bool kCarries = true, kRetrieves = false;
+  static constexpr bool kCarries = true, kRetrieves = false, kMakesStates = false;
 
   // First element of row `row` of the tile in tensors (B, T, H, D).
   template <class Kernel>
@@ -261,7 +264,9 @@ struct SplitRows {
     int slot_rows;   // rows of a tile that may exist
     int heads_of_group;  // query heads per key/value head
   };
-  static constexpr bool kCarries = false, kRetrieves = false;
+  static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
+  template <class Kernel>
+  struct Query {};
 
   template <class P>
   static __device__ __forceinline__ int head_in_group(const P& p, const Work& work, int row) {

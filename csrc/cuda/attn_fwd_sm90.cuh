@@ -20,54 +20,9 @@
 
 #include "attn_fwd_rows.cuh"
 #include "attn_fwd_scores.cuh"
+#include "attn_fwd_shape.cuh"
 
 namespace lctx::cuda {
-
-// kValueDim: value columns of a tile, where they are not all of kHeadDim. kOuter: shared memory for
-// a second set of accumulators.
-template <class T_, int kHeadDim_, int kBlockN_, int kConsumers_, bool kStagesO_, int kStages_ = 2,
-          int kQStages_ = kStagesO_ ? 2 : 1, int kValueDim_ = kHeadDim_, bool kOuter_ = false>
-struct FwdTile {
-  using T = T_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kValueDim = kValueDim_;
-  static constexpr int kBlockN = kBlockN_;
-  static constexpr int kConsumers = kConsumers_;
-  // O has shared memory of its own and leaves by TMA; else it leaves from registers.
-  static constexpr bool kStagesO = kStagesO_;
-  static constexpr int kStages = kStages_;
-  // A second Q, where there is room, lets the next tile's first scores run under this one's end.
-  static constexpr int kQStages = kQStages_;
-  static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr bool kShifts = kConsumers > 2;  // see row_shift()
-  static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  static constexpr int kQBytes = tile_bytes(kBlockM, kHeadDim);
-  static constexpr int kKBytes = tile_bytes(kBlockN, kHeadDim);
-  static constexpr int kVBytes = tile_bytes(kBlockN, kValueDim);
-  static constexpr int kK = kQStages * kQBytes;
-  static constexpr int kV = kK + kStages * kKBytes;
-  static constexpr int kOuter = kV + kStages * kVBytes;
-  static constexpr int kO = kOuter + (kOuter_ ? kBlockM * kValueDim * 4 : 0);
-  static constexpr int kBarriers = kO + (kStagesO ? tile_bytes(kBlockM, kValueDim) : 0);
-  static constexpr int kBarrierBytes = 512;
-  static constexpr int kSharedBytes = kBarriers + kBarrierBytes + 1024;  // and alignment
-  static_assert(2 * Pipeline<kStages>::kBytes + Pipeline<kQStages>::kBytes + TileQueue::kBytes <=
-                    kBarrierBytes,
-                "no room for the barriers of so many stages");
-};
-
-// A tile shape and the three policies, as one type that the kernel is compiled for.
-template <class Tile, class Tiles_, class Scores_, class Rows_>
-struct FwdTraits : Tile {
-  using Tiles = Tiles_;
-  using Scores = Scores_;
-  using Rows = Rows_;
-  struct Params : FwdParams, Tiles_::Params, Scores_::Params, Rows_::Params {
-    using Tiles = Tiles_;
-  };
-};
 
 template <class Traits_>
 struct FwdKernel {
@@ -184,6 +139,12 @@ struct FwdKernel {
       queue.publish(index);
       if (index >= Tiles::end(p)) break;
       next = Tiles::next(p, index);
+      if constexpr (Rows::kMakesStates) {
+        if (Tiles::makes_state(p, index)) {
+          Rows::template States<FwdKernel>::load(*this, index, q_state, k_state, v_state);
+          continue;
+        }
+      }
       Work work = Tiles::find(p, index);
       const KeyRange keys = tile_keys(work);
       if (keys.end <= keys.begin) continue;
@@ -259,6 +220,9 @@ struct FwdKernel {
   __device__ __forceinline__ Turn next_turn(int warpgroup) {
     Turn turn{queue.take(), {}, 0, true, false};
     if (turn.index >= Tiles::end(p)) return turn;
+    if constexpr (Rows::kMakesStates) {
+      if (Tiles::makes_state(p, turn.index)) return turn;
+    }
     const Work work = Tiles::find(p, turn.index);
     const KeyRange all = tile_keys(work);
     const int position0 = work.position0 + Tiles::position_of(p, warpgroup * 64);
@@ -324,14 +288,45 @@ struct FwdKernel {
     store_lse(warpgroup, work, lse);
   }
 
+  // What an ordinary instruction wrote to s must not meet the products: ptxas would serialise them.
+  // A product of no consequence stands between.
+  __device__ __forceinline__ void forget(float (&s)[kBlockN / 2]) const {
+    wgmma_fence();
+    gemm_nt<T, kBlockN, 16>(s, smem, 64, smem + Traits::kK, kBlockN);
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+
+  template <int N, int M>
+  static __device__ __forceinline__ auto& choose_o(float (&own)[N], float (&shared)[M]) {
+    if constexpr (Rows::kMakesStates) {
+      return shared;
+    } else {
+      return own;
+    }
+  }
+
   __device__ __forceinline__ void consume(int warpgroup) {
     constexpr bool kPrefetch = Traits::kQStages > 1;
     KVState k_state, v_state;
     QState q_state;
     float s[kBlockN / 2];
+    // Accumulators that outlive their tile take registers where the tiles meet. But those of tiles
+    // that make states have to be the same ones: ptxas takes what nothing has been written to for
+    // alive in all of the kernel.
+    float shared_o[Rows::kMakesStates ? kValueDim / 2 : 1];
     bool prefetched = false;  // s holds the first scores of `turn`
     Turn turn = next_turn(warpgroup);
     while (turn.index < Tiles::end(p)) {
+      if constexpr (Rows::kMakesStates) {
+        if (Tiles::makes_state(p, turn.index)) {
+          using States = typename Rows::template States<FwdKernel>;
+          States(*this, warpgroup, turn.index).run(q_state, k_state, v_state, shared_o, s);
+          forget(s);
+          turn = next_turn(warpgroup);
+          continue;
+        }
+      }
       if (turn.empty) {
         finish_empty(warpgroup, turn, q_state, k_state, v_state);
         turn = next_turn(warpgroup);
@@ -339,7 +334,8 @@ struct FwdKernel {
       }
       const int index = turn.index;
       const KeyRange keys = turn.keys;
-      float o[kValueDim / 2];
+      float own_o[Rows::kMakesStates ? 1 : kValueDim / 2];
+      auto& o = choose_o(own_o, shared_o);
       float alpha[2], inverse[2], lse[2];
       State state;
       uint32_t weights[kBlockN / 16][4];
@@ -422,7 +418,11 @@ struct FwdKernel {
       const int left = keys.begin - tile_keys(work).begin;  // blocks to the left of those it sees
       store_lse(warpgroup, work, lse);
       bool retrieves = false;  // and its memory holds the values' other stage
-      if constexpr (Rows::kRetrieves) retrieves = Rows::plan(*this, work, q_state, v_state);
+      typename Rows::template Query<FwdKernel> query;
+      if constexpr (Rows::kRetrieves) {
+        retrieves = Rows::plan(*this, work, q_state, v_state);
+        Rows::prepare(*this, warpgroup, index, q_state, v_state, query);
+      }
       if constexpr (kPrefetch) {
         turn = next_turn(warpgroup);
         // One block may pass unread while this tile still holds a stage, none while its memory
@@ -442,7 +442,7 @@ struct FwdKernel {
       skip(left, k_state, v_state);
       if constexpr (Scores::kFolds) Scores::complete(*this, warpgroup, o, state);
       if constexpr (Rows::kRetrieves) {
-        Rows::retrieve(*this, warpgroup, index, q_state, v_state, o, inverse);
+        Rows::retrieve(*this, warpgroup, index, q_state, v_state, query, o, inverse);
       }
       Rows::finish(*this, warpgroup, find_work_again(index), o, inverse);
       if constexpr (kPrefetch) {

@@ -67,30 +67,49 @@ void launch_attn_delta(const AttnParams& params, const AttnGrads& grads, float* 
 void launch_dilated_fwd(const DilatedParams& params, float* partial, int* counters, int num_sms,
                         Stream stream);
 
-// The backward sums dq in scratch.dq_sum, of dilated_dq_floats, and dk and dv in `dk_sum` and
-// `dv_sum`, fp32 (B, T, Hkv, D), which the launch zeroes.
-int64_t dilated_dq_floats(const DilatedParams& params);
-int64_t dilated_statistics_floats(const DilatedParams& params);
+// Floats of the backward's scratch memory.
+struct DilatedSizes {
+  int64_t dq = 0;    // BwdScratch::dq_sum
+  int64_t keys = 0;  // dk and dv each
+  int64_t statistics = 0, delta = 0;
+};
+struct DilatedSums {
+  float *statistics = nullptr, *dk = nullptr, *dv = nullptr, *delta = nullptr;
+};
+
+// Of `scratch` lse2 and delta are read; nothing need be zero. `fused`: sums of dq are made in an
+// order that changes from run to run; D is at most 128.
+DilatedSizes dilated_sizes(const DilatedParams& params, bool fused);
 void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
-                        const BwdScratch& scratch, float* statistics, float* dk_sum, float* dv_sum,
-                        int num_sms, Stream stream);
+                        const BwdScratch& scratch, const DilatedSums& sums, bool fused, int num_sms,
+                        Stream stream);
 
 // `scratch`: landmark_scratch_ints ints on the device.
 void launch_landmark_fwd(const LandmarkParams& params, int* scratch, int num_sms, Stream stream);
 int64_t landmark_scratch_ints(const LandmarkParams& params, int num_sms);
 
-// dq, dk, dv. Of `scratch` lse2 and delta are read; `vectors`: landmark_vector_floats, `ints`:
-// landmark_bwd_ints on the device.
+// `scratch`: landmark_decode_scratch floats on the device. Blocks may lie in pinned memory of the
+// host: `blocks_on_host` checks that.
+void launch_landmark_decode(const LandmarkDecodeParams& params, float* scratch, bool blocks_on_host,
+                            int num_sms, Stream stream);
+int64_t landmark_decode_scratch(const LandmarkDecodeParams& params);
+void launch_infini_decode(const InfiniDecodeParams& params, int num_sms, Stream stream);
+
+// dq, dk, dv. Of `scratch` lse2 and delta are read, and where there is a dq_sum (zero before,
+// flash_dq_sum_floats; only if landmark_fuses) dq is summed there, in an order that changes from
+// run to run. `vectors`: landmark_vector_floats, `ints`: landmark_bwd_ints on the device.
 void launch_landmark_bwd(const LandmarkParams& params, const AttnGrads& grads,
                          const BwdScratch& scratch, float* vectors, int* ints, int num_sms,
                          Stream stream);
+// Whether dq is made faster with a sum.
+bool landmark_fuses(const LandmarkParams& params);
 int64_t landmark_vector_floats(const LandmarkParams& params);
 int64_t landmark_bwd_ints(const LandmarkParams& params);
 
 // How the forward makes its memory states.
 struct InfiniPlan {
-  int chain_blocks = 0;  // > 0: segment after segment, on so many multiprocessors beside attention
-  int splits = 0;        // else all segments at once, each in so many parts
+  bool beside = false;  // segment after segment, by tiles among those of attention
+  int splits = 0;       // else all segments at once before it, each in so many parts
 };
 InfiniPlan plan_infini(const InfiniParams& params, int num_sms);
 
@@ -130,7 +149,7 @@ struct InfiniBwdScratch {
   float* dgate_parts = nullptr;  // (Hq, B, row_blocks)
   float* dq_sum = nullptr;       // dq_sum_floats
   int* counters = nullptr;       // 2
-  TensorView dk_add, dv_add;     // (B, T, Hkv, D) of the inputs' type
+  TensorView dk_add, dv_add;     // what the memory adds to dk and dv: in their own place
 };
 
 // What the memory contributes to all gradients, and what the local part's backward reads: lse2,

@@ -1,9 +1,11 @@
-// The branches of dilated attention in the order of their launches.
+// The branches of dilated attention in the order of their launches, and which rows they select.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
+#include "../common/check.h"
+#include "../common/math.cuh"
 #include "../params.h"
 
 namespace lctx::cuda {
@@ -28,5 +30,70 @@ inline std::vector<Branch> ordered_branches(const DilatedParams& params) {
 inline bool last_covers_all(const DilatedParams& params, const std::vector<Branch>& branches) {
   return branches.back().rate == 1 && params.seqlens == nullptr;
 }
+
+constexpr int kMaxBranches = 16;  // that a pass over rows looks through
+
+// The rows that a branch selects.
+struct BranchRows {
+  int segment_len, rate, heads_per_offset;  // ceil(Hq / rate)
+  bool offset_block;
+  FastDivisor per_segment, per_rate, per_heads;  // of these three
+
+  BranchRows() = default;
+  BranchRows(const DilatedParams& params, const Branch& branch)
+      : segment_len(static_cast<int>(branch.length)),
+        rate(static_cast<int>(branch.rate)),
+        heads_per_offset(static_cast<int>((params.shape.Hq + branch.rate - 1) / branch.rate)),
+        offset_block(params.head_offset_block),
+        per_segment(segment_len),
+        per_rate(rate),
+        per_heads(heads_per_offset) {}
+
+#if defined(__CUDACC__)
+  // Where a head's rows begin in a segment.
+  __device__ __forceinline__ int offset_of(int head) const {
+    return offset_block ? per_heads.divide(head) : per_rate.modulo(head);
+  }
+  // The number of position t in its segment among the rows of `head`, -1: none of them.
+  __device__ __forceinline__ int row_of(int t, int head, int segment) const {
+    const int from = t - segment * segment_len - offset_of(head);
+    if (from < 0) return -1;
+    const int row = per_rate.divide(from);
+    return row * rate == from ? row : -1;
+  }
+  // Whether position t is a row of some of `heads` heads from `first` on.
+  __device__ __forceinline__ bool selects(int t, int first, int heads) const {
+    const int phase = per_rate.modulo(per_segment.modulo(t));
+    if (offset_block) {
+      const int begin = phase * heads_per_offset;
+      return max(begin, first) < min(begin + heads_per_offset, first + heads);
+    }
+    const int distance = phase - per_rate.modulo(first);
+    return (distance < 0 ? distance + rate : distance) < heads;
+  }
+#endif
+};
+
+// Some branches.
+struct BranchSet {
+  BranchRows branches[kMaxBranches];
+  int count = 0;
+
+  BranchSet() = default;
+  // The first `n` of them.
+  BranchSet(const DilatedParams& params, const std::vector<Branch>& all, size_t n) {
+    LCTX_CHECK(n <= kMaxBranches, "lctx::dilated_bwd: ", n, " branches; expected at most ",
+               kMaxBranches);
+    for (size_t m = 0; m < n; ++m) branches[count++] = BranchRows(params, all[m]);
+  }
+
+#if defined(__CUDACC__)
+  __device__ __forceinline__ bool select(int t, int first, int heads) const {
+    bool found = false;
+    for (int m = 0; m < count && !found; ++m) found = branches[m].selects(t, first, heads);
+    return found;
+  }
+#endif
+};
 
 }  // namespace lctx::cuda

@@ -1,87 +1,65 @@
 // Math: dilated attention, backward: with lse and delta of the union of the branches, every branch
-//       adds what flash_bwd.cu computes over its own pairs (arXiv 2307.02486, section 2.3).
+//       adds what flash_bwd.cu computes over its own pairs (arXiv 2307.02486, section 2.3). Where
+//       the mixing weights count as constants, delta is the branch's own (dilated_delta.cu).
 // Tile map: attn_bwd_sm90.cuh with SegmentKeys, one launch a branch. Tensors are seen with stride
-//       r: no gather, no scatter.
+//       r: no gather, no scatter. dq: dilated_dq.cu.
 // Pipeline: largest rate first; dk and dv are summed in fp32, and the last branch writes them if
-//       its rate is 1. dq of each branch is summed apart, since rows of different branches lie
-//       apart, and dilated_dq_kernel adds up the branches that select a row.
-// Memory: fp32 dk and dv (B, T, Hkv, D); fp32 dq of the rows that each branch selects; their
-//       statistics, gathered into blocks; as flash_bwd.cu for each branch.
-// Limits: those of attn_bwd_sm90.cuh; any w, r, T.
+//       its rate is 1. What a branch finds in the sums follows from the position of a row, so that
+//       they are not zeroed before; what it will read is brought to the L2 cache when a tile
+//       begins.
+// Memory: fp32 dk and dv (B, T, Hkv, D); dq in fp32, fused of the rows that each branch selects,
+//       else (B, T, Hq, D); a branch's statistics, gathered into blocks; as flash_bwd.cu for each
+//       branch. T here are the positions of a span: some whole segments of every branch, one span
+//       after the other, so that the sums take kSpanBytes, or what the shortest span takes.
+// Limits: those of attn_bwd_sm90.cuh; any w, r, T; 16 branches.
+#include <numeric>
+
 #include "attn_bwd_launch.cuh"
-#include "dilated_branches.h"
+#include "dilated_bwd.h"
 
 namespace lctx::cuda {
 namespace {
 
-constexpr int kMaxBranches = 16;  // that one pass adds up
+constexpr int64_t kSpanBytes = int64_t{1} << 30;  // of fp32 sums
 
-// Where a branch's part of dq lies in the sum.
-struct DqBranch {
-  const float* sum;
-  int segment_len, rate, blocks_per_segment, blocks_per_head;
-  FastDivisor per_segment, per_rate;  // segment_len, rate
-  FastDivisor per_offset;             // rate, or ceil(Hq / rate)
-};
+// The sums over the branches: those of the branches before are read where they have been.
+struct BranchKeys : AddKeys {
+  struct Params : AddKeys::Params {
+    BranchSet earlier;
+  };
+  static constexpr bool kPrefetches = true;
 
-struct DqParams {
-  DqBranch branches[kMaxBranches];
-  int num_branches;
-  TensorView dq;
-  int T, D, Hq;
-  int64_t units;             // of 8 columns of (batch, position, head)
-  FastDivisor per_row;       // units of a row
-  FastDivisor per_position;  // heads
-  FastDivisor per_batch;     // positions
-  bool offset_block;
-  const int32_t* seqlens;
-  float scale;
-};
-
-int64_t branch_blocks(const Branch& branch, int head_dim) {
-  return dq_blocks(ceil_div(branch.length, branch.rate), head_dim);
-}
-
-// Columns 8 j .. 8 j + 7 of a row: dq_sum.cuh has the order.
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(256) dilated_dq_kernel(const __grid_constant__ DqParams p) {
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  if (unit >= p.units) return;
-  const int64_t row = unit / p.per_row.divisor;
-  const int column = static_cast<int>(unit - row * p.per_row.divisor) * 8;
-  const int bt = p.per_position.divide(static_cast<int>(row));
-  const int h = static_cast<int>(row) - bt * p.per_position.divisor;
-  const int b = p.per_batch.divide(bt), t = bt - b * p.T;
-  float dq[8] = {};
-  const bool exists = p.seqlens == nullptr || t < p.seqlens[b];
-  for (int m = 0; exists && m < p.num_branches; ++m) {
-    const DqBranch& branch = p.branches[m];
-    const int offset = p.offset_block ? branch.per_offset.divide(h) : branch.per_offset.modulo(h);
-    const int segment = branch.per_segment.divide(t);
-    const int from = t - segment * branch.segment_len - offset;
-    if (from < 0) continue;
-    const int at = branch.per_rate.divide(from);
-    if (at * branch.rate != from) continue;
-    constexpr int kRows = dq_block_rows(kHeadDim);
-    const int64_t block = static_cast<int64_t>(b * p.Hq + h) * branch.blocks_per_head +
-                          segment * branch.blocks_per_segment + at / kRows;
-    const auto* sum = reinterpret_cast<const float2*>(
-        branch.sum + dq_block_place<kHeadDim>(block, at, 0) + dq_sum_columns(column / 8));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 x = sum[2 * i];
-      dq[2 * i] += x.x;
-      dq[2 * i + 1] += x.y;
-    }
+  template <class Kernel>
+  static __device__ __forceinline__ bool reads(const Kernel& kernel, const KeyWork& work, int key) {
+    const auto& p = kernel.p;
+    return key < work.key_end &&
+           p.earlier.select(kernel.position(work, key), work.head * p.per_group, p.per_group);
   }
-  uint32_t packed[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    packed[i] = pack2<T>(dq[2 * i] * p.scale, dq[2 * i + 1] * p.scale);
+
+  // Lanes 0 to 15 see to a row of dK each, the others to those of dV.
+  template <class Kernel>
+  static __device__ __forceinline__ void prefetch(const Kernel& kernel, int warpgroup,
+                                                  const KeyWork& work) {
+    const auto& p = kernel.p;
+    const int lane = threadIdx.x % 32;
+    const int key = work.key0 + kernel.first_key(warpgroup) +
+                    static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane % 16;
+    if (!reads(kernel, work, key)) return;
+    const TensorView& sum = lane < 16 ? p.dk_sum : p.dv_sum;
+    const float* row = static_cast<const float*>(sum.data) + work.batch * sum.stride_b +
+                       kernel.position(work, key) * sum.stride_t + work.head * sum.stride_h;
+    for (int column = 0; column < p.D; column += 32) ptx::prefetch_l2(row + column);
   }
-  T* to = static_cast<T*>(p.dq.data) + b * p.dq.stride_b + t * p.dq.stride_t + h * p.dq.stride_h;
-  *reinterpret_cast<uint4*>(to + column) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-}
+
+  template <class Kernel, int N>
+  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
+                                                const KeyWork& work, float (&dk)[N],
+                                                float (&dv)[N]) {
+    const int key = work.key0 + kernel.first_key(warpgroup) + fragment_row(warpgroup_thread());
+    const bool both[2] = {reads(kernel, work, key), reads(kernel, work, key + 8)};
+    AddKeys::finish(kernel, warpgroup, work, dk, dv, both);
+  }
+};
 
 // lse2 and delta of the rows that a branch selects, in the blocks of its dQ.
 struct StatisticsParams {
@@ -114,16 +92,16 @@ __global__ void __launch_bounds__(256)
 
 // Rows of a branch, padding too.
 int64_t branch_rows(const AttnShape& s, const Branch& branch) {
-  const int head_dim = s.Dk <= 64 ? 64 : 128;
-  return s.B * s.Hq * ceil_div(s.Tq, branch.length) * branch_blocks(branch, head_dim) *
-         dq_block_rows(head_dim);
+  return s.B * s.Hq * ceil_div(s.Tq, branch.length) * branch_blocks(s, branch) *
+         dq_block_rows(dq_head_dim(s));
 }
 
-// Points `scratch` at the statistics of a branch, which it makes in `to`.
-void launch_statistics(const DilatedParams& params, const Branch& branch, float* to,
+// Points `scratch`, whose statistics are those by positions, at the ones of a branch, which it
+// makes in `to`.
+void launch_statistics(const DilatedSpan& span, const Branch& branch, float* to,
                        BwdScratch& scratch, Stream stream) {
+  const DilatedParams& params = span.params;
   const AttnShape& s = params.shape;
-  const int head_dim = s.Dk <= 64 ? 64 : 128;
   StatisticsParams p{};
   p.count = branch_rows(s, branch);
   p.lse2 = scratch.lse2;
@@ -131,11 +109,11 @@ void launch_statistics(const DilatedParams& params, const Branch& branch, float*
   p.branch_lse2 = to;
   p.branch_delta = to + p.count;
   p.T = static_cast<int>(s.Tq);
-  p.pitch = static_cast<int>(bwd_pitch(s));
+  p.pitch = span.pitch;
   p.segment_len = static_cast<int>(branch.length);
   p.rate = static_cast<int>(branch.rate);
   p.per_segment =
-      FastDivisor(static_cast<int>(branch_blocks(branch, head_dim)) * dq_block_rows(head_dim));
+      FastDivisor(static_cast<int>(branch_blocks(s, branch)) * dq_block_rows(dq_head_dim(s)));
   p.per_head = FastDivisor(static_cast<int>(p.count / (s.B * s.Hq)));
   p.per_batch = FastDivisor(static_cast<int>(s.Hq));
   p.offset_block = params.head_offset_block;
@@ -150,14 +128,14 @@ void launch_statistics(const DilatedParams& params, const Branch& branch, float*
 }
 
 template <class Tile>
-void launch_branch(const DilatedParams& params, const AttnGrads& grads, const BwdScratch& scratch,
-                   const Branch& branch, float* dq_sum, const TensorView& dk_sum,
-                   const TensorView& dv_sum, bool last, int num_sms, Stream stream) {
-  using Traits = BwdTraits<Tile, SegmentKeys<Tile::kBlockN>, AddKeys, false>;
+void launch_branch(const DilatedSpan& span, const BwdScratch& scratch, size_t m,
+                   const DilatedSums& sums, bool last, int num_sms, Stream stream) {
+  using Traits = BwdTraits<Tile, SegmentKeys<Tile::kBlockN>, BranchKeys, false>;
+  const DilatedParams& params = span.params;
   const AttnShape& s = params.shape;
+  const Branch& branch = span.branches[m];
   typename Traits::Params p{};
-  set_attention_bwd<Tile>(params, grads, scratch, p, branch.rate);
-  p.dq_sum = dq_sum;
+  set_attention_bwd<Tile>(params, span.grads, scratch, p, branch.rate);
   const int64_t segments = ceil_div(s.Tq, branch.length);
   const int64_t rows = ceil_div(branch.length, branch.rate), group = s.Hq / s.Hkv;
   const int64_t sharing = ceil_div(s.Hq, branch.rate);  // heads of one offset, in blocks
@@ -165,7 +143,7 @@ void launch_branch(const DilatedParams& params, const AttnGrads& grads, const Bw
       params.head_offset_block ? (group + sharing - 2) / sharing + 1 : std::min(group, branch.rate);
   p.head_step =
       params.head_offset_block ? 1 : static_cast<int>(std::min<int64_t>(branch.rate, s.Hq));
-  p.blocks_per_segment = static_cast<int>(branch_blocks(branch, Tile::kHeadDim));
+  p.blocks_per_segment = static_cast<int>(branch_blocks(s, branch));
   p.blocks_per_head = static_cast<int>(segments) * p.blocks_per_segment;
   p.segment_len = static_cast<int>(branch.length);
   p.rate = static_cast<int>(branch.rate);
@@ -177,140 +155,168 @@ void launch_branch(const DilatedParams& params, const AttnGrads& grads, const Bw
   p.per_phase = FastDivisor(p.rate);
   p.per_offset = FastDivisor(p.heads_per_offset);
   p.seqlens = params.seqlens;
-  p.dk_sum = dk_sum;
-  p.dv_sum = dv_sum;
+  const auto contiguous = [&](float* data) {
+    return TensorView{data, s.Tk * s.Hkv * s.Dk, s.Hkv * s.Dk, s.Dk};
+  };
+  p.dk_sum = contiguous(sums.dk);
+  p.dv_sum = contiguous(sums.dv);
+  p.earlier = BranchSet(params, span.branches, m);
   p.last = last;
   p.order = KeyOrder(make_order("lctx::dilated_bwd", ceil_div(rows, Tile::kBlockN),
                                 s.Hkv * slots * segments, s.B, bwd_section(s, rows)));
   launch_bwd<Traits>(p, num_sms, stream);
 }
 
-int64_t branch_floats(const AttnShape& s, const Branch& branch) {
-  return s.B * s.Hq * ceil_div(s.Tq, branch.length) * branch_blocks(branch, s.Dk <= 64 ? 64 : 128) *
-         2 * kDqPartFloats;
-}
-
-// Where each row's parts of dq are found.
-DqParams dq_params(const DilatedParams& params, const AttnGrads& grads,
-                   const std::vector<Branch>& branches, const float* dq_sum) {
+int64_t dq_floats(const DilatedParams& params, bool fused) {
   const AttnShape& s = params.shape;
-  DqParams p{};
-  for (const Branch& branch : branches) {
-    DqBranch& at = p.branches[p.num_branches++];
-    at.sum = dq_sum;
-    at.segment_len = static_cast<int>(branch.length);
-    at.rate = static_cast<int>(branch.rate);
-    at.blocks_per_segment = static_cast<int>(branch_blocks(branch, s.Dk <= 64 ? 64 : 128));
-    at.blocks_per_head = at.blocks_per_segment * static_cast<int>(ceil_div(s.Tq, branch.length));
-    at.per_segment = FastDivisor(at.segment_len);
-    at.per_rate = FastDivisor(at.rate);
-    at.per_offset = params.head_offset_block
-                        ? FastDivisor(static_cast<int>(ceil_div(s.Hq, branch.rate)))
-                        : at.per_rate;
-    dq_sum += branch_floats(s, branch);
+  if (!fused) return s.B * s.Tq * s.Hq * s.Dk;
+  int64_t floats = 0;
+  for (const Branch& branch : ordered_branches(params)) floats += branch_floats(s, branch);
+  return floats;
+}
+
+// Positions whose sums are made at a time: as many as take kSpanBytes, in whole segments of every
+// branch.
+int64_t span_length(const DilatedParams& params, bool fused) {
+  const AttnShape& s = params.shape;
+  int64_t whole = 1;
+  for (const Branch& branch : ordered_branches(params)) {
+    whole = std::min(std::lcm(whole, branch.length), s.Tq);
   }
-  p.dq = grads.dq;
-  p.T = static_cast<int>(s.Tq);
-  p.Hq = static_cast<int>(s.Hq);
+  if (whole >= s.Tq || params.seqlens != nullptr) return s.Tq;
+  DilatedParams least = params;
+  least.shape.Tq = least.shape.Tk = whole;
+  const int64_t floats = dq_floats(least, fused) + 2 * s.B * whole * s.Hkv * s.Dk;
+  const int64_t fit = kSpanBytes / (floats * static_cast<int64_t>(sizeof(float)));
+  return std::min(std::max<int64_t>(fit, 1) * whole, s.Tq);
+}
+
+// Sums to the inputs' type, where no branch wrote the result: 0 for rows that none selects.
+struct RoundParams {
+  const float* sum;  // (B, T, H, D)
+  TensorView to;
+  int64_t units;                              // of 8 columns
+  FastDivisor per_row, per_heads, per_batch;  // units, H, T
+  int per_group;                              // query heads a head
+  BranchSet branches;
+  const int32_t* seqlens;
+};
+
+template <class T>
+__global__ void __launch_bounds__(256) dilated_round_kernel(const __grid_constant__ RoundParams p) {
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (unit >= p.units) return;
+  const int row = static_cast<int>(unit / p.per_row.divisor);
+  const int bt = p.per_heads.divide(row), h = row - bt * p.per_heads.divisor;
+  const int b = p.per_batch.divide(bt), t = bt - b * p.per_batch.divisor;
+  const bool exists = (p.seqlens == nullptr || t < p.seqlens[b]) &&
+                      p.branches.select(t, h * p.per_group, p.per_group);
+  const float2* from = reinterpret_cast<const float2*>(p.sum + unit * 8);
+  uint32_t packed[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float2 x = exists ? from[j] : make_float2(0.f, 0.f);
+    packed[j] = pack2<T>(x.x, x.y);
+  }
+  T* to = static_cast<T*>(p.to.data) + b * p.to.stride_b + t * p.to.stride_t + h * p.to.stride_h;
+  reinterpret_cast<uint4*>(to)[unit - int64_t{row} * p.per_row.divisor] =
+      make_uint4(packed[0], packed[1], packed[2], packed[3]);
+}
+
+void launch_round(const DilatedSpan& span, const float* sum, const TensorView& to, int64_t heads,
+                  Stream stream) {
+  const DilatedParams& params = span.params;
+  const AttnShape& s = params.shape;
+  RoundParams p{};
+  p.sum = sum;
+  p.to = to;
+  p.units = s.B * s.Tq * heads * (s.Dk / 8);
   p.per_row = FastDivisor(static_cast<int>(s.Dk / 8));
-  p.per_position = FastDivisor(p.Hq);
-  p.per_batch = FastDivisor(p.T);
-  p.units = s.B * s.Tq * s.Hq * (s.Dk / 8);
-  p.offset_block = params.head_offset_block;
+  p.per_heads = FastDivisor(static_cast<int>(heads));
+  p.per_batch = FastDivisor(static_cast<int>(s.Tq));
+  p.per_group = static_cast<int>(s.Hq / heads);
+  p.branches = BranchSet(params, span.branches, span.branches.size());
   p.seqlens = params.seqlens;
-  p.scale = static_cast<float>(params.scale);
-  return p;
-}
-
-void launch_dq(const DilatedParams& params, const AttnGrads& grads,
-               const std::vector<Branch>& branches, const float* dq_sum, Stream stream) {
-  const DqParams p = dq_params(params, grads, branches, dq_sum);
-  const bool small = params.shape.Dk <= 64;
-  const auto kernel =
-      params.shape.dtype == DType::kBFloat16
-          ? (small ? dilated_dq_kernel<__nv_bfloat16, 64> : dilated_dq_kernel<__nv_bfloat16, 128>)
-          : (small ? dilated_dq_kernel<__half, 64> : dilated_dq_kernel<__half, 128>);
   const dim3 grid(static_cast<unsigned>(ceil_div(p.units, 256)));
+  const auto kernel = s.dtype == DType::kBFloat16 ? dilated_round_kernel<__nv_bfloat16>
+                                                  : dilated_round_kernel<__half>;
   kernel<<<grid, 256, 0, stream>>>(p);
-  check_launch("dilated_dq_kernel", grid, dim3(256), stream);
+  check_launch("dilated_round_kernel", grid, dim3(256), stream);
 }
 
-// dk and dv from their sums, where no branch wrote them.
-template <class T>
-__global__ void dilated_round_kernel(const float* dk_sum, const float* dv_sum, T* dk, T* dv,
-                                     int64_t units) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < 2 * units;
-       i += int64_t{gridDim.x} * blockDim.x) {
-    const int64_t at = i < units ? i : i - units;
-    const float2* from = reinterpret_cast<const float2*>((i < units ? dk_sum : dv_sum) + at * 8);
-    uint32_t packed[4];
-    for (int j = 0; j < 4; ++j) packed[j] = pack2<T>(from[j].x, from[j].y);
-    reinterpret_cast<uint4*>(i < units ? dk : dv)[at] =
-        make_uint4(packed[0], packed[1], packed[2], packed[3]);
+// All of the backward of a span.
+void launch_span(const DilatedSpan& span, const DilatedSums& sums, bool fused, int num_sms,
+                 Stream stream) {
+  const DilatedParams& params = span.params;
+  const AttnShape& s = params.shape;
+  const size_t num_branches = span.branches.size();
+  const bool last_covers = last_covers_all(params, span.branches);
+  float* dq_sum = span.scratch.dq_sum;
+  if (fused) cudaMemsetAsync(dq_sum, 0, dq_floats(params, fused) * sizeof(float), stream);
+  for (size_t m = 0; m < num_branches; ++m) {
+    const bool last = last_covers && m + 1 == num_branches;
+    BwdScratch own = span.scratch;
+    if (params.mix_detached) {
+      launch_branch_delta(span, m, sums.delta, num_sms, stream);
+      own.delta = sums.delta;
+    }
+    if (!fused) launch_branch_dq(span, m, own.delta, last, num_sms, stream);
+    launch_statistics(span, span.branches[m], sums.statistics, own, stream);
+    own.dq_sum = dq_sum;
+    cudaMemsetAsync(own.counter, 0, sizeof(int), stream);
+    choose_bwd_tile<256>(params, fused, [&](auto tag) {
+      launch_branch<typename decltype(tag)::type>(span, own, m, sums, last, num_sms, stream);
+    });
+    if (fused) dq_sum += branch_floats(s, span.branches[m]);
   }
-}
-
-template <class T>
-void round_keys(const AttnShape& s, const AttnGrads& grads, const float* dk_sum,
-                const float* dv_sum, int num_sms, Stream stream) {
-  const dim3 block(256), grid(num_sms * 8);
-  dilated_round_kernel<T>
-      <<<grid, block, 0, stream>>>(dk_sum, dv_sum, static_cast<T*>(grads.dk.data),
-                                   static_cast<T*>(grads.dv.data), s.B * s.Tk * s.Hkv * s.Dk / 8);
-  check_launch("dilated_round_kernel", grid, block, stream);
+  if (fused) launch_add_branches_dq(span, stream);
+  if (last_covers) return;
+  launch_round(span, sums.dk, span.grads.dk, s.Hkv, stream);
+  launch_round(span, sums.dv, span.grads.dv, s.Hkv, stream);
+  if (!fused) launch_round(span, span.scratch.dq_sum, span.grads.dq, s.Hq, stream);
 }
 
 }  // namespace
 
-int64_t dilated_dq_floats(const DilatedParams& params) {
-  int64_t floats = 0;
-  for (const Branch& branch : ordered_branches(params)) {
-    floats += branch_floats(params.shape, branch);
+DilatedSizes dilated_sizes(const DilatedParams& params, bool fused) {
+  DilatedParams span = params;
+  span.shape.Tq = span.shape.Tk = span_length(params, fused);
+  const AttnShape& s = span.shape;
+  DilatedSizes sizes;
+  sizes.dq = dq_floats(span, fused);
+  sizes.keys = s.B * s.Tk * s.Hkv * s.Dk;
+  for (const Branch& branch : ordered_branches(span)) {
+    sizes.statistics = std::max(sizes.statistics, 2 * branch_rows(s, branch));
   }
-  return floats;
-}
-
-int64_t dilated_statistics_floats(const DilatedParams& params) {
-  int64_t most = 0;
-  for (const Branch& branch : ordered_branches(params)) {
-    most = std::max(most, 2 * branch_rows(params.shape, branch));
-  }
-  return most;
+  if (params.mix_detached) sizes.delta = s.B * s.Hq * bwd_pitch(params.shape);
+  return sizes;
 }
 
 void launch_dilated_bwd(const DilatedParams& params, const AttnGrads& grads,
-                        const BwdScratch& scratch, float* statistics, float* dk_sum, float* dv_sum,
-                        int num_sms, Stream stream) {
+                        const BwdScratch& scratch, const DilatedSums& sums, bool fused, int num_sms,
+                        Stream stream) {
   const AttnShape& s = params.shape;
   if (s.B * s.Tq * s.Hq == 0) return;
-  const std::vector<Branch> branches = ordered_branches(params);
-  LCTX_CHECK(branches.size() <= kMaxBranches, "lctx::dilated_bwd: ", branches.size(),
-             " branches; expected at most ", kMaxBranches);
-  const bool last_covers = last_covers_all(params, branches);
-  const int64_t sum_bytes = s.B * s.Tk * s.Hkv * s.Dk * sizeof(float);
-  cudaMemsetAsync(dk_sum, 0, sum_bytes, stream);
-  cudaMemsetAsync(dv_sum, 0, sum_bytes, stream);
-  const auto contiguous = [&](float* data) {
-    return TensorView{data, s.Tk * s.Hkv * s.Dk, s.Hkv * s.Dk, s.Dk};
-  };
-  float* dq_sum = scratch.dq_sum;
-  for (size_t m = 0; m < branches.size(); ++m) {
-    cudaMemsetAsync(scratch.counter, 0, sizeof(int), stream);
-    BwdScratch own = scratch;
-    launch_statistics(params, branches[m], statistics, own, stream);
-    choose_bwd_tile(params, /*fused=*/true, [&](auto tag) {
-      launch_branch<typename decltype(tag)::type>(
-          params, grads, own, branches[m], dq_sum, contiguous(dk_sum), contiguous(dv_sum),
-          last_covers && m + 1 == branches.size(), num_sms, stream);
-    });
-    dq_sum += branch_floats(s, branches[m]);
-  }
-  launch_dq(params, grads, branches, scratch.dq_sum, stream);
-  if (last_covers) return;
-  if (s.dtype == DType::kBFloat16) {
-    round_keys<__nv_bfloat16>(s, grads, dk_sum, dv_sum, num_sms, stream);
-  } else {
-    round_keys<__half>(s, grads, dk_sum, dv_sum, num_sms, stream);
+  LCTX_CHECK(params.num_branches <= kMaxBranches, "lctx::dilated_bwd: ", params.num_branches,
+             " branches; expected at most ", kMaxBranches, " on a GPU");
+  const int64_t length = span_length(params, fused);
+  for (int64_t begin = 0; begin < s.Tq; begin += length) {
+    DilatedSpan span{params, grads, scratch, static_cast<int>(bwd_pitch(s)), static_cast<int>(s.Tq),
+                     {}};
+    span.params.shape.Tq = span.params.shape.Tk = std::min(length, s.Tq - begin);
+    for (TensorView* x : {&span.params.q, &span.params.k, &span.params.v, &span.params.out,
+                          &span.grads.dout, &span.grads.dq, &span.grads.dk, &span.grads.dv}) {
+      x->data = static_cast<char*>(x->data) + begin * x->stride_t * dtype_size(s.dtype);
+    }
+    if (grads.dlse != nullptr) {
+      span.grads.dlse = static_cast<const float*>(grads.dlse) + begin;
+    }
+    span.scratch.lse2 += begin;
+    span.scratch.delta += begin;
+    span.branches = ordered_branches(span.params);
+    DilatedSums own = sums;
+    if (own.delta != nullptr) own.delta += begin;
+    launch_span(span, own, fused, num_sms, stream);
   }
 }
 

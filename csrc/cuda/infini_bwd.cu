@@ -3,7 +3,7 @@
 // Pipeline: gradients of the rows through retrieval, and its share of dM and dz of every segment
 //       (infini_retrieve_bwd.cu); row statistics and the gate (infini_stats_bwd.cu); the scans from
 //       the last segment to the first (infini_scan_bwd.cu, infini_delta_scan.cu); gradients of keys
-//       and values (infini_update_bwd.cu).
+//       and values (infini_update_bwd.cu), for the delta rule before the scan of dz.
 // Memory: D x D floats per segment and key/value head for dM, as many for the delta rule's decays.
 // Limits: those of its parts.
 #include <algorithm>
@@ -80,15 +80,18 @@ void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& gra
   launch_infini_retrieve_bwd(params, grads, states, scratch.dq_sum, num_sms, stream);
   launch_infini_row_stats(params, grads, states, stream);
   if (delta) {
-    launch_infini_decays(params, forward, num_sms, stream);
+    launch_infini_decays(params, forward, /*tf32=*/false, num_sms, stream);
     launch_infini_delta_scan_bwd(states, forward, stream);
-    launch_infini_key_norms_bwd(params, states, num_sms, stream);
   } else {
     launch_infini_linear_scan_bwd(states, stream);
+    launch_infini_z_scan_bwd(states, stream);
   }
-  launch_infini_z_scan_bwd(states, stream);
-  const TensorView& dk = grads.dk_mem.data != nullptr ? grads.dk_mem : scratch.dk_add;
+  const bool own_k = grads.dk_mem.data == nullptr;
+  const TensorView& dk = own_k ? scratch.dk_add : grads.dk_mem;
   launch_infini_update_bwd(params, states, dk, scratch.dv_add, num_sms, stream);
+  if (!delta) return;
+  launch_infini_z_scan_bwd(states, stream);
+  if (!own_k) launch_infini_add_dz(params, scratch.dz, params.k_mem, dk, stream);
 }
 
 }  // namespace lctx::cuda

@@ -3,7 +3,8 @@
 //       with the gains G and decays T of infini_sums_fwd.cu. M and its sums are fp32; the product
 //       takes TF32 operands (11 bits), as many as fp16 inputs have. T is symmetric, so that the
 //       backward is the same recurrence from the last segment to the first, dM_s = dM_{s+1} + R_s -
-//       T_s dM_{s+1}, with what retrieval adds (infini_retrieve_bwd.cu).
+//       T_s dM_{s+1}, with what retrieval adds (infini_retrieve_bwd.cu); there, where what is left
+//       of dM may be small, both operands have two terms, and the product is three of them.
 // Tile map: columns of M do not meet: a block is (batch, key/value head, 32 columns); warpgroup w
 //       holds rows 64 w .. of M as the accumulator of the product. A producer warp loads T.
 // Pipeline: T arrives in stages of 32 of its columns. Per segment: the warpgroups write -M
@@ -12,6 +13,8 @@
 // Memory: per segment and head reads T (each of D / 32 blocks, once from HBM) and G, writes M and
 //       its 16-bit copy: 14 D^2 bytes. A chain of S dependent steps of under 1 us each.
 // Limits: used by infini_fwd and infini_bwd; D a multiple of 8 up to 256.
+#include <cstring>
+
 #include "../common/ptx_words.cuh"
 #include "../common/tensor_map.h"
 #include "../common/wgmma.cuh"
@@ -29,11 +32,13 @@ struct DeltaTraits {
   static constexpr int kChunks = kHeadDim / kColumns;
   static constexpr int kConsumerThreads = 2 * kHeadDim;
   static constexpr int kThreads = kConsumerThreads + 32;
-  static constexpr int kStages = kHeadDim == 256 ? 5 : 8;
+  static constexpr int kTerms = Walk::kTerms;
+  static constexpr int kStages = kTerms == 2 ? 4 : kHeadDim == 256 ? 5 : 8;
   static constexpr int kStageBytes = kHeadDim * kChunkRowBytes;
   static constexpr int kTileBytes = kColumns * kHeadDim * 4;
-  static constexpr int kTiles = kStages * kStageBytes;
-  static constexpr int kBarriers = kTiles + 2 * kTileBytes;
+  static constexpr int kLow = kStages * kStageBytes;  // second terms of T
+  static constexpr int kTiles = kTerms * kLow;
+  static constexpr int kBarriers = kTiles + 2 * kTerms * kTileBytes;
   static constexpr int kSharedBytes = kBarriers + Pipeline<kStages>::kBytes + 1024;
 };
 
@@ -43,9 +48,27 @@ struct DeltaParams {
   InfiniGradStates grads;  // backward
 };
 
+// The nearest TF32 number, and that to what is left.
+struct SplitFloat {
+  uint32_t high, low;
+
+  __device__ __forceinline__ explicit SplitFloat(float x) : high(ptx::round_tf32(x)) {
+    low = ptx::round_tf32(x - value_of(high));
+  }
+
+ private:
+  static __device__ __forceinline__ float value_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+  }
+};
+
 // What step i of the recurrence reads and leaves; element `at` of a matrix, two of a row at once.
 template <class T>
 struct ForwardWalk {
+  static constexpr int kTerms = 1;
+
   static __device__ __forceinline__ int segment(const DeltaParams&, int i) { return i; }
   static __device__ __forceinline__ float2 first(const DeltaParams& p, int chain, int at) {
     const float* M = p.states.M_in;
@@ -77,6 +100,8 @@ struct ForwardWalk {
 };
 
 struct BackwardWalk {
+  static constexpr int kTerms = 2;
+
   static __device__ __forceinline__ int segment(const DeltaParams& p, int i) {
     return p.states.S - 1 - i;
   }
@@ -134,9 +159,11 @@ struct DeltaKernel {
       const int s = Walk::segment(p, step);
       for (int i = 0; i < x.splits * Traits::kChunks; ++i) {
         const uint32_t full = pipe.acquire(state, Traits::kStageBytes);
+        // With two terms the parts of a chunk are added up before they are multiplied.
+        const int chunk = Traits::kTerms == 2 ? i / x.splits : i % Traits::kChunks;
+        const int part = Traits::kTerms == 2 ? i % x.splits : i / Traits::kChunks;
         ptx::tma_load_5d(smem + state.stage() * Traits::kStageBytes, &p.decay, full,
-                         i % Traits::kChunks * kColumns, 0, 0, static_cast<int>(x.state(chain, s)),
-                         i / Traits::kChunks);
+                         chunk * kColumns, 0, 0, static_cast<int>(x.state(chain, s)), part);
         state.advance();
       }
     }
@@ -189,26 +216,68 @@ struct DeltaKernel {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int k = pair_row(j), n = pair_column(j) + i;
-        ptx::store_shared_4(tile + k / 32 * chunk_bytes(kColumns) + n * kChunkRowBytes +
-                                ((k % 32 / 4 ^ n % 8) << 4) + k % 4 * 4,
-                            ptx::round_tf32(-M[2 * j + i]));
+        const uint32_t at = tile + k / 32 * chunk_bytes(kColumns) + n * kChunkRowBytes +
+                            ((k % 32 / 4 ^ n % 8) << 4) + k % 4 * 4;
+        const SplitFloat x(-M[2 * j + i]);
+        ptx::store_shared_4(at, x.high);
+        if constexpr (Traits::kTerms == 2) ptx::store_shared_4(at + Traits::kTileBytes, x.low);
       }
     }
   }
 
-  // M += T (-M) over one part of T.
+  // Waits for all parts of a chunk of T and leaves this warpgroup's rows of their sum in the last
+  // stage: as two terms, the other one kLow behind.
+  __device__ __forceinline__ void add_parts() {
+    float4 sum[4] = {};
+    for (int part = 0;; ++part) {
+      pipe.wait(state);
+      const uint32_t at = own_rows() + threadIdx.x % 128 * 16;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 low = ptx::load_shared_float2(at + i * 2048);
+        const float2 high = ptx::load_shared_float2(at + i * 2048 + 8);
+        sum[i] = {sum[i].x + low.x, sum[i].y + low.y, sum[i].z + high.x, sum[i].w + high.y};
+      }
+      if (part + 1 == x.splits) break;
+      __syncwarp();
+      pipe.release(state);
+      state.advance();
+    }
+    const uint32_t at = own_rows() + threadIdx.x % 128 * 16;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const SplitFloat x(sum[i].x), y(sum[i].y), z(sum[i].z), w(sum[i].w);
+      ptx::store_shared_16(at + i * 2048, {x.high, y.high, z.high, w.high});
+      ptx::store_shared_16(at + i * 2048 + Traits::kLow, {x.low, y.low, z.low, w.low});
+    }
+    ptx::fence_async_proxy();
+    ptx::named_barrier_sync(2 + threadIdx.x / 128, 128);
+  }
+  // This warpgroup's rows of the current stage.
+  __device__ __forceinline__ uint32_t own_rows() const {
+    return smem + state.stage() * Traits::kStageBytes + threadIdx.x / 128 * 8192;
+  }
+
+  // M += T (-M) over one part of T, or over all of them with two terms.
   __device__ __forceinline__ void multiply(uint32_t tile, float (&M)[2 * kPairs]) {
     PipelineState<Traits::kStages> last = state;
 #pragma unroll
     for (int c = 0; c < Traits::kChunks; ++c) {
-      pipe.wait(state);
-      const uint32_t a = smem + state.stage() * Traits::kStageBytes + threadIdx.x / 128 * 8192;
+      if constexpr (Traits::kTerms == 2) {
+        add_parts();
+      } else {
+        pipe.wait(state);
+      }
+      const uint32_t a = own_rows(), b = tile + c * chunk_bytes(kColumns);
       wgmma_fence();
 #pragma unroll
-      for (int t = 0; t < kColumns / 8; ++t) {
-        ptx::Wgmma<float, kColumns>::ss(
-            M, wgmma_descriptor(a, t * 32, 0),
-            wgmma_descriptor(tile + c * chunk_bytes(kColumns), t * 32, 0), 1);
+      for (int term = 0; term < 2 * Traits::kTerms - 1; ++term) {
+        const int low_a = term == 1 ? Traits::kLow : 0, low_b = term == 2 ? Traits::kTileBytes : 0;
+#pragma unroll
+        for (int t = 0; t < kColumns / 8; ++t) {
+          ptx::Wgmma<float, kColumns>::ss(M, wgmma_descriptor(a + low_a, t * 32, 0),
+                                          wgmma_descriptor(b + low_b, t * 32, 0), 1);
+        }
       }
       wgmma_commit();
       if (c > 0) {
@@ -234,7 +303,7 @@ struct DeltaKernel {
     }
     load_gain(0, next);
     for (int s = 0; s < x.S; ++s) {
-      const uint32_t tile = smem + Traits::kTiles + s % 2 * Traits::kTileBytes;
+      const uint32_t tile = smem + Traits::kTiles + s % 2 * (Traits::kTerms * Traits::kTileBytes);
       store_operand(tile, M);
       ptx::fence_async_proxy();
       ptx::named_barrier_sync(1, Traits::kConsumerThreads);
@@ -243,7 +312,7 @@ struct DeltaKernel {
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) gain[j] = next[j];
       if (s + 1 < x.S) load_gain(s + 1, next);
-      for (int part = 0; part < x.splits; ++part) multiply(tile, M);
+      for (int part = 0; part < (Traits::kTerms == 2 ? 1 : x.splits); ++part) multiply(tile, M);
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {
         M[2 * j] += gain[j].x;
@@ -283,7 +352,7 @@ void choose(const InfiniStates& states, const InfiniGradStates& grads, Stream st
     launch<DeltaTraits<Walk, 64>>(states, grads, stream);
   } else if (states.D <= 128) {
     launch<DeltaTraits<Walk, 128>>(states, grads, stream);
-  } else {
+  } else if constexpr (Walk::kTerms == 1) {
     launch<DeltaTraits<Walk, 256>>(states, grads, stream);
   }
 }

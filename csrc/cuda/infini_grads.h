@@ -53,8 +53,8 @@ struct InfiniGradStates {
 };
 
 // In this order: rows' gradients through retrieval and its part of dM and dz; statistics of the
-// local part, and dgate; (delta) decays again; scan of dM; (delta) the norms' part of dz; scan of
-// dz; gradients of keys and values.
+// local part, and dgate; (delta) decays again; scan of dM; (linear) scan of dz; gradients of keys
+// and values; (delta) scan of dz, and what it adds to dk.
 void launch_infini_retrieve_bwd(const InfiniParams& params, const InfiniGrads& grads,
                                 const InfiniGradStates& states, float* dq_sum, int num_sms,
                                 Stream stream);
@@ -64,12 +64,14 @@ void launch_infini_row_stats(const InfiniParams& params, const InfiniGrads& grad
 void launch_infini_linear_scan_bwd(const InfiniGradStates& states, Stream stream);
 void launch_infini_delta_scan_bwd(const InfiniGradStates& states, const InfiniStates& forward,
                                   Stream stream);
-void launch_infini_key_norms_bwd(const InfiniParams& params, const InfiniGradStates& states,
-                                 int num_sms, Stream stream);
 void launch_infini_z_scan_bwd(const InfiniGradStates& states, Stream stream);
-// Writes what the memory adds to dk and dv to `dk` and `dv`, in the inputs' type.
+// Writes what the memory adds to dk and dv to `dk` and `dv`, in the inputs' type; delta rule:
+// without dz, of which it writes the norms' part.
 void launch_infini_update_bwd(const InfiniParams& params, const InfiniGradStates& states,
                               const TensorView& dk, const TensorView& dv, int num_sms,
                               Stream stream);
+// dk += dz o min(sigma(k), 1), with the dz (B, Hkv, S, D) of the states that segments leave.
+void launch_infini_add_dz(const InfiniParams& params, const float* dz, const TensorView& k,
+                          const TensorView& dk, Stream stream);
 
 }  // namespace lctx::cuda

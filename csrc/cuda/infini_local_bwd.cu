@@ -3,10 +3,12 @@
 //       was written before, is added to the sums before they are rounded.
 // Tile map: attn_bwd_sm90.cuh over the segments; deterministic: dK and dV by it, dQ by
 //       attn_dq_sm90.cuh.
-// Pipeline: as those of flash_bwd.cu.
+// Pipeline: as those of flash_bwd.cu; the memory's rows are brought to the L2 cache when a tile
+//       begins.
 // Memory: as flash_bwd.cu, and the memory's part of dk and dv once, in the inputs' type. That of dq
 //       is what dq_sum starts with.
 // Limits: those of flash_bwd.cu; D up to 128.
+#include "../common/feature_map.cuh"
 #include "attn_bwd_launch.cuh"
 #include "attn_dq_launch.cuh"
 #include "infini_rows.cuh"
@@ -17,16 +19,69 @@ namespace {
 struct MemoryKeys : StoreKeys {
   struct Params {
     TensorView dk_add, dv_add;  // data nullptr: nothing
+    const float* dz;  // (B, Hkv, S, D) of the states that segments leave; nullptr: is in dk_add
+    int num_segments, Hkv;
+    FastDivisor per_length;  // segment_len
   };
+
+  static constexpr bool kPrefetches = true, kReadsKeys = true;
+
+  // Lanes 0 to 15 see to a row of dK each, the others to those of dV.
+  template <class Kernel>
+  static __device__ __forceinline__ void prefetch(const Kernel& kernel, int warpgroup,
+                                                  const KeyWork& work) {
+    const auto& p = kernel.p;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+    const int key = work.key0 + warpgroup * 64 + warp * 16 + lane % 16;
+    const TensorView& view = lane < 16 ? p.dk_add : p.dv_add;
+    if (view.data == nullptr || key >= work.key_end) return;
+    const auto* row = static_cast<const typename Kernel::T*>(view.data) +
+                      work.batch * view.stride_b + key * view.stride_t + work.head * view.stride_h;
+    for (int column = 0; column < p.D; column += 64) ptx::prefetch_l2(row + column);
+  }
+
+  // dk = scale * dk + dz o min(sigma(k), 1), where there is a dz.
+  template <class Kernel, int N>
+  static __device__ __forceinline__ void read_keys(const Kernel& kernel, int warpgroup,
+                                                   const KeyWork& work, float (&dk)[N]) {
+    using T = typename Kernel::T;
+    const auto& p = kernel.p;
+    if (p.dz == nullptr) return;
+    const int64_t chain = int64_t{work.batch} * p.Hkv + work.head;
+    const int segment = p.per_length.divide(work.query_begin);
+    const float* dz =
+        p.dz + (chain * p.num_segments + segment) * p.D + fragment_column(warpgroup_thread());
+    const FragmentAddress<Kernel::kBlockN> address(kernel.smem + Kernel::Traits::kK, warpgroup * 64,
+                                                   warpgroup_thread());
+#pragma unroll
+    for (int t = 0; t < N / 8; ++t) {
+      uint32_t x[4];
+      ptx::ldmatrix_x4(address(t), x);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int column = 16 * t + 8 * half;
+        const float2 g =
+            column < p.D ? *reinterpret_cast<const float2*>(dz + column) : float2{0.f, 0.f};
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          const float2 s = elu_plus_one2<T>(x[2 * half + row]);
+          const int at = 8 * t + 4 * half + 2 * row;
+          dk[at] = p.scale * dk[at] + g.x * fminf(s.x, 1.f);
+          dk[at + 1] = p.scale * dk[at + 1] + g.y * fminf(s.y, 1.f);
+        }
+      }
+    }
+  }
 
   template <class Kernel, int N>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
                                                 const KeyWork& work, float (&dk)[N],
                                                 float (&dv)[N]) {
-    add(kernel, warpgroup, work, kernel.p.dv_add, 1.f, dv);
-    store(kernel, warpgroup, work, dv, 1.f, kernel.p.dv);
-    add(kernel, warpgroup, work, kernel.p.dk_add, kernel.p.scale, dk);
-    store(kernel, warpgroup, work, dk, 1.f, kernel.p.dk);
+    const auto& p = kernel.p;
+    add(kernel, warpgroup, work, p.dv_add, 1.f, dv);
+    store(kernel, warpgroup, work, dv, 1.f, p.dv);
+    add(kernel, warpgroup, work, p.dk_add, p.dz == nullptr ? p.scale : 1.f, dk);
+    store(kernel, warpgroup, work, dk, 1.f, p.dk);
   }
 
   // d = factor * d + rows of `view`, 16 bytes a thread.
@@ -112,6 +167,11 @@ void launch_keys(const InfiniParams& params, const InfiniGrads& grads,
   set_segments(params, s.Hkv, p);
   p.dk_add = scratch.dk_add;
   p.dv_add = scratch.dv_add;
+  const bool lacks_dz = params.update == InfiniUpdate::kDelta && params.k_mem.data == nullptr;
+  p.dz = lacks_dz ? scratch.dz : nullptr;
+  p.num_segments = static_cast<int>(ceil_div(s.Tq, params.segment_len));
+  p.Hkv = static_cast<int>(s.Hkv);
+  p.per_length = FastDivisor(p.segment_len);
   const int64_t segments = ceil_div(s.Tq, params.segment_len);
   p.order = KeyOrder(make_order("lctx::infini_bwd", ceil_div(p.segment_len, Tile::kBlockN),
                                 s.Hkv * segments, s.B, bwd_section(s, p.segment_len)));

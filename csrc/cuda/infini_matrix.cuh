@@ -106,4 +106,75 @@ struct RowFragments {
   }
 };
 
+// The same with sigma kept in fp32.
+template <class T, int kSteps>
+struct RowPairs {
+  float2 s[kSteps][4];
+
+  template <int kRows>
+  __device__ __forceinline__ void load(const FragmentAddress<kRows>& address) {
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) {
+      uint32_t x[4];
+      ptx::ldmatrix_x4(address(t), x);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[t][i] = elu_plus_one2<T>(x[i]);
+    }
+  }
+  // Times the rows' weights, rounded, to where they came from.
+  template <int kRows>
+  __device__ __forceinline__ void store(const FragmentAddress<kRows>& address, float weight0,
+                                        float weight1) const {
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float weight = i % 2 == 0 ? weight0 : weight1;
+        x[i] = pack2<T>(s[t][i].x * weight, s[t][i].y * weight);
+      }
+      ptx::stmatrix_x4(address(t), x[0], x[1], x[2], x[3]);
+    }
+  }
+  // Calls use(row 0 or 1, first register of the accumulator, first column less the thread's, pair).
+  template <class Use>
+  __device__ __forceinline__ void for_pairs(Use&& use) const {
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) use(i % 2, 8 * t + 2 * i, 16 * t + i / 2 * 8, s[t][i]);
+    }
+  }
+};
+
+// Sums over the 16 rows of a warp of terms that come as for_pairs gives them.
+struct ColumnTerms {
+  float terms[8] = {};
+
+  // The columns whose sum this thread gets: of every 32 the one that is so far behind the first.
+  static __device__ __forceinline__ int own_column() {
+    const int lane = threadIdx.x % 32, i = lane / 4;
+    return i / 4 * 16 + i / 2 % 2 * 8 + i % 2 + fragment_column(lane);
+  }
+
+  // Takes in two terms. After those of the last rows of 32 columns calls use(which 32, sum).
+  template <class Use>
+  __device__ __forceinline__ void add(int row, int column, float x, float y, Use&& use) {
+    const int first = column / 8 % 4 * 2;
+    terms[first] = row == 0 ? x : terms[first] + x;
+    terms[first + 1] = row == 0 ? y : terms[first + 1] + y;
+    if (row == 0 || first != 6) return;
+#pragma unroll
+    for (int n = 4; n > 0; n /= 2) {
+      const bool upper = threadIdx.x & 4 * n;
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const float kept = upper ? terms[i + n] : terms[i], sent = upper ? terms[i] : terms[i + n];
+        terms[i] = kept + __shfl_xor_sync(~0u, sent, 4 * n);
+      }
+    }
+    use(column / 32, terms[0]);
+  }
+};
+
 }  // namespace lctx::cuda

@@ -7,9 +7,8 @@
 // Tile map: a unit is (batch, key/value head, segment, part of its rows of all query heads of the
 //       group); persistent blocks of two warpgroups, 64 rows each for Y and, at D 128, 64 rows of
 //       the sum dM over the rows of both; at D 64 each its own sum. A producer warp.
-// Pipeline: stages of 128 rows of Q and dO. a P takes Q's place in shared memory; dz is a product
-//       of eight columns, two of them used: the two terms of P . Y / c. dq leaves from registers
-//       while these products run.
+// Pipeline: stages of 128 rows of Q and dO. a P takes Q's place in shared memory; dq leaves from
+//       registers while its product runs. dz, whose terms cancel, is summed in fp32 by shuffles.
 // Memory: q and dO once, M once a unit, dq once: in fp32 as the start of dq_sum (dq_sum.cuh), which
 //       then need not be cleared, or in the inputs' type as dq_mem.
 // Limits: used by infini_bwd; bf16, fp16; D a multiple of 8 up to 128.
@@ -33,12 +32,11 @@ struct RetrieveTraits {
   static constexpr int kTileBytes = tile_bytes(kRows, kHeadDim);
   static constexpr int kStageBytes = 2 * kTileBytes;  // Q, dO
   static constexpr int kMatrixBytes = tile_bytes(kHeadDim, kHeadDim);
-  static constexpr int kMatrix = kStages * kStageBytes;  // high, low
-  static constexpr int kWeights = kMatrix + 2 * kMatrixBytes;
-  static constexpr int kWeightBytes = 2 * chunk_bytes(8);  // 8 rows of kRows columns
-  static constexpr int kNorms = kWeights + 2 * kWeightBytes;
+  static constexpr int kMatrix = kStages * kStageBytes;      // high, low
+  static constexpr int kZSums = kMatrix + 2 * kMatrixBytes;  // of every warp
+  static constexpr int kNorms = kZSums + kConsumerThreads / 32 * kHeadDim * 4;
   static constexpr int kExchange = kNorms + (kNormOffset + kHeadDim) * 4;
-  static constexpr int kExchangeBytes = kHeadDim == 128 ? 0 : 128 * (kHeadDim / 2 + 2) * 4;
+  static constexpr int kExchangeBytes = kHeadDim == 128 ? 0 : 128 * kHeadDim / 2 * 4;
   static constexpr int kBarriers = kExchange + kExchangeBytes;
   static constexpr int kSharedBytes = kBarriers + Pipeline<kStages>::kBytes + 1024;
 };
@@ -86,12 +84,12 @@ struct RetrieveKernel {
   static constexpr int kHeadDim = Traits::kHeadDim, kRows = Traits::kRows;
   static constexpr bool kShared = kHeadDim == 128;  // both warpgroups sum over all rows
   static constexpr int kDepth = kShared ? kRows : 64;
-  using Fragments = RowFragments<T, kHeadDim / 16>;
+  using Pairs = RowPairs<T, kHeadDim / 16>;
 
   const RetrieveParams& p;
   const InfiniGradStates& x;
   const uint32_t smem;
-  float* const exchange;
+  float *const z_sums, *const exchange;
   Pipeline<Traits::kStages> pipe;
   PipelineState<Traits::kStages> state;
 
@@ -99,6 +97,7 @@ struct RetrieveKernel {
       : p(params),
         x(params.states),
         smem(ptx::smem_address(base)),
+        z_sums(reinterpret_cast<float*>(base + Traits::kZSums)),
         exchange(reinterpret_cast<float*>(base + Traits::kExchange)),
         pipe(smem + Traits::kBarriers) {}
 
@@ -185,17 +184,18 @@ struct RetrieveKernel {
     }
   }
 
-  // The two terms of -slope as columns of the product that gives dz.
-  __device__ __forceinline__ void store_weights(uint32_t tile, const Row (&rows)[2]) const {
-    const int place = threadIdx.x % 4;
-    if (place >= 2) return;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = first_row() + 8 * i;
-      const SplitPair<T> pair(-rows[i].slope, 0.f);
-      const uint16_t term = static_cast<uint16_t>(place == 0 ? pair.high : pair.low);
-      ptx::store_shared_2(tile + swizzled_unit(8, place, row / 8) + row % 8 * 2, term);
-    }
+  // dz -= (a P)^T (P . Y / c) of this warp's rows, in shared memory.
+  __device__ __forceinline__ void add_z(const Pairs& P, const Row (&rows)[2], bool started) const {
+    const float weight[2] = {-rows[0].weight * rows[0].slope, -rows[1].weight * rows[1].slope};
+    const uint32_t to =
+        smem + Traits::kZSums + (threadIdx.x / 32 * kHeadDim + ColumnTerms::own_column()) * 4;
+    ColumnTerms terms;
+    P.for_pairs([&](int row, int, int column, const float2& s) {
+      terms.add(row, column, s.x * weight[row], s.y * weight[row], [&](int i, float sum) {
+        const float before = started ? __int_as_float(ptx::load_shared_4(to + i * 128)) : 0.f;
+        ptx::store_shared_4(to + i * 128, __float_as_uint(before + sum));
+      });
+    });
   }
 
   // dq, which is in y, to dq_sum or dq_mem.
@@ -254,13 +254,11 @@ struct RetrieveKernel {
     }
   }
 
-  // One block of rows. sum and dz: this warpgroup's rows of dM and dz, without the state's scale.
+  // One block of rows. sum: this warpgroup's rows of dM, without the state's scale.
   __device__ __forceinline__ void run_block(const RetrieveUnit& unit, const RowBlock& block,
-                                            bool started, float (&sum)[kHeadDim / 2],
-                                            float (&dz)[4]) {
+                                            bool started, float (&sum)[kHeadDim / 2]) {
     const uint32_t q = smem + state.stage() * Traits::kStageBytes, dout = q + Traits::kTileBytes;
     const uint32_t own = warpgroup() * chunk_bytes(64);  // rows
-    const uint32_t weights = smem + Traits::kWeights + state.step % 2 * Traits::kWeightBytes;
     float y[kHeadDim / 2];
     pipe.wait(state);
     wgmma_fence();
@@ -271,35 +269,30 @@ struct RetrieveKernel {
                                      term != 0);
     }
     wgmma_commit();
-    Fragments P;
     const FragmentAddress<kRows> address(q, warpgroup() * 64, warpgroup_thread());
-    P.load(address);
     const float logit = x.gate != nullptr ? x.gate[block.head] : 0.f;
     const float gate = 1.f / (1.f + __expf(-logit));
     float norm[2] = {0.f, 0.f}, dot[2] = {0.f, 0.f};
-    P.for_pairs([&](int row, int, int column, uint32_t, const float2& s) {
+    Pairs P;
+    P.load(address);
+    P.for_pairs([&](int row, int, int column, const float2& s) {
       const float2 z = ptx::load_shared_float2(norm_address(column));
       norm[row] += s.x * z.x + s.y * z.y;
     });
     wgmma_wait<0>();
-    P.for_pairs([&](int row, int at, int, uint32_t, const float2& s) {
-      dot[row] += s.x * y[at] + s.y * y[at + 1];
-    });
+    P.for_pairs(
+        [&](int row, int at, int, const float2& s) { dot[row] += s.x * y[at] + s.y * y[at + 1]; });
     Row rows[2];
     finish_rows(gate, norm, dot, block, rows);
+    add_z(P, rows, started);
     const float factor = p.dq.data != nullptr ? 1.f : p.inverse_scale;
-    P.for_pairs([&](int row, int at, int column, uint32_t& pair, const float2& s) {
+    P.for_pairs([&](int row, int at, int column, const float2& s) {
       const float2 z = ptx::load_shared_float2(norm_address(column));
       const float weight = rows[row].weight * factor, slope = rows[row].slope;
       y[at] = weight * (y[at] - slope * z.x) * fminf(s.x, 1.f);
       y[at + 1] = weight * (y[at + 1] - slope * z.y) * fminf(s.y, 1.f);
-      pair = pack2<T>(s.x * rows[row].weight, s.y * rows[row].weight);
     });
-#pragma unroll
-    for (int t = 0; t < kHeadDim / 16; ++t) {
-      ptx::stmatrix_x4(address(t), P.x[t][0], P.x[t][1], P.x[t][2], P.x[t][3]);
-    }
-    store_weights(weights, rows);
+    P.store(address, rows[0].weight, rows[1].weight);
     if (block.rows < kRows) clear_rows(dout, block.rows);
     ptx::fence_async_proxy();
     if constexpr (kShared) {
@@ -310,8 +303,6 @@ struct RetrieveKernel {
     const uint32_t a = q + (kShared ? warpgroup() * chunk_bytes(kRows) : own);
     wgmma_fence();
     gemm_tn<T, kHeadDim, kDepth>(sum, a, kRows, dout + (kShared ? 0 : own), kRows, started);
-    gemm_ss<T, 8, kDepth, kMajorMN, kMajorK>(
-        dz, a, kRows, weights + (kShared ? 0 : warpgroup() * chunk_bytes(8)), 8, started);
     wgmma_commit();
     store_rows(unit, block, y);
     store_retrieved(unit, block, rows);
@@ -331,33 +322,32 @@ struct RetrieveKernel {
   }
 
   // dM and dz of the unit. At D 64 the warpgroups' sums are added first.
-  __device__ __forceinline__ void store_sums(const RetrieveUnit& unit, float (&sum)[kHeadDim / 2],
-                                             const float (&dz)[4]) const {
+  __device__ __forceinline__ void store_sums(const RetrieveUnit& unit,
+                                             float (&sum)[kHeadDim / 2]) const {
     const int chain = unit.batch * x.Hkv + unit.head, thread = threadIdx.x % 128;
     const float scale = ptx::load_shared_float2(smem + Traits::kNorms).x;
-    float z[2] = {dz[0] + dz[1], dz[2] + dz[3]};
-    if constexpr (!kShared) {
-      constexpr int kEach = kHeadDim / 2 + 2;
-      if (warpgroup() == 1) {
+    if (!kShared && threadIdx.x >= 128) {
 #pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) exchange[i * 128 + thread] = sum[i];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) exchange[(kEach - 2 + i) * 128 + thread] = z[i];
+      for (int i = 0; i < kHeadDim / 2; ++i) exchange[i * 128 + thread] = sum[i];
+    }
+    sync_all();
+    if (const int column = threadIdx.x; column < x.D) {
+      float z = 0.f;
+      for (int warp = 0; warp < Traits::kConsumerThreads / 32; ++warp) {
+        z += z_sums[warp * kHeadDim + column];
       }
-      sync_all();
-      if (warpgroup() == 1) return;
+      x.dz_of(unit.part, chain, unit.segment)[column] = z * scale;
+    }
+    if constexpr (!kShared) {
+      if (threadIdx.x >= 128) return;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) sum[i] += exchange[i * 128 + thread];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) z[i] += exchange[(kEach - 2 + i) * 128 + thread];
     }
     float* const matrix = x.dM_of(unit.part, chain, unit.segment);
-    float* const vector = x.dz_of(unit.part, chain, unit.segment);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row() + 8 * i;
       if (row >= x.D) continue;
-      if (thread % 4 == 0) vector[row] = z[i] * scale;
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
         const int column = 8 * j + fragment_column(thread);
@@ -376,9 +366,6 @@ struct RetrieveKernel {
   }
 
   __device__ __forceinline__ void consume() {
-    for (int i = threadIdx.x; i < 2 * Traits::kWeightBytes / 16; i += Traits::kConsumerThreads) {
-      ptx::store_shared_16(smem + Traits::kWeights + i * 16, {0, 0, 0, 0});
-    }
     for (int index = blockIdx.x; index < p.num_units; index += gridDim.x) {
       const RetrieveUnit unit(x, index);
       if (x.empty(unit.segment)) {
@@ -387,17 +374,19 @@ struct RetrieveKernel {
       }
       load_state(unit);
       const int2 range = blocks(unit);
-      float sum[kHeadDim / 2], dz[4];
+      float sum[kHeadDim / 2];
       if (range.x == range.y) {
 #pragma unroll
         for (float& s : sum) s = 0.f;
-#pragma unroll
-        for (float& s : dz) s = 0.f;
+        for (int i = threadIdx.x; i < Traits::kConsumerThreads / 32 * kHeadDim;
+             i += Traits::kConsumerThreads) {
+          z_sums[i] = 0.f;
+        }
       }
       for (int b = range.x; b < range.y; ++b) {
-        run_block(unit, RowBlock(x, unit, b), b != range.x, sum, dz);
+        run_block(unit, RowBlock(x, unit, b), b != range.x, sum);
       }
-      store_sums(unit, sum, dz);
+      store_sums(unit, sum);
     }
   }
 };

@@ -9,7 +9,7 @@
 
 #include "../common/feature_map.cuh"
 #include "attn_fwd_sm90.cuh"
-#include "infini_states.h"
+#include "infini_state_tiles.cuh"
 
 namespace lctx::cuda {
 
@@ -37,25 +37,56 @@ struct LocalTiles : OneHeadTiles {
   }
 };
 
-// A forward tile with room for a row of norms.
-template <class Tile>
-struct MemoryTile : Tile {
-  static constexpr int kNorms = Tile::kBarriers + Tile::kBarrierBytes;
-  static constexpr int kSharedBytes = Tile::kSharedBytes + (kNormOffset + Tile::kHeadDim) * 4;
+// The same among tiles that make states (infini_state_tiles.cuh), which every section of the order
+// begins with.
+template <int kBlockM>
+struct MemoryTiles : LocalTiles<kBlockM> {
+  struct Params : LocalTiles<kBlockM>::Params {
+    FastDivisor per_section;  // tiles
+    int states_per_section, num_tiles;
+  };
+
+  template <class P>
+  static __device__ __forceinline__ int end(const P& p) {
+    return p.num_tiles;
+  }
+  template <class P>
+  static __device__ __forceinline__ bool makes_state(const P& p, int index) {
+    return p.per_section.modulo(index) < p.states_per_section;
+  }
+  template <class P>
+  static __device__ __forceinline__ Work find(const P& p, int index) {
+    const int states = (p.per_section.divide(index) + 1) * p.states_per_section;
+    return LocalTiles<kBlockM>::find(p, index - states);
+  }
 };
 
+// A forward tile with room for a row of norms, and for one more of a state that is made.
+template <class Tile, bool kMakesStates>
+struct MemoryTile : Tile {
+  static constexpr int kRowBytes = (kNormOffset + Tile::kHeadDim) * 4;
+  static constexpr int kNorms = Tile::kBarriers + Tile::kBarrierBytes;
+  static constexpr int kStateRow = kNorms + kRowBytes;
+  static constexpr int kSharedBytes = Tile::kSharedBytes + (kMakesStates ? 2 : 1) * kRowBytes;
+};
+
+// kMakesStates: there may be tiles that make states, by the delta rule if kDelta.
+template <bool kMakesStates_, bool kDelta>
 struct MemoryRows : StoreRows {
   struct Params {
-    CUtensorMap memory;         // scale M: (column, row, 1, state, 1)
-    CUtensorMap q_mem;          // as FwdParams::q, loaded after the last scores
-    CUtensorMap local_out;      // as FwdParams::out
-    TensorView local_view;      // data nullptr: A_dot itself is not kept
-    const float *gate, *norms;  // norms, ready: see infini_states.h
-    const int* ready;           // nullptr: all states are there
-    int S, Hkv;
+    CUtensorMap memory;     // scale M: (column, row, 1, state, 1)
+    CUtensorMap q_mem;      // as FwdParams::q, loaded after the last scores
+    CUtensorMap local_out;  // as FwdParams::out
+    TensorView local_view;  // data nullptr: A_dot itself is not kept
+    CUtensorMap k_mem;      // as FwdParams::k, for the tiles that make states
+    const float* gate;
+    InfiniStates states;
+    bool waits;  // states are made meanwhile
     bool has_q_mem, has_mem, first_bypass;
   };
-  static constexpr bool kCarries = false, kRetrieves = true;
+  static constexpr bool kCarries = false, kRetrieves = true, kMakesStates = kMakesStates_;
+  template <class Kernel>
+  using States = StateTile<Kernel, kDelta>;
 
   // M comes in blocks of so many of its rows, which fit a stage of values.
   template <class Kernel>
@@ -87,11 +118,11 @@ struct MemoryRows : StoreRows {
     const auto& p = kernel.p;
     const Work work = kernel.find_work_again(index);
     if (!reads(p, work)) return;
-    const int chain = work.batch * p.Hkv + p.per_group.divide(work.head);
-    const int at = chain * p.S + work.segment;
+    const int chain = work.batch * p.states.Hkv + p.per_group.divide(work.head);
+    const int at = chain * p.states.S + work.segment;
     if (p.has_q_mem) kernel.load_queries(q_state, &p.q_mem, kernel.find_work_again(index));
-    if (p.ready != nullptr) {
-      while (ptx::load_acquire(p.ready + chain) <= work.segment) __nanosleep(100);
+    if (p.waits) {
+      while (ptx::load_acquire(p.states.ready + chain) <= work.segment) __nanosleep(100);
       ptx::fence_async_proxy_global();
     }
     const int norm_bytes = (kNormOffset + p.D) * 4;
@@ -100,8 +131,8 @@ struct MemoryRows : StoreRows {
           v_state, tile_bytes(kRows, Kernel::kHeadDim) + (block == 0 ? norm_bytes : 0));
       const uint32_t dst = kernel.smem + Traits::kV + v_state.stage() * Traits::kVBytes;
       if (block == 0) {
-        ptx::bulk_load(kernel.smem + Traits::kNorms, p.norms + int64_t{at} * (kNormOffset + p.D),
-                       full, norm_bytes);
+        ptx::bulk_load(kernel.smem + Traits::kNorms,
+                       p.states.norms + int64_t{at} * (kNormOffset + p.D), full, norm_bytes);
       }
 #pragma unroll 1
       for (int c = 0; c < Kernel::kChunks; ++c) {
@@ -174,7 +205,7 @@ struct MemoryRows : StoreRows {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           uint32_t& pair = a[t][2 * half + row];
-          const float2 x = elu_plus_one2<T>(pair);
+          const float2 x = elu_plus_one2_here<T>(pair);
           norm[row] += x.x * weight.x + x.y * weight.y;
           pair = pack2<T>(x.x, x.y);
         }
@@ -198,21 +229,65 @@ struct MemoryRows : StoreRows {
     return kernel.p.gate != nullptr ? kernel.p.gate[kernel.find_work_again(index).head] : 0.f;
   }
 
+  template <class Kernel>
+  static constexpr bool kWide = kBlocks<Kernel> > 1;  // no registers for all of sigma(q) at once
+  template <class Kernel>
+  static constexpr bool kEarly = Kernel::kHeadDim == 128;  // registers for it beside the weights
+
+  // What the queries bring to the retrieval.
+  template <class Kernel>
+  struct Query {
+    Operand<Kernel> a;
+    float norm[2], logit;
+  };
+  template <class Kernel>
+  static __device__ __forceinline__ void read_query(const Kernel& kernel, int warpgroup, int index,
+                                                    const typename Kernel::QState& queries,
+                                                    const typename Kernel::KVState& blocks,
+                                                    Query<Kernel>& query) {
+    query.logit = gate(kernel, index);
+    query.norm[0] = query.norm[1] = 0.f;
+    if (kernel.p.has_q_mem) kernel.q_pipe.wait(queries);
+    kernel.v_pipe.wait(blocks);
+#pragma unroll
+    for (int block = 0; block < kBlocks<Kernel>; ++block) {
+      read_queries(kernel, warpgroup, queries.stage(), block, query.a, query.norm);
+    }
+    if constexpr (!kWide<Kernel>) kernel.q_pipe.release(queries);
+  }
+
+  // While the last P V runs, where there are registers for it.
+  template <class Kernel>
+  static __device__ __forceinline__ void prepare(const Kernel& kernel, int warpgroup, int index,
+                                                 const typename Kernel::QState& q_state,
+                                                 const typename Kernel::KVState& v_state,
+                                                 Query<Kernel>& query) {
+    const typename Kernel::QState queries{q_state.step - 1};
+    if constexpr (kEarly<Kernel>) {
+      query = {};  // or ptxas takes it for alive from the beginning of the kernel
+    }
+    if (!reads(kernel.p, kernel.find_work_again(index))) {
+      kernel.q_pipe.release(queries);
+    } else if constexpr (kEarly<Kernel>) {
+      const typename Kernel::KVState blocks{v_state.step - 1};
+      read_query(kernel, warpgroup, index, queries, blocks, query);
+    }
+  }
+
   // Leaves in o and `factor` what is to be stored: factor * o.
   template <class Kernel>
   static __device__ __forceinline__ void retrieve(const Kernel& kernel, int warpgroup, int index,
                                                   const typename Kernel::QState& q_state,
                                                   const typename Kernel::KVState& v_state,
+                                                  Query<Kernel>& query,
                                                   float (&o)[Kernel::kHeadDim / 2],
                                                   float (&factor)[2]) {
     using Traits = typename Kernel::Traits;
     constexpr int kRows = kBlockRows<Kernel>;
-    constexpr bool kWide = kBlocks<Kernel> > 1;  // no registers for all of sigma(q)
     const auto& p = kernel.p;
     const typename Kernel::QState queries{q_state.step - 1};
+    store_local(kernel, warpgroup, index, o, factor);
     if (!reads(p, kernel.find_work_again(index))) {
-      kernel.q_pipe.release(queries);
-      store_local(kernel, warpgroup, index, o, factor);
       if (p.first_bypass) return;
       const float rest = 1.f / (1.f + __expf(gate(kernel, index)));  // 1 - g
       factor[0] *= rest;
@@ -220,20 +295,12 @@ struct MemoryRows : StoreRows {
       return;
     }
     typename Kernel::KVState blocks{v_state.step - kBlocks<Kernel>};
-    if constexpr (kWide) store_local(kernel, warpgroup, index, o, factor);
-    if (p.has_q_mem) kernel.q_pipe.wait(queries);
-    kernel.v_pipe.wait(blocks);
-    Operand<Kernel> a;
-    float norm[2] = {0.f, 0.f};
-#pragma unroll
-    for (int block = 0; block < kBlocks<Kernel>; ++block) {
-      read_queries(kernel, warpgroup, queries.stage(), block, a, norm);
+    if constexpr (!kEarly<Kernel>) {
+      read_query(kernel, warpgroup, index, queries, blocks, query);
     }
-    if constexpr (!kWide) {
-      kernel.q_pipe.release(queries);
-      store_local(kernel, warpgroup, index, o, factor);
-    }
-    const float logit = gate(kernel, index), rest = 1.f / (1.f + __expf(logit));
+    Operand<Kernel>& a = query.a;
+    float (&norm)[2] = query.norm;
+    const float logit = query.logit, rest = 1.f / (1.f + __expf(logit));
     const float g = fmaxf(1.f / (1.f + __expf(-logit)), 1e-20f);
     const float least = ptx::load_shared_float2(kernel.smem + Traits::kNorms).x * kMemoryEps;
     float weight[2];
@@ -246,7 +313,7 @@ struct MemoryRows : StoreRows {
     scale_rows<Kernel::kHeadDim>(o, weight);
 #pragma unroll
     for (int block = 0; block < kBlocks<Kernel>; ++block) {
-      if constexpr (kWide) {
+      if constexpr (kWide<Kernel>) {
         kernel.v_pipe.wait(blocks);
         read_queries(kernel, warpgroup, queries.stage(), block, a, norm);
         if (block + 1 == kBlocks<Kernel>) kernel.q_pipe.release(queries);

@@ -1,15 +1,20 @@
 // Math: gradients of the states, from the last to the first. With dM the gradient of the state that
 //       segment s leaves and R_s what retrieval of segment s adds, the state that it reads gets
 //         linear: dM + R_s (delta: infini_delta_scan.cu), and likewise z;
-//       nothing passes a state that is detached.
+//       nothing passes a state that is detached. delta: dk += dz o min(sigma(k), 1), where
+//       infini_local_bwd.cu does not.
 // Tile map: z: a block per (batch, key/value head), a thread per element. M: a thread per four
-//       elements of the matrix and chain.
+//       elements of the matrix and chain. dk: a thread per 8 columns of a row.
 // Pipeline: a thread walks through the segments; the shares of the next kAhead segments are loaded
 //       before they are needed.
 // Memory: in place: per segment and head D^2 (4 read + 4 written) bytes: memory's speed. Parts of a
 //       segment are added in their order.
-// Limits: used by infini_bwd; D a multiple of 8.
+// Limits: used by infini_bwd; D a multiple of 8; 2^31 - 1 rows.
+#include <algorithm>
+
+#include "../common/feature_map.cuh"
 #include "../common/launch.h"
+#include "../common/wgmma.cuh"
 #include "infini_grads.h"
 
 namespace lctx::cuda {
@@ -96,6 +101,40 @@ __global__ void __launch_bounds__(128)
   if (x.dz_in != nullptr) x.dz_in[int64_t{chain} * x.D + column] = carry;
 }
 
+struct AddParams {
+  const float* dz;
+  TensorView k, dk;
+  int S, D, segment_len;
+  int64_t units;                             // of 8 columns of (batch, position, head)
+  FastDivisor per_row, per_head, per_batch;  // units, heads, positions
+};
+
+template <class T>
+__global__ void __launch_bounds__(256) infini_add_dz_kernel(const __grid_constant__ AddParams p) {
+  const int64_t unit = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  if (unit >= p.units) return;
+  const int row = static_cast<int>(unit / p.per_row.divisor);
+  const int column = static_cast<int>(unit - int64_t{row} * p.per_row.divisor) * 8;
+  const int bt = p.per_head.divide(row), head = row - bt * p.per_head.divisor;
+  const int batch = p.per_batch.divide(bt), t = bt - batch * p.per_batch.divisor;
+  const auto at = [&](const TensorView& view) {
+    return reinterpret_cast<uint4*>(static_cast<T*>(view.data) + batch * view.stride_b +
+                                    t * view.stride_t + head * view.stride_h + column);
+  };
+  const int64_t chain = int64_t{batch} * p.per_head.divisor + head;
+  const float* dz = p.dz + (chain * p.S + t / p.segment_len) * p.D + column;
+  const uint4 k = *at(p.k), dk = *at(p.dk);
+  const uint32_t keys[4] = {k.x, k.y, k.z, k.w};
+  uint32_t sums[4] = {dk.x, dk.y, dk.z, dk.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 s = elu_plus_one2<T>(keys[i]), sum = unpack2<T>(sums[i]);
+    sums[i] =
+        pack2<T>(sum.x + dz[2 * i] * fminf(s.x, 1.f), sum.y + dz[2 * i + 1] * fminf(s.y, 1.f));
+  }
+  *at(p.dk) = make_uint4(sums[0], sums[1], sums[2], sums[3]);
+}
+
 }  // namespace
 
 void launch_infini_linear_scan_bwd(const InfiniGradStates& states, Stream stream) {
@@ -109,6 +148,27 @@ void launch_infini_z_scan_bwd(const InfiniGradStates& states, Stream stream) {
   const dim3 block(128), grid(states.chains(), static_cast<unsigned>(ceil_div(states.D, 128)));
   infini_z_scan_bwd_kernel<<<grid, block, 0, stream>>>(states);
   check_launch("infini_z_scan_bwd_kernel", grid, block, stream);
+}
+
+void launch_infini_add_dz(const InfiniParams& params, const float* dz, const TensorView& k,
+                          const TensorView& dk, Stream stream) {
+  const AttnShape& s = params.shape;
+  AddParams p{};
+  p.dz = dz;
+  p.k = k;
+  p.dk = dk;
+  p.S = static_cast<int>(ceil_div(s.Tk, params.segment_len));
+  p.D = static_cast<int>(s.Dk);
+  p.segment_len = static_cast<int>(std::min(params.segment_len, s.Tk));
+  p.units = s.B * s.Tk * s.Hkv * (s.Dk / 8);
+  p.per_row = FastDivisor(static_cast<int>(s.Dk / 8));
+  p.per_head = FastDivisor(static_cast<int>(s.Hkv));
+  p.per_batch = FastDivisor(static_cast<int>(s.Tk));
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.units, 256))), block(256);
+  const auto kernel = s.dtype == DType::kBFloat16 ? infini_add_dz_kernel<__nv_bfloat16>
+                                                  : infini_add_dz_kernel<__half>;
+  kernel<<<grid, block, 0, stream>>>(p);
+  check_launch("infini_add_dz_kernel", grid, block, stream);
 }
 
 }  // namespace lctx::cuda

@@ -27,8 +27,9 @@ struct InfiniStates {
   // M over z is an average of values, so that fp16 holds scale M at any length.
   void* half;
   float* norms;
-  int* ready;  // (chains) states that are there, zero at launch (infini_chain_fwd.cu)
+  int* ready;  // states of a chain that are there, zero at launch (infini_state_tiles.cuh)
 
+  InfiniStates() = default;
   InfiniStates(const InfiniParams& params, const InfiniPlan& plan, const InfiniScratch& scratch)
       : B(static_cast<int>(params.shape.B)),
         Hkv(static_cast<int>(params.shape.Hkv)),
@@ -85,18 +86,14 @@ struct InfiniStates {
   }
 };
 
-// The memory of all chains by the linear rule on `blocks` multiprocessors, while the kernel that is
-// launched next runs on the others. D 64 or 128.
-void launch_infini_chains(const InfiniParams& params, const InfiniStates& states, int blocks,
-                          Stream stream);
-
-// The same by kernels that are parallel over the segments, in this order: gains and sums of all
-// segments; prefix of z; (delta) decays; states.
+// The memory of all chains by kernels that are parallel over the segments, in this order: gains and
+// sums of all segments; prefix of z; (delta) decays; states.
 int infini_splits(const InfiniParams& params, int num_sms);  // so that all multiprocessors work
 void launch_infini_gains(const InfiniParams& params, const InfiniStates& states, int num_sms,
                          Stream stream);
-void launch_infini_decays(const InfiniParams& params, const InfiniStates& states, int num_sms,
-                          Stream stream);
+// tf32: rounded, as a product of such numbers takes them.
+void launch_infini_decays(const InfiniParams& params, const InfiniStates& states, bool tf32,
+                          int num_sms, Stream stream);
 void launch_infini_z_scan(const InfiniStates& states, Stream stream);
 void launch_infini_norms(const InfiniStates& states, Stream stream);  // of z that is there already
 void launch_infini_linear_scan(const InfiniStates& states, DType dtype, Stream stream);

@@ -53,29 +53,32 @@ __global__ void __launch_bounds__(kThreads)
     return static_cast<const T*>(view.data) + batch * view.stride_b + row * view.stride_t +
            head * view.stride_h + column;
   };
+  const int64_t rows = (int64_t{batch} * x.Hq + head) * x.T;
+  const int64_t stats = (int64_t{batch} * x.Hq + head) * x.pitch;
+  // Everything is on its way before anything is waited for.
   uint4 a[kSteps], b[kSteps];
+  float lse[kSteps], retrieved[kSteps];
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     const int row = row0 + i * kAtOnce + static_cast<int>(threadIdx.x) / kLanes;
-    const bool inside = row < x.T && column < x.D;
+    const bool exists = row < x.T, inside = exists && column < x.D;
+    const bool empty = !x.has_mem && row < x.segment_len;
     a[i] = inside ? *reinterpret_cast<const uint4*>(at(p.dout, row)) : make_uint4(0, 0, 0, 0);
     b[i] = inside ? *reinterpret_cast<const uint4*>(at(p.local, row)) : make_uint4(0, 0, 0, 0);
+    lse[i] = exists ? p.lse[rows + row] : INFINITY;  // rows behind the end weigh nothing
+    retrieved[i] = exists && !empty ? x.retrieved[rows + row] : 0.f;
   }
   const float logit = x.gate != nullptr ? x.gate[head] : 0.f, shift = log2_rest(logit);
-  const int64_t rows = (int64_t{batch} * x.Hq + head) * x.T;
-  const int64_t stats = (int64_t{batch} * x.Hq + head) * x.pitch;
   float share = 0.f;
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     const int row = row0 + i * kAtOnce + static_cast<int>(threadIdx.x) / kLanes;
     const float delta = sum_over_lanes(dot8<T>(a[i], b[i]), kLanes);
     if (threadIdx.x % kLanes != 0 || row >= x.pitch) continue;
-    const bool exists = row < x.T;
     const bool empty = !x.has_mem && row < x.segment_len, past = empty && x.first_bypass;
-    const float lse = exists ? p.lse[rows + row] : INFINITY;  // rows behind the end weigh nothing
-    x.lse2[stats + row] = lse * 1.4426950408889634f - (past ? 0.f : shift);
+    x.lse2[stats + row] = lse[i] * 1.4426950408889634f - (past ? 0.f : shift);
     x.delta[stats + row] = delta;
-    if (exists && !past) share += (empty ? 0.f : x.retrieved[rows + row]) - delta;
+    if (row < x.T && !past) share += retrieved[i] - delta;
   }
   if (x.dgate == nullptr) return;
   __shared__ float shares[kThreads / 32];

@@ -47,6 +47,7 @@ struct SumParams {
   CUtensorMap k, v;
   InfiniStates states;
   int num_units;
+  bool tf32;  // decays are rounded to TF32
 };
 
 // One unit of work: a tile of the product over some rows of a segment.
@@ -197,9 +198,13 @@ struct SumKernel {
         const int row = row0 + 8 * i;
         if (row >= x.D || column0 + 8 * j >= x.D) continue;
         float2 pair{acc[4 * j + 2 * i], acc[4 * j + 2 * i + 1]};
-        if constexpr (Traits::kDecay) {  // an operand of the scan's TF32 product
-          pair.x = __uint_as_float(ptx::round_tf32(pair.x * columns.scale));
-          pair.y = __uint_as_float(ptx::round_tf32(pair.y * columns.scale));
+        if constexpr (Traits::kDecay) {
+          pair.x *= columns.scale;
+          pair.y *= columns.scale;
+          if (p.tf32) {
+            pair.x = __uint_as_float(ptx::round_tf32(pair.x));
+            pair.y = __uint_as_float(ptx::round_tf32(pair.y));
+          }
         }
         *reinterpret_cast<float2*>(matrix + row * x.D + column0 + 8 * j) = pair;
       }
@@ -256,7 +261,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
 }
 
 template <class Traits>
-void launch(const InfiniParams& params, const InfiniStates& states, int num_sms, Stream stream) {
+void launch(const InfiniParams& params, const InfiniStates& states, bool tf32, int num_sms,
+            Stream stream) {
   const AttnShape& s = params.shape;
   const TensorView& k = params.k_mem.data != nullptr ? params.k_mem : params.k;
   const int64_t units =
@@ -265,20 +271,21 @@ void launch(const InfiniParams& params, const InfiniStates& states, int num_sms,
              " parts of segments; expected at most 2^31 - 1");
   const SumParams p{make_rows_map(k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, Traits::kRows),
                     make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, Traits::kRows), states,
-                    static_cast<int>(units)};
+                    static_cast<int>(units), tf32};
   const int64_t blocks = (Traits::kTile == 64 ? 2 : 1) * int64_t{num_sms};
   launch_memory<Traits>("infini_sums_kernel", infini_sums_kernel<Traits>, p,
                         dim3(static_cast<unsigned>(std::min(blocks, units))), stream);
 }
 
 template <bool kDecay, class T>
-void choose(const InfiniParams& params, const InfiniStates& states, int num_sms, Stream stream) {
+void choose(const InfiniParams& params, const InfiniStates& states, bool tf32, int num_sms,
+            Stream stream) {
   if (states.D <= 64) {
-    launch<SumTraits<T, 64, kDecay>>(params, states, num_sms, stream);
+    launch<SumTraits<T, 64, kDecay>>(params, states, tf32, num_sms, stream);
   } else if (states.D <= 128) {
-    launch<SumTraits<T, 128, kDecay>>(params, states, num_sms, stream);
+    launch<SumTraits<T, 128, kDecay>>(params, states, tf32, num_sms, stream);
   } else {
-    launch<SumTraits<T, 256, kDecay>>(params, states, num_sms, stream);
+    launch<SumTraits<T, 256, kDecay>>(params, states, tf32, num_sms, stream);
   }
 }
 
@@ -294,18 +301,18 @@ int infini_splits(const InfiniParams& params, int num_sms) {
 void launch_infini_gains(const InfiniParams& params, const InfiniStates& states, int num_sms,
                          Stream stream) {
   if (params.shape.dtype == DType::kBFloat16) {
-    choose<false, __nv_bfloat16>(params, states, num_sms, stream);
+    choose<false, __nv_bfloat16>(params, states, false, num_sms, stream);
   } else {
-    choose<false, __half>(params, states, num_sms, stream);
+    choose<false, __half>(params, states, false, num_sms, stream);
   }
 }
 
-void launch_infini_decays(const InfiniParams& params, const InfiniStates& states, int num_sms,
-                          Stream stream) {
+void launch_infini_decays(const InfiniParams& params, const InfiniStates& states, bool tf32,
+                          int num_sms, Stream stream) {
   if (params.shape.dtype == DType::kBFloat16) {
-    choose<true, __nv_bfloat16>(params, states, num_sms, stream);
+    choose<true, __nv_bfloat16>(params, states, tf32, num_sms, stream);
   } else {
-    choose<true, __half>(params, states, num_sms, stream);
+    choose<true, __half>(params, states, tf32, num_sms, stream);
   }
 }
 

@@ -5,13 +5,15 @@
 //                 dv = dU, dR = U dM^T - (dU / e) M^T + de z + dz, de = rowsum(dU o W) / e,
 //                 and the gradient of z read gets sum_n R de, where e is not clamped;
 //         dk = dR o min(R, 1).
-//       dM is an operand of two terms, M, R and U are rounded to the inputs' type. dM comes scaled
-//       by a power of two that brings its largest element near 1, M and z as in infini_states.h.
+//       delta: dz, which takes the sums of later segments, is missing in dk here:
+//       infini_local_bwd.cu or infini_scan_bwd.cu adds dz o min(R, 1). These sums, whose terms
+//       cancel, are fp32. dM is an operand of two terms, M, R and U are rounded to the inputs'
+//       type. dM comes scaled by a power of two that brings its largest element near 1, M and z as
+//       in infini_states.h.
 // Tile map: a unit is (batch, key/value head, segment, part of its rows); persistent blocks of two
 //       warpgroups of 64 rows each, which do not meet, and a producer warp.
 // Pipeline: stages of 128 rows of K and V. Rows leave from registers.
-// Memory: k and v once, dM (and M) once a unit, dk and dv once. kNorms, the sums for z, which must
-//       be there before dz: k once more.
+// Memory: k and v once, dM (and M) once a unit, dk and dv once.
 // Limits: used by infini_bwd; bf16, fp16; D a multiple of 8 up to 128.
 #include "../common/epilogue.cuh"
 #include "../common/tensor_map.h"
@@ -22,25 +24,23 @@
 namespace lctx::cuda {
 namespace {
 
-enum class Update { kLinear, kDelta, kNorms };
+enum class Update { kLinear, kDelta };
 
 template <class T_, int kHeadDim_, Update kUpdate_>
 struct UpdateTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Update kUpdate = kUpdate_;
-  static constexpr bool kReadsState = kUpdate != Update::kLinear;
+  static constexpr bool kReadsState = kUpdate == Update::kDelta;
   static constexpr int kRows = kGradRows;
   static constexpr int kConsumerThreads = 256, kThreads = kConsumerThreads + 128;
   static constexpr int kStages = 2;
   static constexpr int kTileBytes = tile_bytes(kRows, kHeadDim);
-  static constexpr int kStageBytes = (kUpdate == Update::kNorms ? 1 : 2) * kTileBytes;  // K, V
+  static constexpr int kStageBytes = 2 * kTileBytes;  // K, V
   static constexpr int kMatrixBytes = tile_bytes(kHeadDim, kHeadDim);
   static constexpr int kMatrix = kStages * kStageBytes;  // dM: high, low; M
   static constexpr int kState = kMatrix + 2 * kMatrixBytes;
-  static constexpr int kWeights = kState + (kReadsState ? kMatrixBytes : 0);
-  static constexpr int kWeightBytes = kUpdate == Update::kNorms ? 2 * chunk_bytes(8) : 0;
-  static constexpr int kNorms = kWeights + kWeightBytes;
+  static constexpr int kNorms = kState + (kReadsState ? kMatrixBytes : 0);
   static constexpr int kDz = kNorms + (kNormOffset + kHeadDim) * 4;
   static constexpr int kExchange = kDz + kHeadDim * 4;
   static constexpr int kBarriers = kExchange + kHeadDim * 4;
@@ -78,6 +78,7 @@ struct UpdateKernel {
   static constexpr int kSteps = kHeadDim / 16, kChunks = kHeadDim / kChunkColumns;
   using Fragments = RowFragments<T, kSteps>;
   using Sums = float[kHeadDim / 2];
+  using NormSums = float[kHeadDim / 32];  // of columns own_column() of every 32
 
   const UpdateParams& p;
   const InfiniGradStates& x;
@@ -96,7 +97,6 @@ struct UpdateKernel {
   __device__ __forceinline__ void produce() {
     for (int index = blockIdx.x; index < p.num_units; index += gridDim.x) {
       const UpdateUnit unit(x, index);
-      if (skips(unit)) continue;
       for (int row = 0; row < unit.rows; row += kRows) {
         const uint32_t full = pipe.acquire(state, Traits::kStageBytes);
         const uint32_t k = smem + state.stage() * Traits::kStageBytes;
@@ -104,7 +104,6 @@ struct UpdateKernel {
         for (int c = 0; c < kChunks; ++c) {
           ptx::tma_load_5d(k + c * chunk_bytes(kRows), &p.k, full, c * kChunkColumns,
                            unit.row0 + row, 0, unit.head, unit.batch);
-          if (Traits::kUpdate == Update::kNorms) continue;
           ptx::tma_load_5d(k + Traits::kTileBytes + c * chunk_bytes(kRows), &p.v, full,
                            c * kChunkColumns, unit.row0 + row, 0, unit.head, unit.batch);
         }
@@ -113,10 +112,6 @@ struct UpdateKernel {
     }
   }
 
-  // The norms of a segment without memory are no part of its update.
-  __device__ __forceinline__ bool skips(const UpdateUnit& unit) const {
-    return Traits::kUpdate == Update::kNorms && x.empty(unit.segment);
-  }
   // The same for the whole warp, which the compiler then knows; only where all threads are.
   static __device__ __forceinline__ int warpgroup() {
     return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
@@ -156,7 +151,7 @@ struct UpdateKernel {
                             i < kNormOffset + x.D ? __float_as_uint(norm[i]) : 0);
       }
     }
-    if (i < kHeadDim && Traits::kUpdate != Update::kNorms) {
+    if (i < kHeadDim && Traits::kUpdate == Update::kLinear) {
       const float dz = i < x.D ? x.dz_of(0, chain, unit.segment)[i] : 0.f;
       ptx::store_shared_4(smem + Traits::kDz + i * 4, __float_as_uint(dz));
     }
@@ -208,18 +203,25 @@ struct UpdateKernel {
     }
   }
 
-  // dk from dR without its part of z, which is de, and without dz; d and de are scaled.
+  // dk from dR, which is scaled, without what dz adds to it (linear: with it). delta: de, scaled
+  // too, brings dR's part of z and its own of `norms`.
   __device__ __forceinline__ void finish_keys(const UpdateUnit& unit, int first,
                                               const FragmentAddress<kRows>& address, float inverse,
-                                              const float (&de)[2], Sums& d) const {
+                                              const float (&de)[2], Sums& d,
+                                              NormSums& norms) const {
     Fragments K;
+    ColumnTerms terms;
     K.load(address);
     K.for_pairs([&](int row, int at, int column, uint32_t, const float2& s) {
-      float2 sum = vector(Traits::kDz, column);
+      float2 sum{0.f, 0.f};
       if constexpr (Traits::kReadsState) {
         const float2 z = vector(Traits::kNorms + kNormOffset * 4, column);
         d[at] += de[row] * z.x;
         d[at + 1] += de[row] * z.y;
+        terms.add(row, column, s.x * de[row], s.y * de[row],
+                  [&](int i, float sum_of_rows) { norms[i] += sum_of_rows; });
+      } else {
+        sum = vector(Traits::kDz, column);
       }
       d[at] = (d[at] * inverse + sum.x) * fminf(s.x, 1.f);
       d[at + 1] = (d[at + 1] * inverse + sum.y) * fminf(s.y, 1.f);
@@ -229,8 +231,8 @@ struct UpdateKernel {
   }
 
   __device__ __forceinline__ void run_linear(const UpdateUnit& unit, int first,
-                                             const FragmentAddress<kRows>& address,
-                                             float inverse) const {
+                                             const FragmentAddress<kRows>& address, float inverse,
+                                             NormSums& norms) const {
     const uint32_t values = keys() + Traits::kTileBytes + warpgroup() * chunk_bytes(64);
     Sums dk, dv;
     Fragments R;
@@ -247,7 +249,7 @@ struct UpdateKernel {
     wgmma_commit();
     wgmma_wait<0>();
     store(unit, first, dv, inverse, p.dv);
-    finish_keys(unit, first, address, inverse, {0.f, 0.f}, dk);
+    finish_keys(unit, first, address, inverse, {0.f, 0.f}, dk, norms);
   }
 
   // dU = R dM, W = R M / e and, of this thread's two rows, 1 / e and de.
@@ -286,8 +288,8 @@ struct UpdateKernel {
   }
 
   __device__ __forceinline__ void run_delta(const UpdateUnit& unit, int first,
-                                            const FragmentAddress<kRows>& address,
-                                            float inverse) const {
+                                            const FragmentAddress<kRows>& address, float inverse,
+                                            NormSums& norms) const {
     Sums dU, W;
     float inverse_norm[2], de[2];
     run_products(unit, address, dU, W, inverse_norm, de);
@@ -314,98 +316,51 @@ struct UpdateKernel {
     gemm_rs<T, kHeadDim, kHeadDim, kMajorK>(W, dn, smem + Traits::kState, kHeadDim, true);
     wgmma_commit();
     wgmma_wait<0>();
-    finish_keys(unit, first, address, inverse, de, W);
-  }
-
-  // dz (+)= R^T de, both terms of de, of this warpgroup's rows.
-  __device__ __forceinline__ void run_norms(const UpdateUnit& unit, int first,
-                                            const FragmentAddress<kRows>& address,
-                                            float (&dz)[kChunks][4]) const {
-    float inverse_norm[2], de[2];
-    {
-      Sums dU, W;
-      run_products(unit, address, dU, W, inverse_norm, de);
-    }
-    Fragments R;
-    R.load(address);
-    const int row0 = first_row(), place = threadIdx.x % 4;
-    R.for_pairs([&](int row, int, int, uint32_t& pair, const float2& s) {
-      pair = first + row0 + 8 * row < unit.rows ? pack2<T>(s.x, s.y) : 0;
-    });
-#pragma unroll
-    for (int t = 0; t < kSteps; ++t) {
-      ptx::stmatrix_x4(address(t), R.x[t][0], R.x[t][1], R.x[t][2], R.x[t][3]);
-    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = row0 + 8 * i;
-      const SplitPair<T> pair(first + row < unit.rows ? de[i] : 0.f, 0.f);
-      if (place >= 2) continue;
-      ptx::store_shared_2(smem + Traits::kWeights + swizzled_unit(8, place, row / 8) + row % 8 * 2,
-                          static_cast<uint16_t>(place == 0 ? pair.high : pair.low));
+      if (first + first_row() + 8 * i >= unit.rows) de[i] = 0.f;
     }
-    ptx::fence_async_proxy();
-    ptx::named_barrier_sync(2 + warpgroup(), 128);
-    wgmma_fence();
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      gemm_ss<T, 8, 64, kMajorMN, kMajorK>(
-          dz[c], keys() + c * chunk_bytes(kRows) + warpgroup() * chunk_bytes(64), kRows,
-          smem + Traits::kWeights + warpgroup() * chunk_bytes(8), 8, first > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    pipe.release(state);
-    // The weights may be written again.
-    ptx::named_barrier_sync(2 + warpgroup(), 128);
+    finish_keys(unit, first, address, inverse, de, W, norms);
   }
 
-  // The norms' gradient of z, from both warpgroups.
+  // The norms' gradient of z, from all warps; the tiles of dM are not read any more.
   __device__ __forceinline__ void store_norms(const UpdateUnit& unit, float inverse,
-                                              const float (&dz)[kChunks][4]) const {
-    const int chain = unit.batch * x.Hkv + unit.head, thread = threadIdx.x % 128;
-    const bool writes = thread % 4 == 0;
-    if (warpgroup() == 1 && writes) {
+                                              const NormSums& norms) const {
+    constexpr int kWarps = Traits::kConsumerThreads / 32;
+    const uint32_t sums = smem + Traits::kMatrix;
+    const int chain = unit.batch * x.Hkv + unit.head, column = threadIdx.x;
+    sync_all();
 #pragma unroll
-      for (int i = 0; i < 2 * kChunks; ++i) {
-        exchange[i / 2 * 64 + i % 2 * 8 + fragment_row(thread)] =
-            dz[i / 2][2 * (i % 2)] + dz[i / 2][2 * (i % 2) + 1];
-      }
+    for (int i = 0; i < kHeadDim / 32; ++i) {
+      const int at = threadIdx.x / 32 * kHeadDim + 32 * i + ColumnTerms::own_column();
+      ptx::store_shared_4(sums + at * 4, __float_as_uint(norms[i]));
     }
     sync_all();
-    if (warpgroup() == 1 || !writes) return;
-    const float scale = ptx::load_shared_float2(smem + Traits::kNorms).x * inverse;
-    float* to = x.dz_keys + x.state(unit.part, chain, unit.segment) * x.D;
-#pragma unroll
-    for (int i = 0; i < 2 * kChunks; ++i) {
-      const int row = i / 2 * 64 + i % 2 * 8 + fragment_row(thread);
-      if (row >= x.D) continue;
-      to[row] = (exchange[row] + dz[i / 2][2 * (i % 2)] + dz[i / 2][2 * (i % 2) + 1]) * scale;
+    if (column >= x.D) return;
+    float sum = 0.f;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      sum += __int_as_float(ptx::load_shared_4(sums + (warp * kHeadDim + column) * 4));
     }
+    const float scale = ptx::load_shared_float2(smem + Traits::kNorms).x * inverse;
+    x.dz_keys[x.state(unit.part, chain, unit.segment) * x.D + column] = sum * scale;
   }
 
   __device__ __forceinline__ void consume() {
-    for (int i = threadIdx.x; i < Traits::kWeightBytes / 16; i += Traits::kConsumerThreads) {
-      ptx::store_shared_16(smem + Traits::kWeights + i * 16, {0, 0, 0, 0});
-    }
     for (int index = blockIdx.x; index < p.num_units; index += gridDim.x) {
       const UpdateUnit unit(x, index);
-      if (skips(unit)) continue;
       const float inverse = load_state(unit);
-      float dz[kChunks][4] = {};
+      NormSums norms = {};
       for (int first = 0; first < unit.rows; first += kRows) {
         const FragmentAddress<kRows> address(keys(), warpgroup() * 64, warpgroup_thread());
         pipe.wait(state);
         if constexpr (Traits::kUpdate == Update::kLinear) {
-          run_linear(unit, first, address, inverse);
-        } else if constexpr (Traits::kUpdate == Update::kDelta) {
-          run_delta(unit, first, address, inverse);
+          run_linear(unit, first, address, inverse, norms);
         } else {
-          run_norms(unit, first, address, dz);
+          run_delta(unit, first, address, inverse, norms);
         }
         state.advance();
       }
-      if constexpr (Traits::kUpdate == Update::kNorms) store_norms(unit, inverse, dz);
+      if constexpr (Traits::kUpdate == Update::kDelta) store_norms(unit, inverse, norms);
     }
   }
 };
@@ -462,11 +417,6 @@ void launch_infini_update_bwd(const InfiniParams& params, const InfiniGradStates
   } else {
     choose<Update::kLinear>(params, states, dk, dv, num_sms, stream);
   }
-}
-
-void launch_infini_key_norms_bwd(const InfiniParams& params, const InfiniGradStates& states,
-                                 int num_sms, Stream stream) {
-  choose<Update::kNorms>(params, states, {}, {}, num_sms, stream);
 }
 
 }  // namespace lctx::cuda

@@ -1,7 +1,8 @@
 // Math: landmark attention, backward (lctx::landmark_bwd; the forward is lctx::landmark_fwd), the
 //       gradient of the queries over blocks of any length: see landmark_block_grads.cuh.
 // Tile map: 192 x 64 (D <= 64), 128 x 64 (D <= 128), 128 x 32 (D <= 256).
-// Pipeline: the tables of landmark_tables.cu, the pass of BlockSums, that of BlockGrads.
+// Pipeline: the tables of landmark_tables.cu, the pass of BlockSums, that of BlockGrads; where
+//       the kernel of the keys sums dq (landmark_dkv.cu) the first alone.
 // Memory: as landmark_block_grads.cuh, and the tables.
 // Limits: as flash_fwd.cu.
 #include "landmark_block_grads.cuh"
@@ -43,6 +44,7 @@ void launch_blocks(const LandmarkDqParams& params, int num_sms, Stream stream) {
   sums.counter = params.scratch + 1;
   launch_tiles<Sums>("landmark_sums_sm90_kernel", landmark_sums_sm90_kernel<Sums>, sums, num_sms,
                      stream, /*overlap=*/false);
+  if (params.dq_sum != nullptr) return;
   launch_dq<Grads>(block_params<Grads>(params, tables), num_sms, stream);
 }
 

@@ -25,7 +25,8 @@ struct LandmarkDqParams : LandmarkParams {
   TensorView dout;
   const float *lse2 = nullptr, *delta = nullptr;  // as launch_flash_dq
   LandmarkVectors vectors;
-  int* scratch = nullptr;  // landmark_bwd_ints on the device
+  float* dq_sum = nullptr;  // fused: where dq is added to (dq_sum.cuh), else nullptr
+  int* scratch = nullptr;   // landmark_bwd_ints on the device
 };
 
 // landmark_d64_dq.cu, landmark_d128_dq.cu: uniform blocks of at most widest_dq_group(kHeadDim)
@@ -34,7 +35,8 @@ template <int kHeadDim>
 void launch_landmark_groups_dq(const LandmarkDqParams& params, int num_sms, Stream stream);
 constexpr int64_t widest_dq_group(int64_t head_dim) { return head_dim <= 128 ? 64 : 0; }
 
-// landmark_blocks_dq.cu: any blocks. The first two of scratch are zero.
+// landmark_blocks_dq.cu: any blocks. The first two of scratch are zero. With dq_sum the vectors
+// alone.
 void launch_landmark_blocks_dq(const LandmarkDqParams& params, int num_sms, Stream stream);
 int64_t landmark_blocks_dq_ints(const AttnShape& s);
 

@@ -1,5 +1,6 @@
 // Math: landmark attention, backward (lctx::landmark_bwd; lctx::landmark_fwd has the forward), the
-//       gradients of keys and values from what the queries' kernel has written (landmark_bwd.h).
+//       gradients of keys and values, and fused those of the queries too, from what the queries'
+//       kernel has written (landmark_bwd.h).
 // Tile map: attn_bwd_sm90.cuh with LandmarkKeys: pieces of at most 64 keys of one block each.
 // Pipeline: a memset of the tile counter, the tables of landmark_tables.cu, one persistent launch.
 // Memory: as attn_bwd_sm90.cuh and landmark_keys.cuh; the tables.
@@ -26,11 +27,11 @@ void launch_pieces(const LandmarkDqParams& params, const AttnGrads& grads, int n
   typename Traits::Params p{};
   BwdScratch scratch;
   scratch.counter = params.scratch;
+  scratch.dq_sum = params.dq_sum;
   set_attention_bwd<Tile>(params, grads, scratch, p);
   p.k[0] = make_rows_map(params.k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, 64);
   p.v[0] = make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, 64);
-  LandmarkTables tables(params.scratch + 2, s, 64, /*with_groups=*/true);
-  tables.max_tiles = static_cast<int>(num_pieces(params));
+  const LandmarkTables tables(params.scratch + 2, s, 64, /*with_groups=*/true, num_pieces(params));
   // Tiles that the tables leave out lie behind all keys.
   cudaMemsetAsync(tables.tiles, 0x3f, s.B * tables.max_tiles * sizeof(LandmarkTile), stream);
   launch_landmark_tables(params, 64, tables, stream);
@@ -56,10 +57,17 @@ void launch_landmark_dkv(const LandmarkDqParams& params, const AttnGrads& grads,
   cudaMemsetAsync(params.scratch, 0, sizeof(int), stream);
   const auto with_type = [&](auto type) {
     using T = typename decltype(type)::type;
-    if (s.Dk <= 64) {
-      launch_pieces<BwdTile<T, 64, false, true>>(params, grads, num_sms, stream);
+    const auto with_tile = [&](auto fused) {
+      if (s.Dk <= 64) {
+        launch_pieces<BwdTile<T, 64, fused.value, true>>(params, grads, num_sms, stream);
+      } else {
+        launch_pieces<BwdTile<T, 128, fused.value, true>>(params, grads, num_sms, stream);
+      }
+    };
+    if (params.dq_sum != nullptr) {
+      with_tile(std::true_type());
     } else {
-      launch_pieces<BwdTile<T, 128, false, true>>(params, grads, num_sms, stream);
+      with_tile(std::false_type());
     }
   };
   if (s.dtype == DType::kBFloat16) {

@@ -54,12 +54,16 @@ struct LandmarkKeys {
     return queries_of<false>(p, work, key);
   }
 
-  // What a piece is seen by, in blocks of kBlockM queries.
-  template <int kBlockM, class P>
+  // What a piece is seen by, in blocks of kBlockM queries. kOnlyOwn: keys before the piece's must
+  // be masked, or dQ would have their part; dK and dV of them are not kept.
+  template <int kBlockM, bool kOnlyOwn, class P>
   static __device__ __forceinline__ QueryRange queries_of_piece(const P& p, const KeyWork& work,
                                                                 int warpgroup) {
     const LandmarkTile piece = p.tiles[work.piece + warpgroup];
-    return query_range<false, kBlockM>(p, work, max(piece.row0, piece.begin()), piece.row0 + 63);
+    QueryRange range =
+        query_range<false, kBlockM>(p, work, max(piece.row0, piece.begin()), piece.row0 + 63);
+    if (kOnlyOwn && piece.row0 < piece.begin()) range.full_begin = range.full_end = 0;
+    return range;
   }
 };
 

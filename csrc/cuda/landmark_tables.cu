@@ -134,8 +134,9 @@ int64_t LandmarkTables::ints(const AttnShape& s, int block_n, bool with_groups) 
   return s.B * (2 * s.Tk + (with_groups ? 3 : 2) * most_tiles(s.Tk, block_n));
 }
 
-LandmarkTables::LandmarkTables(int* scratch, const AttnShape& s, int block_n, bool with_groups)
-    : max_tiles(static_cast<int>(most_tiles(s.Tk, block_n))) {
+LandmarkTables::LandmarkTables(int* scratch, const AttnShape& s, int block_n, bool with_groups,
+                               int64_t tiles_of_batch)
+    : max_tiles(static_cast<int>(tiles_of_batch > 0 ? tiles_of_batch : most_tiles(s.Tk, block_n))) {
   rows = reinterpret_cast<LandmarkRow*>(scratch);
   tiles = reinterpret_cast<LandmarkTile*>(rows + s.B * s.Tk);
   if (with_groups) groups = reinterpret_cast<int*>(tiles + s.B * max_tiles);

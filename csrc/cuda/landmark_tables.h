@@ -33,7 +33,9 @@ struct LandmarkTables {
   // 32-bit words of all tables.
   static int64_t ints(const AttnShape& s, int block_n, bool with_groups);
 
-  LandmarkTables(int* scratch, const AttnShape& s, int block_n, bool with_groups = false);
+  // tiles_of_batch: room for so many, if not as many as there may be.
+  LandmarkTables(int* scratch, const AttnShape& s, int block_n, bool with_groups = false,
+                 int64_t tiles_of_batch = 0);
 };
 
 void launch_landmark_tables(const LandmarkParams& params, int block_n, const LandmarkTables& tables,

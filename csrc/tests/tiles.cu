@@ -129,6 +129,7 @@ struct SumParams {
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ SumParams p) {
   __shared__ alignas(1024) char tile[kSumRows * kSumUnits * 16];
   const float b = static_cast<float>(blockIdx.x);
+  ptx::prefetch_l2(p.source + threadIdx.x);
   for (int i = threadIdx.x; i < kSumRows * kSumUnits; i += kThreads) {
     const float4 x = p.source[i];
     const int at = p.swizzled ? swizzled_unit(kSumRows, i / kSumUnits, i % kSumUnits) : i * 16;

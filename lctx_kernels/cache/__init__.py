@@ -5,10 +5,19 @@ the whole sequence would return for them, `select` for beam search, and `seen`, 
 tokens so far. `Rows` keeps the states of a batch whose rows have different lengths.
 """
 
+from .decode import RopeTable
 from .dilated import DilatedState
 from .flash import FlashState
 from .infini import InfiniState
 from .landmark import LandmarkState, RetrievalState
 from .rows import Rows
 
-__all__ = ["DilatedState", "FlashState", "InfiniState", "LandmarkState", "RetrievalState", "Rows"]
+__all__ = [
+    "DilatedState",
+    "FlashState",
+    "InfiniState",
+    "LandmarkState",
+    "RetrievalState",
+    "RopeTable",
+    "Rows",
+]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,17 +35,19 @@ class Fetch:
 class BlockStore:
     """Whole blocks in the order they came, head by head, their landmarks beside them.
 
+    Keys are rotated to their places inside of their block.
+
     Args:
         block_size: Tokens of a block, the last of them its landmark.
-        offload: Keep the blocks in the CPU's memory (pinned on the way, copied back on a stream of
-            its own, if the computation is on a GPU); landmarks stay where the computation is.
+        offload: Keep the blocks in the CPU's memory (pinned, if the computation is on a GPU);
+            landmarks stay where the computation is.
         max_blocks: Blocks to keep, the oldest are forgotten; None is no limit.
     """
 
     def __init__(self, block_size: int, offload: bool, max_blocks: int | None) -> None:
         self.block_size, self.offload, self.max_blocks = block_size, offload, max_blocks
         self.k, self.v = _Blocks(offload), _Blocks(offload)  # (B, count, Hkv, L, D)
-        self.keys, self.far_keys = Buffer(), Buffer()  # of the landmarks, (B, count, Hkv, D)
+        self.keys = Buffer()  # of the landmarks, (B, count, Hkv, D)
         self.dropped = 0  # blocks at the front that are forgotten
         self.stream: torch.cuda.Stream | None = None
 
@@ -53,26 +58,24 @@ class BlockStore:
 
     @property
     def landmarks(self) -> Tensor:
-        """(B, count, Hkv, D) keys of the landmarks, not rotated."""
-        return self.keys.value[:, self.dropped :]
+        """(B, count, Hkv, D) keys of the landmarks, at place block_size - 1."""
+        return self.keys.since(self.dropped)
 
     @property
-    def far_landmarks(self) -> Tensor:
-        """(B, count, Hkv, D) keys of the landmarks, rotated to the place that far blocks share."""
-        return self.far_keys.value[:, self.dropped :]
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """(B, count, Hkv, L, D) keys and values, where they are kept."""
+        return self.k.since(self.dropped), self.v.since(self.dropped)
 
-    def append(self, k: Tensor, v: Tensor, far_keys: Tensor) -> None:
-        """Add whole blocks, (B, n * block_size, Hkv, D) tokens, and their rotated landmarks."""
-        k, v = (x.unflatten(1, (-1, self.block_size)) for x in (k, v))
-        self.keys.append(k[:, :, -1])
-        self.far_keys.append(far_keys)
-        self.k.append(k.transpose(2, 3))
-        self.v.append(v.transpose(2, 3))
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add whole blocks, (B, n, Hkv, L, D)."""
+        self.keys.append(k[:, :, :, -1])
+        self.k.append(k)
+        self.v.append(v)
         if self.max_blocks is not None and self.count > self.max_blocks:
             self.dropped = self.keys.length - self.max_blocks
             if self.dropped >= self.max_blocks:  # half of the room: copying costs O(1) per block
-                for buffer in (self.k, self.v, self.keys, self.far_keys):
-                    drop(buffer, self.dropped)
+                for buffer in (self.k, self.v, self.keys):
+                    buffer.drop(self.dropped)
                 self.dropped = 0
 
     def fetch(self, pairs: Tensor) -> Fetch:
@@ -80,7 +83,7 @@ class BlockStore:
 
         pairs: (B, ..., k) int64, block * Hkv + head.
         """
-        k, v = (x.value[:, self.dropped :].flatten(1, 2) for x in (self.k, self.v))
+        k, v = (x.flatten(1, 2) for x in self.blocks)
         if not self.offload:
             return Fetch(k, v, pairs)
         wanted, index = pairs.cpu().unique(return_inverse=True)
@@ -102,30 +105,60 @@ class BlockStore:
         """The rows `rows` (n,) int64 of the batch, in that order."""
         chosen = BlockStore(self.block_size, self.offload, self.max_blocks)
         chosen.k, chosen.v = self.k.select(rows), self.v.select(rows)
-        chosen.keys, chosen.far_keys = self.keys.select(rows), self.far_keys.select(rows)
-        chosen.dropped = self.dropped
+        chosen.keys, chosen.dropped = self.keys.select(rows), self.dropped
         return chosen
 
 
 class _Blocks(Buffer):
-    """A buffer that may lie in the CPU's memory, whatever device its contents come from."""
+    """A buffer that may lie in the CPU's memory, whatever device its contents come from.
+
+    Blocks from a GPU go to pinned memory, in the order of the GPU's stream: kernels read them
+    there, the CPU waits for the GPU before it touches them.
+    """
 
     def __init__(self, offload: bool) -> None:
         super().__init__()
         self.offload = offload
+        self.gpu: torch.device | None = None  # that writes and reads pinned memory
 
     def append(self, x: Tensor) -> None:
-        super().append(x.cpu() if self.offload else x)
+        if self.offload and x.is_cuda:
+            self.gpu = x.device
+        super().append(x)
 
     def select(self, rows: Tensor) -> _Blocks:
         chosen = _Blocks(self.offload)
+        chosen.gpu = self.gpu
         if self.room is not None:
-            chosen.room = self.room.index_select(0, rows.to(self.room.device))
+            self._wait()
+            rows = rows.to(self.room.device)
+            chosen.room = self._new(self.room, (rows.numel(), *self.room.shape[1:]))
+            chosen.room.copy_(self.room.index_select(0, rows))
         chosen.length = self.length
         return chosen
 
+    def _new(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        if not self.offload:
+            return super()._new(like, shape)
+        return torch.empty(shape, dtype=like.dtype, pin_memory=self.gpu is not None)
 
-def drop(buffer: Buffer, count: int) -> None:
-    """Forget the first `count` entries."""
-    kept = buffer.value[:, count:].clone()
-    buffer.room, buffer.length = kept, kept.shape[1]
+    def _move(self, like: Tensor, start: int, size: int) -> None:
+        self._wait()
+        super()._move(like, start, size)
+
+    def _write(self, x: Tensor, end: int) -> None:
+        if self.gpu is None or self.room is None:
+            super()._write(x.cpu() if self.offload else x, end)
+            return
+        for row, part in zip(self.room, x, strict=True):
+            row[self.length : end].copy_(part.contiguous(), non_blocking=True)
+
+    def _wait(self) -> None:
+        """Until no kernel and no copy uses the memory any more."""
+        if self.gpu is not None and self.room is not None:
+            torch.cuda.synchronize(self.gpu)
+
+    def __del__(self) -> None:
+        if self.gpu is None or sys.is_finalizing() or torch.cuda.is_current_stream_capturing():
+            return
+        self._wait()  # the memory goes back to torch, which may hand it out again

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,21 +25,40 @@ class Buffer:
     @property
     def value(self) -> Tensor:
         """What was appended so far, as a view."""
+        return self.since(0)
+
+    def since(self, start: int) -> Tensor:
+        """What was appended from entry `start` on, as a view."""
         if self.room is None:
-            raise ValueError("Buffer.value: nothing was appended yet")
-        return self.room[:, : self.length]
+            raise ValueError("Buffer: nothing was appended yet")
+        return self.room[:, start : self.length]
 
     def append(self, x: Tensor) -> None:
         """Add (B, n, ...) at the end."""
         end = self.length + x.shape[1]
         if self.room is None or end > self.room.shape[1]:
-            size = max(end, 2 * self.length, 16)
-            room = x.new_empty(x.shape[0], size, *x.shape[2:])
-            if self.room is not None:
-                room[:, : self.length] = self.value
-            self.room = room
-        self.room[:, self.length : end] = x
+            self._move(x, 0, max(end, 2 * self.length, 16))
+        self._write(x, end)
         self.length = end
+
+    def drop(self, count: int) -> None:
+        """Forget the first `count` entries."""
+        self._move(self.value, count, self.length - count)
+        self.length -= count
+
+    def _move(self, like: Tensor, start: int, size: int) -> None:
+        """Make room for `size` entries, and bring those from `start` on there."""
+        room = self._new(like, (like.shape[0], size, *like.shape[2:]))
+        if self.room is not None:
+            room[:, : self.length - start] = self.value[:, start:]
+        self.room = room
+
+    def _new(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        return like.new_empty(shape)
+
+    def _write(self, x: Tensor, end: int) -> None:
+        if self.room is not None:
+            self.room[:, self.length : end] = x
 
     def select(self, rows: Tensor) -> Buffer:
         """The rows `rows` (n,) int64 of the batch, in that order, each as its own copy."""

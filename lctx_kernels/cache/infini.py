@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._dtypes import stat_dtype, without_autocast
+from .._ops import needs_grad
 from ..flash import flash_attention
 from ..infini import InfiniMemory, infini_attention
+from .decode import can_decode, infini_decode
 
 
 class InfiniState:
@@ -25,6 +27,8 @@ class InfiniState:
         detach_every: As in `infini_attention`, for segments that `attend` closes with `softcap`.
         softcap: Scores s become softcap * tanh(s / softcap), as in Gemma 2. No kernel does that:
             local attention then runs in plain PyTorch, with segment_len ** 2 scores per head.
+
+    Up to 16 tokens without gradient are decoded by one op (`cache.decode.infini_decode`).
 
     Source: Munkhdalai et al. 2024 (arXiv 2404.07143), section 2.1.
     Equivalent to: one call of lctx_kernels.infini_attention on all tokens.
@@ -50,7 +54,7 @@ class InfiniState:
         self.segment_len, self.update, self.first = segment_len, update, first
         self.mem, self.detach_every, self.softcap = mem, detach_every, softcap
         self.closed = 0  # segments
-        self.open: list[Tensor] = []  # k, k_mem, v, each (B, segment_len, Hkv, D)
+        self.open: list[Tensor] = []  # k, k_mem, v, each (B, Hkv, segment_len, D)
         self.length = 0  # tokens in the open segment
         self.seen = 0
 
@@ -106,22 +110,43 @@ class InfiniState:
         self, q: Tensor, k: Tensor, v: Tensor, q_mem: Tensor, k_mem: Tensor, gate: Tensor | None,
         scale: float | None,
     ) -> Tensor:  # fmt: skip
-        start, self.length = self.length, self.length + q.shape[1]
         if not self.open:
-            B, N = q.shape[0], self.segment_len
-            self.open = [x.new_empty(B, N, *x.shape[2:]) for x in (k, k_mem, v)]
+            B, _, H, _ = k.shape
+            self.open = [x.new_empty(B, H, self.segment_len, x.shape[3]) for x in (k, k_mem, v)]
+        start, self.length = self.length, self.length + q.shape[1]
+        if (
+            self.softcap is None
+            and can_decode("infini_decode", scale, q, k, v, q_mem, k_mem, *self.open)
+            and not needs_grad(gate, *(self.mem or ()))
+        ):
+            out, _ = infini_decode(
+                q, k, v, *self.open, open_len=start, q_mem=q_mem, k_mem=k_mem, mem=self.mem,
+                gate=gate, first=self.first, scale=scale,
+            )  # fmt: skip
+        else:
+            out = self._in_torch(start, q, k, v, q_mem, k_mem, gate, scale)
+        if self.length == self.segment_len:
+            with without_autocast(q.device.type):
+                self.close()
+        return out
+
+    def _in_torch(
+        self, start: int, q: Tensor, k: Tensor, v: Tensor, q_mem: Tensor, k_mem: Tensor,
+        gate: Tensor | None, scale: float | None,
+    ) -> Tensor:  # fmt: skip
         for room, x in zip(self.open, (k, k_mem, v), strict=True):
-            room[:, start : self.length] = x
-        keys, _, values = (x[:, : self.length] for x in self.open)
+            room[:, :, start : self.length] = x.transpose(1, 2)
+        keys, _, values = self._tokens()
         if self.softcap is None:
             local = flash_attention(q, keys, values, scale=scale)
         else:
             local = _capped_attention(q, keys, values, scale, self.softcap)
         with without_autocast(q.device.type):
-            out = self._with_memory(local, q_mem, gate)
-            if self.length == self.segment_len:
-                self.close()
-        return out
+            return self._with_memory(local, q_mem, gate)
+
+    def _tokens(self) -> list[Tensor]:
+        """k, k_mem, v of the open segment, (B, length, Hkv, D) each."""
+        return [x[:, :, : self.length].transpose(1, 2) for x in self.open]
 
     def _with_memory(self, local: Tensor, q_mem: Tensor, gate: Tensor | None) -> Tensor:
         if self.mem is None and self.first == "bypass":
@@ -138,7 +163,7 @@ class InfiniState:
         """Fold the open segment into the memory, however short it is."""
         if self.length == 0:
             return
-        _, k_mem, v = (x[:, : self.length] for x in self.open)
+        _, k_mem, v = self._tokens()
         stat = stat_dtype(v.dtype)
         phi, written = _phi(k_mem, stat), v.to(stat)
         if self.update == "delta" and self.mem is not None:

@@ -7,16 +7,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as pad_tokens
 
-from .._dtypes import stat_dtype, without_autocast
+from .._dtypes import autocast, stat_dtype, without_autocast
 from ..landmark import landmark_attention
 from ..merge import merge_attention
 from .blocks import BlockStore
 from .buffer import Buffer
+from .decode import RopeTable, can_decode, fits_in_shared_memory, landmark_decode
 
 Rope = Callable[[Tensor, Tensor], Tensor]
 """rope(x, positions): x (..., D) rotated to positions, int64, of a shape that broadcasts to x's
-without D."""
+without D. Products of rotated vectors depend on the distance of their positions alone."""
 
 SELECT = ("token_and_head", "head", "token")
 ROW_ELEMENTS = 1 << 24  # elements of retrieved keys that exist at a time
@@ -86,24 +88,30 @@ class LandmarkState:
 
 
 class Retrieved(NamedTuple):
-    """Blocks of heads chosen for some tokens, and the positions of their first tokens.
+    """Blocks of heads chosen for some tokens, and the queries that read them.
 
-    Both (B, T or 1, H, k): 1 where all tokens of a call share a choice; H is Hkv where the heads
-    do, else Hq. pairs: block * Hkv + key/value head, blocks in the order of the text.
+    pairs: (B, T or 1, H, k), block * Hkv + key/value head, blocks in the order of the text; 1 where
+    all tokens of a call share a choice; H is Hkv where the heads do, else Hq. queries: (B, T, Hq,
+    k, D) rotated to where their blocks see them.
     """
 
     pairs: Tensor
-    positions: Tensor
+    queries: Tensor
 
 
 class RetrievalState:
     """All blocks kept, the best `top_k` of them read: of a token and head, a head, or a token.
 
     Earlier blocks lie in a store, perhaps in the CPU's memory; their landmarks stay with the
-    computation. A call scores the landmarks, fetches the best blocks, and attends to them and to
-    the tokens of the open block and of this call. Positions never grow: the farthest blocks share
-    the first place, the last `top_k` follow in order, then the open block (the paper's section
-    3.2.2). With at most `top_k` blocks stored the result is that of `LandmarkState`.
+    computation. A call scores the landmarks, fetches the best blocks (of equal ones the later), and
+    attends to them and to the tokens of the open block and of this call. Positions never grow: the
+    farthest blocks share the first place, the last `top_k` follow in order, then the open block
+    (the paper's section 3.2.2). With at most `top_k` blocks stored the result is that of
+    `LandmarkState`.
+
+    Keys are stored as rotated to their places inside of their block, once: rotations add up, so a
+    block is put elsewhere by rotating the query. Up to 16 tokens without gradient, with a `rope`
+    that is a `RopeTable`, are decoded by one op (`cache.decode.landmark_decode`).
 
     Memory: 2 block_size Hkv D elements per block in the store, Hkv D per block beside it.
 
@@ -148,39 +156,39 @@ class RetrievalState:
             )
         self.block_size, self.top_k, self.granularity = block_size, top_k, select
         self.store = BlockStore(block_size, offload, max_blocks)
-        self.tail: tuple[Tensor, Tensor] | None = None  # k, v of the open block
+        self.open: tuple[Tensor, Tensor] | None = None  # k, v (B, Hkv, block_size, D)
+        self.open_len = 0
         self.seen = 0
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, rope: Rope, scale: float | None = None
     ) -> Tensor:
         """Output (B, T, Hq, Dv) of the next T tokens; q and k are not rotated yet."""
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        q, k, v = autocast(q), autocast(k), autocast(v)
         self.seen += q.shape[1]
-        if self.tail is not None:
-            k, v = (torch.cat([old, x], dim=1) for old, x in zip(self.tail, (k, v), strict=True))
-        count = self.store.count
-        used = min(self.top_k, count)
-        prefix = (count if count == used else used + 1) * self.block_size
-        positions = torch.arange(prefix, prefix + k.shape[1], device=q.device)[:, None]
-        q = rope(q, positions[-q.shape[1] :])
+        if self.open is None:
+            self.open = self._room(k), self._room(v)
+        if isinstance(rope, RopeTable) and self._can_decode(q, k, v, scale):
+            return self._decode(q, k, v, rope, scale)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        inside = self.open_len + torch.arange(q.shape[1], device=q.device)[:, None]
+        q_own, k_own = rope(q, inside), rope(k, inside)
         pending = None
-        if used:
+        if self.store.count:
             with without_autocast(q.device.type):
-                chosen = self._choose(q, used, rope, scale)
+                chosen = self._choose(q, inside, rope, scale)
                 pending = self.store.fetch(chosen.pairs)
         out, lse = landmark_attention(
-            q, rope(k, positions), v, block_size=self.block_size, scale=scale, return_lse=True
-        )
+            q_own, self._with_open(0, k_own), self._with_open(1, v), block_size=self.block_size,
+            scale=scale, return_lse=True,
+        )  # fmt: skip
         if pending is not None:
             with without_autocast(q.device.type):
-                blocks_k, blocks_v = pending.wait()
-                past = _read(
-                    q.to(out.dtype), blocks_k, blocks_v, pending.index, chosen.positions, rope,
-                    scale,
-                )  # fmt: skip
+                past = _read(chosen.queries.to(out.dtype), *pending.wait(), pending.index, scale)
             out, _ = merge_attention(out, lse, *past)
-        self._keep(k, v, rope)
+        if self.open_len + q.shape[1] > self.block_size:
+            k_own = rope(k, inside % self.block_size)
+        self._keep(k_own, v)
         return out
 
     def select(self, rows: Tensor) -> RetrievalState:
@@ -190,88 +198,151 @@ class RetrievalState:
             self.block_size, self.top_k, self.granularity, store.offload, store.max_blocks
         )
         chosen.store, chosen.seen = store.select(rows), self.seen
-        if self.tail is not None:
-            k, v = (x.index_select(0, rows.to(x.device)) for x in self.tail)
-            chosen.tail = (k, v)
+        if self.open is not None:
+            k, v = (x.index_select(0, rows.to(x.device)) for x in self.open)
+            chosen.open, chosen.open_len = (k, v), self.open_len
         return chosen
 
-    def _keep(self, k: Tensor, v: Tensor, rope: Rope) -> None:
+    def _can_decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> bool:
+        """Whether the op for decoding does what `attend` is asked for."""
+        if not can_decode("landmark_decode", scale, q, k, v, *(self.open or ())):
+            return False
+        L, read = self.block_size, min(self.top_k, self.store.count) + 2
+        if q.is_cuda and not fits_in_shared_memory(q.shape[-1], read * L, read):
+            return False
+        crosses = self.open_len + q.shape[1] > L
+        return not crosses or (self.granularity != "head" and self.store.max_blocks is None)
+
+    def _decode(
+        self, q: Tensor, k: Tensor, v: Tensor, rope: RopeTable, scale: float | None
+    ) -> Tensor:
+        """Tokens up to the end of a block at a time; blocks that this call closed are all read."""
+        outs, start, always = [], 0, 0
+        table = rope.table.to(stat_dtype(q.dtype))
+        while start < q.shape[1]:
+            open_k, open_v = room = self.open or (k, v)
+            end = min(q.shape[1], start + self.block_size - self.open_len)
+            q_new, k_new, v_new = q, k, v
+            if end - start < q.shape[1]:
+                q_new, k_new, v_new = (x[:, start:end] for x in (q, k, v))
+            if self.store.count:
+                landmarks, (blocks_k, blocks_v) = self.store.landmarks, self.store.blocks
+            else:
+                landmarks, blocks_k, blocks_v = k[:, :0], *(x.unsqueeze(1)[:, :0] for x in room)
+            out, _, _ = landmark_decode(
+                q_new, k_new, v_new, landmarks, blocks_k, blocks_v, open_k, open_v, rope=table,
+                open_len=self.open_len, top_k=self.top_k, always=always, select=self.granularity,
+                scale=scale,
+            )  # fmt: skip
+            outs.append(out)
+            self.open_len += end - start
+            if self.open_len == self.block_size:
+                self.store.append(open_k[:, None], open_v[:, None])
+                self.open_len, always = 0, always + 1
+            start = end
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+    def _room(self, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], x.shape[2], self.block_size, x.shape[3])
+
+    def _with_open(self, which: int, x: Tensor) -> Tensor:
+        """The open block's keys (0) or values (1), and x (B, T, Hkv, D) after them."""
+        if self.open is None or self.open_len == 0:
+            return x
+        return torch.cat([self.open[which][:, :, : self.open_len].transpose(1, 2), x], dim=1)
+
+    def _keep(self, k: Tensor, v: Tensor) -> None:
         """Whole blocks go to the store, the rest is the open block."""
         L = self.block_size
-        whole = k.shape[1] // L * L
+        k, v = (self._with_open(i, x).transpose(1, 2) for i, x in enumerate((k, v)))
+        whole = k.shape[2] // L * L
         if whole:
-            landmarks = k[:, L - 1 : whole : L]
-            place = torch.full((1, 1), L - 1, device=k.device)
-            self.store.append(k[:, :whole], v[:, :whole], rope(landmarks, place))
-        self.tail = (k[:, whole:], v[:, whole:]) if whole < k.shape[1] else None
+            blocks = (x[:, :, :whole].unflatten(2, (-1, L)).transpose(1, 2) for x in (k, v))
+            self.store.append(*blocks)
+        self.open_len = k.shape[2] - whole
+        pad = (0, 0, 0, L - self.open_len)
+        k, v = (pad_tokens(x[:, :, whole:], pad).contiguous() for x in (k, v))
+        self.open = k, v
 
-    def _choose(self, q: Tensor, used: int, rope: Rope, scale: float) -> Retrieved:
-        """The best `used` blocks for rotated queries, and where their tokens are placed."""
+    def _choose(self, q: Tensor, inside: Tensor, rope: Rope, scale: float) -> Retrieved:
+        """The best blocks for queries at `inside` (T, 1) of the open block."""
         B, T, Hq, D = q.shape
         L, landmarks = self.block_size, self.store.landmarks  # (B, count, Hkv, D)
         count, Hkv = landmarks.shape[1:3]
-        slot = torch.arange(used, device=q.device) + (count > used)
-        near = rope(landmarks[:, count - used :], (slot * L + L - 1)[:, None])
-        far = self.store.far_landmarks[:, : count - used]
-        grouped = q.to(near.dtype).view(B, T, Hkv, Hq // Hkv, D)
-        scores = torch.cat(
-            [torch.einsum("bthgd,bnhd->bthgn", grouped, keys) for keys in (far, near)], dim=-1
-        )
-        scores = scale * scores.flatten(2, 3)
-        if self.granularity == "head":
-            scores = scores.softmax(-1).amax(1, keepdim=True)
-        elif self.granularity == "token":
-            scores = scores.softmax(-1).amax(2, keepdim=True)
-        blocks = scores.topk(used, dim=-1).indices.sort(-1).values
+        used = min(self.top_k, count)
+        moved = int(count > used)  # earlier blocks share the first place
+        start = L * torch.arange(used + moved, device=q.device)  # of the places of blocks
+        places = (inside + (used + moved) * L)[:, None] - start  # (T, 1, places)
+        turned = rope(q.unsqueeze(3).expand(-1, -1, -1, used + moved, -1), places)
+        grouped = turned.to(landmarks.dtype).unflatten(2, (Hkv, -1))  # (B, T, Hkv, G, places, D)
+        far, near = landmarks[:, : count - used], landmarks[:, count - used :]
+        scores = [torch.einsum("bthgnd,bnhd->bthgn", grouped[..., moved:, :], near)]
+        if moved:
+            scores.insert(0, torch.einsum("bthgd,bnhd->bthgn", grouped[..., 0, :], far))
+        best = scale * torch.cat(scores, dim=-1).flatten(2, 3)
+        if self.granularity != "token_and_head":
+            together = 1 if self.granularity == "head" else 2
+            best = best.log_softmax(-1).amax(together, keepdim=True)
+        blocks = largest(best, used)
         place = torch.arange(used, device=q.device)
-        if count > used:
+        if moved:
             place = place + (blocks >= count - used)
+        place = place.expand(B, T, Hq, used).unsqueeze(-1).expand(-1, -1, -1, -1, D)
         heads = Hkv if blocks.shape[2] == 1 else Hq
         kv_head = torch.arange(heads, device=q.device) // (heads // Hkv)
-        positions = (place * L).expand_as(blocks).expand(-1, -1, heads, -1)
-        return Retrieved(blocks * Hkv + kv_head[:, None], positions)
+        return Retrieved(blocks * Hkv + kv_head[:, None], turned.gather(3, place))
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """Places of the k largest along the last dimension, in order; of equal ones the last.
+
+    In a model's first layer all landmarks have the same key: ties are not rare.
+
+    >>> largest(torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0]), 3)
+    tensor([1, 3, 4])
+    """
+    least = scores.topk(k, dim=-1).values[..., -1:]
+    above, equal = scores > least, scores == least
+    left = k - above.sum(-1, keepdim=True)
+    late = equal.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) <= left
+    return (above | (equal & late)).half().topk(k, dim=-1).indices.sort(-1).values
 
 
 def _read(
-    q: Tensor, blocks_k: Tensor, blocks_v: Tensor, index: Tensor, positions: Tensor, rope: Rope,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of rotated queries to their chosen blocks, each gated by its landmark: out, lse.
+    q: Tensor, blocks_k: Tensor, blocks_v: Tensor, index: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries to their chosen blocks, each gated by its landmark: out, lse.
 
-    blocks_k, blocks_v: (B, n, L, D) fetched blocks of single heads; index and positions: (B, T or
-    1, H, k), which of them, and where they are placed.
+    q: (B, T, Hq, k, D). blocks_k, blocks_v: (B, n, L, D) fetched blocks of single heads; index:
+    (B, T or 1, H, k), which of them.
     """
-    B, T, Hq, D = q.shape
+    B, T, Hq, _, D = q.shape
     step = max(1, ROW_ELEMENTS // max(1, B * Hq * index.shape[-1] * blocks_k.shape[2] * D))
     parts = []
     for start in range(0, T, step):
         rows = slice(start, min(start + step, T))
         of = slice(None) if index.shape[1] == 1 else rows
-        parts.append(
-            _read_rows(q[:, rows], blocks_k, blocks_v, index[:, of], positions[:, of], rope, scale)
-        )
+        parts.append(_read_rows(q[:, rows], blocks_k, blocks_v, index[:, of], scale))
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, dim=1), torch.cat(lses, dim=1).transpose(1, 2)
 
 
 def _read_rows(
-    q: Tensor, blocks_k: Tensor, blocks_v: Tensor, index: Tensor, positions: Tensor, rope: Rope,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, blocks_k: Tensor, blocks_v: Tensor, index: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """As _read for a few tokens, with lse (B, T, Hq)."""
-    L, stat = blocks_k.shape[2], stat_dtype(q.dtype)
+    stat = stat_dtype(q.dtype)
     row = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
-    k, v = (x[row, index] for x in (blocks_k, blocks_v))  # (B, T or 1, H, k, L, D)
-    k = rope(k, positions.unsqueeze(-1) + torch.arange(L, device=q.device)).to(stat)
-    grouped = q.to(stat).unflatten(2, (k.shape[2], -1))  # (B, T, H, G, D)
+    k, v = (x[row, index].to(stat) for x in (blocks_k, blocks_v))  # (B, T or 1, H, k, L, D)
+    grouped = q.to(stat).unflatten(2, (k.shape[2], -1))  # (B, T, H, G, k, D)
     if k.shape[1] == 1:
-        scores = scale * torch.einsum("bthgd,bhkld->bthgkl", grouped, k[:, 0])
+        scores = scale * torch.einsum("bthgkd,bhkld->bthgkl", grouped, k[:, 0])
     else:
-        scores = scale * torch.einsum("bthgd,bthkld->bthgkl", grouped, k)
+        scores = scale * torch.einsum("bthgkd,bthkld->bthgkl", grouped, k)
     gates, inner = scores[..., -1], scores[..., :-1].softmax(-1)
     lse = gates.logsumexp(-1)
     weights = (gates - lse.unsqueeze(-1)).exp().unsqueeze(-1) * inner
-    values = v[..., :-1, :].to(stat)
+    values = v[..., :-1, :]
     if v.shape[1] == 1:
         out = torch.einsum("bthgkl,bhkld->bthgd", weights, values[:, 0])
     else:

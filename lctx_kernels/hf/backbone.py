@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache.landmark import Rope
+from ..cache import RopeTable
 from ..cache.rows import Span
 from ..data.landmarks import Insertion, gather, insertion, spread
 from ..nn.gate import MemoryGate
-from ..nn.rotary import rotate
 from ._compat import PreTrainedModel, init
 from .attention import rope_table
 from .cache import ConvertedCache, make_cache
@@ -267,7 +266,7 @@ class LandmarkBackbone(ConvertedBackbone):
             **_inputs(tokens), position_ids=positions, past_key_values=cache, lctx=context, **kwargs
         )
 
-    def _rope(self, size: int, device: torch.device) -> Rope:
+    def _rope(self, size: int, device: torch.device) -> RopeTable:
         """The model's own rotary embedding at positions 0 to size - 1, in fp32."""
         table: Tensor | None = self.__dict__.get("_lctx_rope")
         if table is None or table.shape[1] < size or table.device != device:
@@ -281,13 +280,7 @@ class LandmarkBackbone(ConvertedBackbone):
             layer_type = "full_attention" if gemma3 else None
             table = rope_table(self.rotary_emb, size, device, layer_type)
             self.__dict__["_lctx_rope"] = table
-
-        def rope(x: Tensor, positions: Tensor) -> Tensor:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            cos, sin = (part[positions].to(dtype) for part in table)
-            return rotate(x.to(dtype), cos, sin).to(x.dtype)
-
-        return rope
+        return RopeTable(table)
 
 
 def _without_landmarks(outputs: Any, inserted: Insertion) -> Any:

@@ -12,6 +12,7 @@ from ..cache import InfiniState, Rows
 from ..nn.attention import landmark_state
 from ._compat import Cache, CacheLayerMixin, DynamicCache
 from .options import CACHE_OPTIONS, complete
+from .ring import refuse_cache
 
 
 class ConvertedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -135,6 +136,8 @@ def make_cache(model: Any, **options: Any) -> Any:
             f"hf.make_cache: {type(model).__name__} is not converted; expected the result of "
             "hf.convert"
         )
+    if spec["method"] == "ring":
+        refuse_cache("hf.make_cache")
     method, known = spec["method"], CACHE_OPTIONS[spec["method"]]
     unknown = [name for name in options if name not in known]
     if unknown:

@@ -14,6 +14,7 @@ from .options import complete
 
 def convert(model: Any, method: str, *, layers: Sequence[int] | None = None, **options: Any) -> Any:
     """See lctx_kernels.hf.convert."""
+    group = options.pop("group", None) if method == "ring" else None
     options = complete(method, options)
     family = _family(model)
     _refuse_scores_that_differ(model, family, method)
@@ -37,6 +38,8 @@ def convert(model: Any, method: str, *, layers: Sequence[int] | None = None, **o
         *target._keep_in_fp32_modules_strict,
     }
     install(model)
+    if method == "ring":
+        model.model._lctx_ranks.group = group
     return model
 
 
@@ -88,7 +91,10 @@ def _choose_layers(
 ) -> list[int]:
     count, windows = model.config.num_hidden_layers, _windows(model)
     wide = options.get("segment_len") or float("inf")
-    fits = [window is None or (method == "infini" and window >= wide) for window in windows]
+    fits = [
+        window is None or method == "ring" or (method == "infini" and window >= wide)
+        for window in windows
+    ]
     if layers is None:
         chosen = [index for index in range(count) if fits[index]]
     else:
@@ -107,12 +113,16 @@ def _choose_layers(
             + (f", or a window of at least segment_len = {wide}" if method == "infini" else "")
             + "; nearest is other layers, or config.sliding_window = None"
         )
-    if method == "landmark" and len(chosen) != count:
+    why = {
+        "landmark": "the landmark tokens are part of the text that every layer sees; nearest is "
+        "layers=None and config.layer_types without sliding_attention",
+        "ring": "the others would see this rank's tokens alone; nearest is layers=None",
+    }
+    if method in why and len(chosen) != count:
         left = sorted(set(range(count)) - set(chosen))
         raise NotImplementedError(
-            f"hf.convert: landmark would leave layers {left} as they are; expected all layers: the "
-            "landmark tokens are part of the text that every layer sees; nearest is layers=None "
-            "and config.layer_types without sliding_attention"
+            f"hf.convert: {method} would leave layers {left} as they are; expected all layers: "
+            f"{why[method]}"
         )
     return chosen
 

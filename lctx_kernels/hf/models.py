@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from functools import cache
+from functools import cache, wraps
 from typing import Any, NoReturn
 
 from torch import nn
 
 from ..nn.gate import MemoryGate
-from . import dilated
+from . import dilated, ring
 from ._compat import (
     FAMILIES,
     AttentionInterface,
@@ -24,8 +25,10 @@ from .cache import make_cache
 from .options import OPTIONS
 
 NO_DENSE_LAYERS = "lctx_converted"
+REGISTERED = {"dilated": dilated.NAME, "ring": ring.NAME}  # attention functions of transformers
 BACKBONES: dict[str, type[Any]] = {
     "infini": InfiniBackbone, "landmark": LandmarkBackbone, "dilated": DilatedBackbone,
+    "ring": ring.RingBackbone,
 }  # fmt: skip
 
 
@@ -49,6 +52,8 @@ class ConvertedModel:
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         given = model_kwargs.get("past_key_values")
+        if self.method == "ring":
+            ring.refuse_cache(f"{type(self).__name__}.generate")
         if self.method == "dilated" or given is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, *args, **kwargs
@@ -80,8 +85,10 @@ def install(model: Any) -> None:
         model, backbone, [backbone.layers[i].self_attn for i in spec["layers"]]
     )
     change_class(backbone, backbone_class(model.family, model.method))
-    if model.method == "dilated":
-        config._attn_implementation = dilated.NAME
+    if model.method == "ring" and not hasattr(backbone, "_lctx_ranks"):
+        backbone._lctx_ranks = ring.Ranks()
+    if model.method in REGISTERED:
+        config._attn_implementation = REGISTERED[model.method]
         return
     for index in spec["layers"]:
         attention = backbone.layers[index].self_attn
@@ -130,12 +137,27 @@ def model_class(family: str, method: str) -> type[Any]:
     names = {"family": family, "method": method, "config_class": config, "config": None}
     names["__annotations__"] = {"config": config}
     names.pop("config")
+    if method == "ring":
+        names["forward"] = _shifted_forward(base)
     model = type(
         f"{prefix}{base.__name__}", (ConvertedModel, base), {"__module__": __name__} | names
     )
     for made in (config, model):
         setattr(sys.modules[__name__], made.__name__, made)
     return model
+
+
+def _shifted_forward(base: type[Any]) -> Any:
+    """The forward of a family's ForCausalLM class, for labels that are shifted already."""
+
+    @wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(base.forward).bind(self, *args, **kwargs).arguments
+        shifted = given.get("kwargs", {}).get("shift_labels")
+        ring.require_shifted(type(self).__name__, given.get("labels"), shifted)
+        return base.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _never(module: Any, *args: Any, **kwargs: Any) -> NoReturn:
@@ -152,6 +174,7 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 def register() -> None:
     """See lctx_kernels.hf.register."""
     dilated.register()
+    ring.register()
     AttentionInterface.register(NO_DENSE_LAYERS, _never)
     AttentionMaskInterface.register(NO_DENSE_LAYERS, _no_mask)
     for method in OPTIONS:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..cache.landmark import SELECT
+from ..cp.plan import LAYOUTS
 
 Check = Callable[[Any], bool]
 
@@ -36,6 +37,10 @@ _NUMBER = (
     lambda value: isinstance(value, int | float) and not isinstance(value, bool),
     "a number",
 )
+_SECONDS = (
+    lambda value: value is None or (_NUMBER[0](value) and value > 0),
+    "seconds above 0 or None",
+)
 REQUIRED = object()
 
 OPTIONS: dict[str, dict[str, tuple[Any, tuple[Check, str]]]] = {
@@ -62,6 +67,11 @@ OPTIONS: dict[str, dict[str, tuple[Any, tuple[Check, str]]]] = {
         "head_offset": ("mod", _one_of("mod", "block")),
         "mix_grad": ("exact", _one_of("exact", "detached")),
     },
+    "ring": {
+        "layout": ("zigzag", _one_of(*LAYOUTS)),
+        "deterministic": (True, _BOOL),
+        "timeout": (None, _SECONDS),
+    },
 }
 """Method -> option -> (default, (check, what is expected))."""
 
@@ -69,6 +79,7 @@ CACHE_OPTIONS = {
     "infini": (),
     "landmark": ("top_k", "select", "offload", "max_blocks"),
     "dilated": (),
+    "ring": (),
 }
 """Options that `make_cache` may set differently for one generation."""
 
@@ -80,11 +91,6 @@ def complete(method: str, options: dict[str, Any], where: str = "hf.convert") ->
         ValueError: An unknown method, a missing option, or a value that does not fit.
         TypeError: An unknown option.
     """
-    if method == "ring":
-        raise NotImplementedError(
-            f"{where}: method 'ring' is not built for Hugging Face models yet; nearest is "
-            f"one of {', '.join(OPTIONS)}"
-        )
     if method not in OPTIONS:
         raise ValueError(f"{where}: method is {method!r}; expected one of {', '.join(OPTIONS)}")
     known = OPTIONS[method]

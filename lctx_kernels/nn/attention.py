@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import FlashState, InfiniState, LandmarkState, RetrievalState, Rows
+from ..cache import FlashState, InfiniState, LandmarkState, RetrievalState, RopeTable, Rows
 from ..cache.rows import Span
 from ..flash import flash_attention
 from ..infini import InfiniMemory, infini_attention
@@ -237,6 +237,7 @@ class LandmarkAttention(SelfAttention):
         super().__init__(d_model, num_heads, **options)
         self.block_size, self.top_k, self.select = block_size, top_k, select
         self.offload, self.max_blocks = offload, max_blocks
+        self._known_table: RopeTable | None = None
 
     def new_state(self) -> Rows[Any]:
         """An empty state for `forward(x, state)`."""
@@ -273,7 +274,16 @@ class LandmarkAttention(SelfAttention):
                 "at the end of every block there; nearest is is_landmark=None"
             )
         state = state or Rows(lambda: LandmarkState(self.block_size))
-        return self.output(state.attend(q, k, v, spans=spans, rope=self.rope))
+        rope = self.rope if self.top_k is None else self._table(q)
+        return self.output(state.attend(q, k, v, spans=spans, rope=rope))
+
+    def _table(self, q: Tensor) -> RopeTable:
+        """Rotations to all places where retrieval puts tokens, which are few."""
+        size = ((self.top_k or 0) + 2) * self.block_size + q.shape[1]
+        known = self._known_table
+        if known is None or known.table.shape[1] < size or not known.fits(q):
+            self._known_table = known = RopeTable.of(self.rope, self.head_dim, size, q)
+        return known
 
 
 def landmark_state(

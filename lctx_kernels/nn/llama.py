@@ -36,6 +36,7 @@ class LlamaConfig:
         tie: Whether the output layer is the embedding.
         ffn_chunk: Tokens of which feed-forward activations exist at a time; 0 is all.
         loss_chunk: Tokens of which logits exist at a time in the loss.
+        norm_eps: Added to the mean square in norms; None is the smallest step of the dtype.
     """
 
     vocab_size: int
@@ -51,6 +52,7 @@ class LlamaConfig:
     tie: bool = True
     ffn_chunk: int = 0
     loss_chunk: int = 1024
+    norm_eps: float | None = None
 
     def methods(self) -> list[str]:
         """The method of every layer.
@@ -92,7 +94,7 @@ class Llama(nn.Module):
         rows = config.vocab_size + (self.mem_freq is not None)
         self.embedding = nn.Embedding(rows, config.d_model)
         self.layers = nn.ModuleList(Layer(config, method) for method in methods)
-        self.norm = nn.RMSNorm(config.d_model)
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.output = None
         if not config.tie:
             self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -186,9 +188,9 @@ class Layer(nn.Module):
     def __init__(self, config: LlamaConfig, method: str) -> None:
         super().__init__()
         d_ff = config.d_ff or -(-config.d_model * 8 // 3 // 64) * 64
-        self.attention_norm = nn.RMSNorm(config.d_model)
+        self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.attention = make_attention(config, method)
-        self.ffn_norm = nn.RMSNorm(config.d_model)
+        self.ffn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.gate_proj = nn.Linear(config.d_model, d_ff, bias=False)
         self.up_proj = nn.Linear(config.d_model, d_ff, bias=False)
         self.down_proj = nn.Linear(d_ff, config.d_model, bias=False)

@@ -4,6 +4,7 @@ from .dilated import dilated_attention
 from .flash import flash_attention
 from .infini import infini_attention
 from .landmark import landmark_attention
+from .landmark_decode import landmark_decode
 from .merge import merge_attention
 from .ring import ring_attention
 
@@ -12,6 +13,7 @@ __all__ = [
     "flash_attention",
     "infini_attention",
     "landmark_attention",
+    "landmark_decode",
     "merge_attention",
     "ring_attention",
 ]

@@ -1,3 +1,5 @@
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -192,6 +194,20 @@ def test_errors_and_refusals_are_told_apart(monkeypatch):
     rows = runner.run(Group(SHAPE, "fwd", ("fa4", "sdpa-cudnn", "flash", "landmark", "sdpa")))
     assert [r.status for r in rows] == ["unsupported", "unsupported", "unsupported", "error", "ok"]
     assert rows[2].reason == "NotImplementedError: no kernel for this device"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flash_attention_4_gets_the_mask(causal, monkeypatch):
+    def stand_in(q, k, v, causal):
+        return reference.flash_attention(q, k, v, causal=causal)
+
+    module = types.ModuleType("flash_attn.cute")
+    module.flash_attn_func = stand_in
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    group = Group(replace(SHAPE, causal=causal), "fwd", ("fa4", "sdpa"))
+    rows = Runner("cpu", "auto", check=True, budget=QUICK).run(group)
+    assert [row.status for row in rows] == ["ok", "ok"]
 
 
 def test_a_timed_row_is_complete():

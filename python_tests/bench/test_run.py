@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 from bench import run
 from bench.hopper import hopper
 from bench.machine import ROOT, describe_machine, machine_kind, machine_line, measure_peak
+from bench.registry import quick
 from bench.results import Document, GoalResult, Row, load
+from bench.suites import cpu_scaling
 from bench.timing import QUICK
 
 
@@ -104,6 +106,21 @@ def test_one_operation_from_the_command_line(tmp_path):
     assert document.quick
     assert document.peak_flops["fp32"] > 0
     assert "% of matmul" in done.stdout
+
+
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path):
+    path, groups = tmp_path / "cut.json", [quick(group) for group in cpu_scaling()[:2]]
+    document = Document("scaling", {"kind": "cpu"}, checked=True)
+
+    class Interrupted(run.IsolatedRunner):
+        def run(self, group):
+            if document.rows:
+                raise KeyboardInterrupt
+            return super().run(group)
+
+    with Interrupted("cpu", "auto", True, QUICK) as runner, pytest.raises(KeyboardInterrupt):
+        run.run_suite("scaling", runner, groups, document, lambda: run._keep([document], path))
+    assert {row.group for row in load(path).rows} == {1}
 
 
 def test_failed_documents_are_not_saved_and_the_exit_code_says_so(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,15 @@ import torch
 from helpers import random_landmarks, random_qkv, random_tensor
 
 import lctx_kernels as lk
-from lctx_kernels.cache import DilatedState, InfiniState, LandmarkState, RetrievalState, Rows
+from lctx_kernels.cache import (
+    DilatedState,
+    InfiniState,
+    LandmarkState,
+    RetrievalState,
+    RopeTable,
+    Rows,
+    landmark,
+)
 
 T = 37
 CUTS = {"one by one": [1] * T, "ragged": [5, 1, 11, 2, 18], "whole": [T]}
@@ -16,10 +24,13 @@ CUTS = {"one by one": [1] * T, "ragged": [5, 1, 11, 2, 18], "whole": [T]}
 def rope(x, positions):
     """Rotates pairs of halves, as Llama."""
     half = x.shape[-1] // 2
-    angle = positions.unsqueeze(-1) * 10.0 ** (-torch.arange(half) / half)
+    angle = positions.unsqueeze(-1) * 10.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     a, b = x[..., :half], x[..., half:]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+ROPES = {"function": rope, "table": RopeTable.of(rope, 8, 80, torch.zeros(1, dtype=torch.float64))}
 
 
 def stepwise(state, tensors, cuts, **options):
@@ -101,12 +112,13 @@ def test_landmark_state_is_the_op(cuts):
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("select", ["token_and_head", "head", "token"])
 @pytest.mark.parametrize("offload", [False, True])
-def test_retrieval_of_every_block_is_the_op(cuts, select, offload):
+@pytest.mark.parametrize("rotation", ROPES.values(), ids=ROPES)
+def test_retrieval_of_every_block_is_the_op(cuts, select, offload, rotation):
     q, k, v = random_qkv(2, T, 4, 8, Hkv=2)
     i = torch.arange(T)[:, None]
     want = lk.landmark_attention(rope(q, i), rope(k, i), v, block_size=5)
     state = RetrievalState(5, top_k=T // 5, select=select, offload=offload)
-    close(stepwise(state, {"q": q, "k": k, "v": v}, cuts, rope=rope), want)
+    close(stepwise(state, {"q": q, "k": k, "v": v}, cuts, rope=rotation), want)
 
 
 def retrieval_by_hand(q, k, v, cuts, L, top_k, select, max_blocks=None):
@@ -157,12 +169,36 @@ def retrieval_by_hand(q, k, v, cuts, L, top_k, select, max_blocks=None):
 @pytest.mark.parametrize("select", ["token_and_head", "head", "token"])
 @pytest.mark.parametrize("cuts", [[1] * 26, [3, 9, 1, 13]], ids=["one by one", "chunks"])
 @pytest.mark.parametrize("max_blocks", [None, 3])
-def test_retrieval_of_few_blocks(select, cuts, max_blocks):
+@pytest.mark.parametrize("rotation", ROPES.values(), ids=ROPES)
+def test_retrieval_of_few_blocks(select, cuts, max_blocks, rotation):
     q, k, v = random_qkv(2, 26, 4, 8, Hkv=2)
     for offload in (False, True):
         state = RetrievalState(3, 2, select, offload=offload, max_blocks=max_blocks)
-        ours = stepwise(state, {"q": q, "k": k, "v": v}, cuts, rope=rope)
+        ours = stepwise(state, {"q": q, "k": k, "v": v}, cuts, rope=rotation)
         close(ours, retrieval_by_hand(q, k, v, cuts, 3, 2, select, max_blocks))
+
+
+def test_few_tokens_are_decoded_by_the_op_and_only_they(monkeypatch):
+    calls = []
+    decode = landmark.landmark_decode
+    monkeypatch.setattr(
+        landmark,
+        "landmark_decode",
+        lambda q, *a, **o: calls.append(q.shape[1]) or decode(q, *a, **o),
+    )
+    q, k, v = random_qkv(2, T, 4, 8, Hkv=2)
+    tensors = {"q": q, "k": k, "v": v}
+    cuts = [17, 1, 4, 15]
+    stepwise(RetrievalState(5, 2), tensors, cuts, rope=ROPES["table"])
+    assert calls == [1, 2, 2, 3, 5, 5, 2]
+    for options in ({"select": "head"}, {"max_blocks": 9}):
+        calls.clear()
+        stepwise(RetrievalState(5, 2, **options), tensors, cuts, rope=ROPES["table"])
+        assert calls == [1]  # the others cross the end of a block
+    calls.clear()
+    stepwise(RetrievalState(5, 2), tensors, cuts, rope=rope)
+    stepwise(RetrievalState(5, 2), tensors | {"q": q.requires_grad_()}, cuts, rope=ROPES["table"])
+    assert calls == []
 
 
 def test_forgotten_blocks_take_no_memory():
@@ -190,6 +226,7 @@ MAKERS = {
     "dilated": (lambda: DilatedState([4, 16], [1, 2]), {}),
     "landmark": (lambda: LandmarkState(4), {"rope": rope}),
     "retrieval": (lambda: RetrievalState(4, 2), {"rope": rope}),
+    "retrieval, decoded": (lambda: RetrievalState(4, 2), {"rope": ROPES["table"]}),
 }
 
 
@@ -252,6 +289,6 @@ def test_states_keep_the_dtype(method, dtype):
     ours = stepwise(make(), dict(zip("qkv", (q, k, v), strict=True)), cuts, **options)
     want = stepwise(make(), dict(zip("qkv", exact, strict=True)), cuts, **options)
     assert ours.dtype == dtype
-    if method != "retrieval":  # there, rounding may change which block is best
+    if "retrieval" not in method:  # there, rounding may change which block is best
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(ours.double(), want, rtol=8 * eps, atol=8 * eps)

@@ -6,7 +6,15 @@ from helpers import random_qkv, random_tensor
 
 import lctx_kernels as lk
 from lctx_kernels import nn
-from lctx_kernels.cache import DilatedState, FlashState, InfiniState, LandmarkState, RetrievalState
+from lctx_kernels.cache import (
+    DilatedState,
+    FlashState,
+    InfiniState,
+    LandmarkState,
+    RetrievalState,
+    RopeTable,
+    landmark,
+)
 
 pytestmark = pytest.mark.cuda
 T, CUTS = 700, [300, 1, 1, 63, 250, 85]
@@ -16,9 +24,9 @@ def rotary(x, positions):
     return nn.rotary.Rotary(x.shape[-1])(x, positions)
 
 
-def stepwise(state, q, k, v, **options):
+def stepwise(state, q, k, v, cuts=CUTS, **options):
     outs, start = [], 0
-    for n in CUTS:
+    for n in cuts:
         outs.append(state.attend(*(x[:, start : start + n] for x in (q, k, v)), **options))
         start += n
     return torch.cat(outs, dim=1)
@@ -71,6 +79,30 @@ def test_retrieval(qkv, select):
         for offload in (False, True)
     ]
     assert torch.equal(*few) and not torch.equal(few[0], want)
+
+
+@pytest.mark.parametrize("select", ["token_and_head", "head", "token"])
+def test_decoded_tokens(qkv, select, monkeypatch):
+    """Token by token by the op, over every block and over few, resident and offloaded."""
+    q, k, v = qkv
+    rope = RopeTable.of(rotary, 64, 1500, q)
+    i = torch.arange(T, device="cuda")[:, None]
+    want = lk.landmark_attention(rotary(q, i), rotary(k, i), v, block_size=64)
+    cuts = [300, *[1] * 150, 250]
+    calls = []
+    decode = landmark.landmark_decode
+    monkeypatch.setattr(
+        landmark, "landmark_decode", lambda *a, **o: calls.append(1) or decode(*a, **o)
+    )
+    for top_k in (20, 3):
+        resident, offloaded = (
+            stepwise(RetrievalState(64, top_k, select, offload=o), q, k, v, cuts=cuts, rope=rope)
+            for o in (False, True)
+        )
+        assert torch.equal(resident, offloaded)
+        if top_k == 20:
+            close(resident, want)
+    assert len(calls) == 4 * 150
 
 
 def test_offloaded_blocks_are_in_the_memory_of_the_cpu(qkv):

@@ -186,7 +186,9 @@ def test_copies_are_independent(method):
 @pytest.mark.parametrize(
     ("method", "options", "error", "message"),
     [
-        ("ring", {}, NotImplementedError, "'ring' is not built"),
+        ("ring", {"layout": "spiral"}, ValueError, "layout is 'spiral'; expected one of zigzag"),
+        ("ring", {"timeout": 0}, ValueError, "timeout is 0; expected seconds above 0 or None"),
+        ("ring", {"layers": [0]}, NotImplementedError, "would see this rank's tokens alone"),
         ("sliding", {}, ValueError, "method is 'sliding'; expected one of infini, landmark"),
         ("infini", {"segments": 4}, TypeError, "infini has no option segments; expected some of"),
         ("infini", {"segment_len": 0}, ValueError, "segment_len is 0; expected an int >= 1"),

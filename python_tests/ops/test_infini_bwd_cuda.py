@@ -4,7 +4,7 @@ import pytest
 import torch
 from cuda_ops import self_attention_gradient_errors
 from gpu_checks import HALF, gpu_qkv, gradient_baseline, needs_kernel
-from helpers import assert_close_to_reference, errors, random_memory, random_tensor, run, worse
+from helpers import FEW, assert_close_to_reference, errors, random_memory, random_tensor, run, worse
 from op_checks import infini_named
 
 import lctx_kernels as lk
@@ -40,11 +40,15 @@ def random_cotangents(q, k, state_scale=1.0):
 
 
 def check_small(name, ours, exact, dtype):
-    """A gradient that is kept in fp32 has the error of 16-bit operands."""
+    """A gradient that is kept in fp32 has the error of 16-bit operands.
+
+    As in assert_close_to_reference, of few numbers the largest error alone counts.
+    """
     eps = torch.finfo(dtype).eps
     found = errors(ours, exact)
     assert ours.dtype == torch.float32
-    assert found.rms <= 0.45 * eps, f"{name}: rms error {found.rms:.2e}"
+    if ours.numel() >= FEW:
+        assert found.rms <= 0.45 * eps, f"{name}: rms error {found.rms:.2e}"
     assert found.max <= 4 * eps, f"{name}: max error {found.max:.2e}"
 
 

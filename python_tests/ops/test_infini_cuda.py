@@ -29,15 +29,14 @@ def apart(q, k):
     }
 
 
-@pytest.fixture(params=["chains", "segments"], autouse=True)
+@pytest.fixture(params=["beside", "before"], autouse=True)
 def form(request, monkeypatch):
-    """Both ways to make the memory; chains only for the linear rule at two head dimensions."""
+    """Both ways to make the memory, beside attention and before it."""
     monkeypatch.setenv("LCTX_INFINI", request.param)
     parameters = getattr(request.node, "callspec", None)
-    if request.param == "chains" and parameters:
-        D, update = (parameters.params.get(n, x) for n, x in (("D", 64), ("update", "linear")))
-        if D not in (64, 128) or update != "linear":
-            pytest.skip("one way for this head dimension and update")
+    D = parameters.params.get("D", 128) if parameters else 128
+    if request.param == "beside" and not 64 < D <= 128:
+        pytest.skip("one way for this head dimension")
     return request.param
 
 
@@ -67,7 +66,7 @@ def check(q, k, v, **options):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("D", [8, 40, 64, 80, 128, 136, 256])
+@pytest.mark.parametrize("D", [8, 40, 64, 72, 80, 128, 136, 256])
 @pytest.mark.parametrize("update", UPDATES)
 def test_head_dimensions(update, D, dtype):
     q, k, v = gpu_qkv(2, 700, 4, D, Hkv=2, dtype=dtype)
@@ -112,16 +111,18 @@ def test_long_memory(update, dtype):
     check(q, k, v, segment_len=2048, update=update)
 
 
+@pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("update", UPDATES)
-def test_many_units(update):
-    check(*gpu_qkv(3, 2000, 10, 64, Hkv=5), segment_len=32, update=update)
-    check(*gpu_qkv(30, 200, 8, 64, Hkv=4), segment_len=64, update=update)
+def test_many_units(update, D):
+    check(*gpu_qkv(3, 2000, 10, D, Hkv=5), segment_len=32, update=update)
+    check(*gpu_qkv(30, 200, 8, D, Hkv=4), segment_len=64, update=update)
 
 
+@pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("update", UPDATES)
-def test_repeated_segments_are_learnt(update):
+def test_repeated_segments_are_learnt(update, D):
     """The same keys and values again: the delta rule finds nothing to add."""
-    q, k, v = (x.repeat(1, 4, 1, 1) for x in gpu_qkv(1, 256, 2, 64))
+    q, k, v = (x.repeat(1, 4, 1, 1) for x in gpu_qkv(1, 256, 2, D))
     check(q, k, v, segment_len=256, update=update)
 
 
@@ -138,24 +139,27 @@ def test_strided_views(update, D):
     check(q, k, v, segment_len=100, update=update, **apart(q, k))
 
 
-def test_unaligned_memory():
-    q, k, v = gpu_qkv(1, 130, 2, 64)
+@pytest.mark.parametrize("D", [64, 128])
+def test_unaligned_memory(D):
+    q, k, v = gpu_qkv(1, 130, 2, D)
     M, z = gpu_memory(q, k)
     M, z = (torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in (M, z))
     for update in UPDATES:
         check(q, k, v, mem=(M, z), segment_len=64, update=update)
 
 
+@pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("update", UPDATES)
-def test_empty_memory_given(update):
-    q, k, v = gpu_qkv(1, 200, 2, 64)
+def test_empty_memory_given(update, D):
+    q, k, v = gpu_qkv(1, 200, 2, D)
     M, z = gpu_memory(q, k)
     check(q, k, v, mem=(M * 0, z * 0), segment_len=64, update=update)
 
 
+@pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("logit", [-200.0, -60.0, 60.0, 200.0])
-def test_closed_and_open_gates(logit):
-    q, k, v = gpu_qkv(1, 200, 2, 64)
+def test_closed_and_open_gates(logit, D):
+    q, k, v = gpu_qkv(1, 200, 2, D)
     gate = torch.full((2,), logit, device="cuda")
     check(q, k, v, segment_len=64, gate=gate, mem=gpu_memory(q, k))
 
@@ -173,7 +177,7 @@ def test_pieces_equal_the_whole(update, D, form):
     torch.testing.assert_close(torch.cat(pieces, 1), out, rtol=2e-2, atol=2e-3)
     torch.testing.assert_close(carried.M, memory.M, rtol=1e-4, atol=2e-3)
     torch.testing.assert_close(carried.z, memory.z, rtol=1e-5, atol=1e-5)
-    if form == "chains":  # the same sums in the same order
+    if form == "beside":  # the same sums in the same order
         assert torch.equal(carried.M, memory.M) and torch.equal(carried.z, memory.z)
 
 
@@ -184,8 +188,9 @@ def forward_op(q, k, v, *, update="linear", segment_len=128, save_local=True, **
     )
 
 
-def test_infinite_values_do_not_reach_earlier_states():
-    q, k, v = gpu_qkv(1, 300, 2, 64)
+@pytest.mark.parametrize("D", [64, 128])
+def test_infinite_values_do_not_reach_earlier_states(D):
+    q, k, v = gpu_qkv(1, 300, 2, D)
     clean = forward_op(q, k, v, segment_len=100)[3]
     v[:, 200:] = torch.inf
     M_states = forward_op(q, k, v, segment_len=100)[3]
@@ -234,7 +239,7 @@ def test_two_runs_are_bitwise_equal(update, D):
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_many_runs_beside_attention_are_equal(update, monkeypatch):
-    """Sizes that choose chains by themselves, so that attention overtakes and waits for them."""
+    """Sizes that choose by themselves to make states beside attention."""
     monkeypatch.delenv("LCTX_INFINI")
     q, k, v = gpu_qkv(1, 8192, 32, 128, Hkv=8)
     first = lk.infini_attention(q, k, v, update=update)

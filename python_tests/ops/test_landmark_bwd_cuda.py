@@ -10,59 +10,73 @@ from lctx_kernels import reference
 
 pytestmark = needs_kernel("landmark_bwd")
 
+deterministic = pytest.mark.parametrize("deterministic", [False, True])
 BLOCK_SIZES = (2, 3, 16, 17, 32, 51, 64, 65, 100, 128, 256, 1000)
 
 
 def check(q, k, v, block_size=None, is_landmark=None, **options):
     options |= {"block_size": block_size, "is_landmark": is_landmark}
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    if reasons := lk.supports("landmark_attention", *leaves, **options):
-        assert "gradients with is_landmark on a GPU" in reasons[0]
-        pytest.skip(reasons[0])
     grads = check_gradients(lk.landmark_attention, reference.landmark_attention, q, k, v, **options)
     if block_size is not None:
         assert (grads["v"][:, block_size - 1 :: block_size] == 0).all()
 
 
+@deterministic
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("D", [8, 40, 64, 80, 128])
 @pytest.mark.parametrize("block_size", [16, 51, 64, 100, 256])
-def test_head_dimensions(block_size, D, dtype):
-    check(*gpu_qkv(2, 333, 4, D, Hkv=2, dtype=dtype), block_size)
+def test_head_dimensions(block_size, D, dtype, deterministic):
+    check(*gpu_qkv(2, 333, 4, D, Hkv=2, dtype=dtype), block_size, deterministic=deterministic)
 
 
+@deterministic
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("T", [900, 896, 1024])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_block_sizes(block_size, T, D):
-    check(*gpu_qkv(1, T, 2, D), block_size)
+def test_block_sizes(block_size, T, D, deterministic):
+    check(*gpu_qkv(1, T, 2, D), block_size, deterministic=deterministic)
 
 
+@deterministic
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize(
     ("Tq", "Tk"), [(1, 1), (1, 2), (1, 777), (63, 63), (129, 1000), (300, 129), (16, 1020)]
 )
 @pytest.mark.parametrize("block_size", [2, 51, 64, 200])
-def test_lengths(block_size, Tq, Tk, D):
-    check(*gpu_qkv(1, Tq, 2, D, Tk=Tk), block_size)
+def test_lengths(block_size, Tq, Tk, D, deterministic):
+    check(*gpu_qkv(1, Tq, 2, D, Tk=Tk), block_size, deterministic=deterministic)
 
 
+@deterministic
 @pytest.mark.parametrize("Hkv", [1, 2, 8])
 @pytest.mark.parametrize("block_size", [64, 200])
-def test_grouped_queries(block_size, Hkv):
-    check(*gpu_qkv(2, 300, 8, 128, Hkv=Hkv), block_size)
+def test_grouped_queries(block_size, Hkv, deterministic):
+    check(*gpu_qkv(2, 300, 8, 128, Hkv=Hkv), block_size, deterministic=deterministic)
 
 
+@deterministic
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("density", [0.0, 0.003, 0.02, 0.2, 0.7, 1.0])
-def test_irregular_landmarks(density, D):
+def test_irregular_landmarks(density, D, deterministic):
     for Tq, Tk in ((700, 700), (90, 500), (200, 150)):
         is_landmark = random_landmarks(2, Tk, density).cuda()
-        check(*gpu_qkv(2, Tq, 4, D, Tk=Tk, Hkv=2), is_landmark=is_landmark)
+        options = {"is_landmark": is_landmark, "deterministic": deterministic}
+        check(*gpu_qkv(2, Tq, 4, D, Tk=Tk, Hkv=2), **options)
 
 
 def test_rows_of_landmarks_and_long_gaps():
     check(*gpu_qkv(3, 1500, 2, 128), is_landmark=rows_of_landmarks_and_long_gaps())
+
+
+@pytest.mark.parametrize("irregular", [False, True])
+def test_empty_tensors(irregular):
+    for B, Tq, Tk in ((0, 5, 5), (2, 0, 5), (2, 0, 0)):
+        q, k, v = (x.requires_grad_() for x in gpu_qkv(B, Tq, 4, 64, Tk=Tk))
+        places = {"is_landmark": torch.arange(Tk, device="cuda").expand(B, Tk) % 3 == 2}
+        options = places if irregular else {"block_size": 3}
+        lk.landmark_attention(q, k, v, **options).sum().backward()
+        for x in (q, k, v):
+            assert x.grad.shape == x.shape and (x.grad == 0).all()
 
 
 @pytest.mark.parametrize("block_size", [51, 64, 256])
@@ -71,7 +85,7 @@ def test_same_bits_every_time(block_size):
     dout = torch.randn_like(q)
 
     def grads():
-        out = lk.landmark_attention(q, k, v, block_size=block_size)
+        out = lk.landmark_attention(q, k, v, block_size=block_size, deterministic=True)
         return torch.autograd.grad(out, (q, k, v), dout)
 
     first = grads()

@@ -1,0 +1,89 @@
+"""What a trained model can do: bits per byte by context, pass keys by length, its gates."""
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from lctx_kernels import hf, nn
+
+from .rows import DIGITS, QUESTION, VOCAB, Batch, Text, passkey_rows
+
+QUESTION_LENGTH = len(QUESTION)
+TARGETS = 512  # bytes that are predicted, behind the longest context
+
+
+def logits_of(model: Any, ids: torch.Tensor, top_k: int | None) -> torch.Tensor:
+    """Logits (B, T, V); with top_k by retrieval of that many blocks, chunk by chunk."""
+    device = ids.device.type
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        if top_k is None:
+            return model(ids, use_cache=False).logits[..., :VOCAB]
+        cache = hf.make_cache(model, top_k=top_k)
+        return model(ids, past_key_values=cache, use_cache=True).logits[..., :VOCAB]
+
+
+def answer_logits(model: Any, batch: Batch, top_k: int) -> torch.Tensor:
+    """Logits (B, DIGITS, V) of the answer as generation computes them, by retrieval.
+
+    The text is read in chunks, each with one choice of blocks a head (`select="head"`), then the
+    question, then digit after digit.
+    """
+    device, question = batch.ids.device.type, int((~batch.answers[0]).sum()) - QUESTION_LENGTH
+    cache = hf.make_cache(model, top_k=top_k, select="head")
+    parts = [batch.ids[:, :question], batch.ids[:, question:-DIGITS]]
+    parts += batch.ids[:, -DIGITS:-1].split(1, dim=1)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        logits = [
+            model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[..., :VOCAB]
+            for part in parts
+        ]
+    return torch.cat(logits[1:], dim=1)
+
+
+def passkey_accuracy(
+    model: Any, text: Text, T: int, samples: int, top_k: int | None, seed: int
+) -> dict[str, Any]:
+    """Share of samples whose five digits are all the likeliest; the answer's digits are fed."""
+    filler = torch.cat(text.held_out)
+    generator = torch.Generator(filler.device).manual_seed(seed)
+    right, digits, done = 0, 0.0, 0
+    rows = max(1, min(samples, 131072 // T))
+    while done < samples:
+        batch = passkey_rows(filler, min(rows, samples - done), T, generator)
+        if top_k is None:
+            tail = logits_of(model, batch.ids[:, :-1], None)[:, -DIGITS:]
+        else:
+            tail = answer_logits(model, batch, top_k)
+        hit = tail.argmax(-1) == batch.ids[:, -DIGITS:]
+        right, digits = right + int(hit.all(1).sum()), digits + hit.float().mean(1).sum().item()
+        done += len(hit)
+    return {"length": T, "samples": done, "accuracy": right / done, "digits": digits / done}
+
+
+def bits_per_byte(
+    model: Any, text: Text, longest: int, windows: int, top_k: int | None
+) -> list[dict[str, Any]]:
+    """Bits per byte of the same held-out bytes after contexts of doubling lengths.
+
+    longest: Bytes of the longest context; the documents are those that are longer.
+    """
+    need = longest + TARGETS
+    rows = [document[:need] for document in text.held_out if len(document) >= need][:windows]
+    found, context = [], 128
+    while rows and context <= longest:
+        losses = []
+        for row in rows:
+            ids = row[-context - TARGETS :].long()[None]
+            logits = logits_of(model, ids, top_k)[0, -TARGETS - 1 : -1].float()
+            losses.append(functional.cross_entropy(logits, ids[0, -TARGETS:]).item())
+        bits = sum(losses) / len(losses) / math.log(2)
+        found.append({"context": context, "bits_per_byte": bits, "documents": len(rows)})
+        context *= 2
+    return found
+
+
+def gates(model: Any) -> list[list[float]]:
+    """Share of the memory for every layer and head."""
+    return [torch.sigmoid(gate).tolist() for gate in nn.gate_parameters(model)]

@@ -1,0 +1,116 @@
+"""The proofs' rows, metrics, commands and tables, at tiny sizes on the CPU."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from typer.testing import CliRunner
+
+from bench.proofs import models, tables
+from bench.proofs.__main__ import app
+from bench.proofs.evaluate import passkey_accuracy
+from bench.proofs.models import METHODS, SHAPES
+from bench.proofs.rows import DIGITS, Text, load_text, passkey_rows
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i:02}.txt").write_bytes(bytes(97 + (i + j * j) % 26 for j in range(1500)))
+    return folder
+
+
+def test_rows_hold_the_key_once_more_and_ask_for_it(text):
+    source = load_text(text, "cpu").train
+    T = 200
+    batch = passkey_rows(source, 64, T, torch.Generator().manual_seed(0))
+    places = set()
+    for row, hidden, echoes, answers in zip(*vars(batch).values(), strict=True):
+        written = bytes(row.tolist()).decode()
+        key = bytes(row[hidden].tolist()).decode()
+        fact = f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+        question = f"\nWhat is the pass key? The pass key is {key}"
+        assert len(key) == DIGITS and key.isdigit()
+        assert written.count(fact) == 1 and written.endswith(question)
+        assert bytes(row[echoes].tolist()).decode() == key
+        assert bytes(row[answers].tolist()).decode() == key and answers[-DIGITS:].all()
+        rest = written.removesuffix(question).replace(fact, "")
+        assert rest.encode() in bytes(source.tolist())  # one window of the text
+        places.add(written.index(fact))
+    assert min(places) < 20 and max(places) > T - len(fact) - len(question) - 20
+    with pytest.raises(ValueError, match="T is 90; expected at least 104"):
+        passkey_rows(source, 1, 90, torch.Generator())
+
+
+def test_documents_are_trained_on_or_held_out(text):
+    split = load_text(text, "cpu")
+    assert 0 < len(split.held_out) < 20
+    trained = bytes(split.train.tolist())
+    assert not any(bytes(document.tolist()) in trained for document in split.held_out)
+
+
+class Oracle:
+    """Knows the first `known` digits of every key."""
+
+    def __init__(self, known):
+        self.known = known
+
+    def __call__(self, ids, use_cache):
+        logits = torch.zeros(*ids.shape, 256)
+        for row, out in zip(ids, logits, strict=True):
+            written = bytes(row.tolist())
+            start = written.index(b"The pass key is ") + 16
+            for digit in range(self.known):
+                out[len(row) - DIGITS + digit, written[start + digit]] = 1
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize(("known", "accuracy"), [(5, 1.0), (4, 0.0)])
+def test_accuracy_counts_whole_keys(known, accuracy):
+    source = Text(torch.zeros(0), [torch.full((900,), ord("x"), dtype=torch.uint8)], "")
+    found = passkey_accuracy(Oracle(known), source, 300, 10, None, 0)
+    assert found["accuracy"] == accuracy and found["samples"] == 10
+    assert found["digits"] == pytest.approx(known / 5)
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+def test_commands_and_tables(text, tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "30m", SHAPES["tiny"] | {"num_hidden_layers": 1})
+    monkeypatch.setattr(models, "SHAPES", SHAPES)
+    recipe, out = tmp_path / "recipe.json", tmp_path / "proofs"
+    recipe.write_text(
+        json.dumps({"lengths": [140, 160], "steps": 50, "tokens": 256, "advance": 9.0})
+    )
+    for method in METHODS:
+        run("train", method, "--text", text, "--config", recipe, "--out", out, "--lengths", 4,
+            "--samples", 2, "--documents", 1)  # fmt: skip
+        result = json.loads((out / f"train-{method}.json").read_text())
+        assert result["recipe"]["seed"] == 0 and len(result["text_sha256"]) == 64
+        assert bool(result["gates"]) == method.startswith("infini")
+        names = [f"{method}, k = {k}" for k in (2, 4)] if method == "landmark" else [method]
+        assert list(result["passkey"]) == names
+        for name in names:
+            assert [x["length"] for x in result["passkey"][name]] == [160, 320, 640]
+            assert [x["context"] for x in result["bits_per_byte"][name]] == [128, 256, 512]
+    run("measure", "gemma-32k,stream,histories,prompt-32k,steps,llama-1m", "--tiny", "--out", out)
+    sources = [out / f"train-{method}.json" for method in tables.ORDER]
+    pytest.importorskip("matplotlib")
+    tables.plot(sources, tmp_path / "proofs.png", {})
+    assert (tmp_path / "proofs.png").stat().st_size > 10_000
+    trained = tables.training(out).splitlines()
+    assert len(trained) == 2 + len(METHODS) + 1 + 2 and trained[0].count("|") == 8
+    assert tables.steps(out).count("**") == 2 * 2 * 4
+    assert "1k of" not in tables.headline(out) and tables.headline(out).count("landmark") == 2
+    assert tables.generation(out).count("infini") == 2
+    assert tables.training(tmp_path) == tables.steps(tmp_path) == tables.MISSING
