@@ -7,6 +7,7 @@
 #include "../common/check.h"
 #include "../common/math.cuh"
 #include "../params.h"
+#include "attn_fwd_launch.cuh"
 
 namespace lctx::cuda {
 
@@ -29,6 +30,25 @@ inline std::vector<Branch> ordered_branches(const DilatedParams& params) {
 // Whether the last branch has every row of every head.
 inline bool last_covers_all(const DilatedParams& params, const std::vector<Branch>& branches) {
   return branches.back().rate == 1 && params.seqlens == nullptr;
+}
+
+// What the tiles of a branch's rows (SegmentTiles) want.
+template <class Tile, class P>
+void set_branch_rows(const char* op, const DilatedParams& params, const Branch& branch, P& p) {
+  const AttnShape& s = params.shape;
+  p.segment_len = static_cast<int>(branch.length);
+  p.rate = static_cast<int>(branch.rate);
+  p.long_phases = branch.rate == 1 ? 1 : static_cast<int>(s.Tq % branch.rate);
+  p.offset_block = params.head_offset_block;
+  p.per_segment = FastDivisor(static_cast<int>(s.Hq));
+  p.per_phase = FastDivisor(p.rate);
+  p.per_offset =
+      p.offset_block ? FastDivisor(static_cast<int>(ceil_div(s.Hq, branch.rate))) : p.per_phase;
+  p.seqlens = params.seqlens;
+  const int64_t rows = ceil_div(branch.length, branch.rate);
+  p.row_shift = row_shift<Tile>(rows);
+  p.order = make_order(op, ceil_div(rows, Tile::kBlockM), s.Hq * ceil_div(s.Tq, branch.length), s.B,
+                       heads_per_section(s, rows, 256));
 }
 
 constexpr int kMaxBranches = 16;  // that a pass over rows looks through

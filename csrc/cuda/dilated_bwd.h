@@ -1,7 +1,6 @@
 // What the files of dilated attention's backward share.
 #pragma once
 
-#include "attn_fwd_launch.cuh"
 #include "dilated_branches.h"
 #include "dq_sum.cuh"
 
@@ -16,25 +15,6 @@ inline int64_t branch_blocks(const AttnShape& s, const Branch& branch) {
 // Floats of a branch's part of dq.
 inline int64_t branch_floats(const AttnShape& s, const Branch& branch) {
   return s.B * s.Hq * ceil_div(s.Tq, branch.length) * branch_blocks(s, branch) * 2 * kDqPartFloats;
-}
-
-// What the tiles of a branch's rows (SegmentTiles) want; the caller adds the order.
-template <class Tile, class P>
-void set_branch_rows(const DilatedParams& params, const Branch& branch, P& p) {
-  const AttnShape& s = params.shape;
-  p.segment_len = static_cast<int>(branch.length);
-  p.rate = static_cast<int>(branch.rate);
-  p.long_phases = branch.rate == 1 ? 1 : static_cast<int>(s.Tq % branch.rate);
-  p.offset_block = params.head_offset_block;
-  p.per_segment = FastDivisor(static_cast<int>(s.Hq));
-  p.per_phase = FastDivisor(p.rate);
-  p.per_offset =
-      p.offset_block ? FastDivisor(static_cast<int>(ceil_div(s.Hq, branch.rate))) : p.per_phase;
-  p.seqlens = params.seqlens;
-  const int64_t rows = ceil_div(branch.length, branch.rate);
-  p.row_shift = row_shift<Tile>(rows);
-  p.order = make_order("lctx::dilated", ceil_div(rows, Tile::kBlockM),
-                       s.Hq * ceil_div(s.Tq, branch.length), s.B, heads_per_section(s, rows, 256));
 }
 
 // The backward of some positions, with moved pointers: no segment of any branch ends outside.

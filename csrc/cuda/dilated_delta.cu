@@ -67,7 +67,7 @@ void launch_rows(const DilatedSpan& span, const Branch& branch, float* delta, in
   typename Traits::Params p{};
   set_attention(without_out, span.scratch.counter, p);
   set_maps<Tile>(without_out, p, branch.rate);
-  set_branch_rows<Tile>(span.params, branch, p);
+  set_branch_rows<Tile>("lctx::dilated", span.params, branch, p);
   p.dout = span.grads.dout;
   p.dlse = static_cast<const float*>(span.grads.dlse);
   p.delta = delta;

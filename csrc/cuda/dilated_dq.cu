@@ -140,7 +140,7 @@ void launch_rows(const DilatedSpan& span, size_t m, const float* delta, int num_
   p.delta = delta;
   p.stat_pitch = span.pitch;
   p.scale = static_cast<float>(span.params.scale);
-  set_branch_rows<Tile>(span.params, span.branches[m], p);
+  set_branch_rows<Tile>("lctx::dilated", span.params, span.branches[m], p);
   p.dq_sum = span.scratch.dq_sum;
   p.earlier = BranchSet(span.params, span.branches, m);
   launch_dq<Traits>(p, num_sms, stream);

@@ -26,30 +26,16 @@ void launch_branch(const DilatedParams& params, const Branch& branch, const Carr
                    int* counter, int num_sms, Stream stream) {
   using Traits =
       FwdTraits<Tile, SegmentTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN, false>, CarryRows>;
-  const AttnShape& s = params.shape;
   typename Traits::Params p{};
   set_attention(params, counter, p);
   set_maps<Tile>(params, p, branch.rate);
-  const int64_t segments = ceil_div(s.Tq, branch.length);
-  const int64_t rows = ceil_div(branch.length, branch.rate);
-  p.segment_len = static_cast<int>(branch.length);
-  p.rate = static_cast<int>(branch.rate);
-  p.long_phases = branch.rate == 1 ? 1 : static_cast<int>(s.Tq % branch.rate);
-  p.offset_block = params.head_offset_block;
-  p.per_segment = FastDivisor(static_cast<int>(s.Hq));
-  p.per_phase = FastDivisor(p.rate);
-  p.per_offset =
-      p.offset_block ? FastDivisor(static_cast<int>(ceil_div(s.Hq, branch.rate))) : p.per_phase;
-  p.seqlens = params.seqlens;
+  set_branch_rows<Tile>("lctx::dilated_fwd", params, branch, p);
   p.carry_out = carry.in;
   p.carry_lse = p.lse;
   p.state_rows = p.Tq;
   p.inverse_scale = static_cast<float>(1 / params.scale);
   p.partial_out = carry.out;
   p.sparse = true;
-  p.row_shift = row_shift<Tile>(rows);
-  p.order = make_order("lctx::dilated_fwd", ceil_div(rows, Tile::kBlockM), s.Hq * segments, s.B,
-                       heads_per_section(s, rows, 256));
   launch_fwd<Traits>(p, num_sms, stream, /*overlap=*/carry.in != nullptr);
 }
 

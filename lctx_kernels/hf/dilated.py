@@ -12,6 +12,7 @@ from ..cache.dilated import dilated_attention_last
 from ..dilated import dilated_attention
 from ..flash import flash_attention
 from ._compat import AttentionInterface, AttentionMaskInterface
+from .options import refuse_in_scores
 
 NAME = "lctx_dilated"
 
@@ -102,13 +103,7 @@ def _refuse(
             f"{where}: attention_mask has {attention_mask.dim()} dimensions; expected 2, (B, T): "
             "dilated attention has a visibility of its own"
         )
-    if dropout:
-        raise NotImplementedError(
-            f"{where}: attention_dropout is {dropout} in training; expected 0; try "
-            "model.config.attention_dropout = 0 before hf.convert"
-        )
-    if softcap is not None:
-        raise NotImplementedError(f"{where}: softcap is {softcap}; expected None")
+    refuse_in_scores(where, dropout, softcap)
     if window is not None:
         raise NotImplementedError(
             f"{where}: sliding_window is {window} in a dilated layer; expected None"

@@ -127,3 +127,18 @@ def _check_together(method: str, options: dict[str, Any], where: str) -> None:
                 f"{where}: {', '.join(useless)} without top_k; expected top_k, the number of "
                 "blocks to retrieve; try top_k=4"
             )
+
+
+def refuse_in_scores(where: str, dropout: float, softcap: float | None) -> None:
+    """Refuse what no method does between scores and values, for a layer of class `where`.
+
+    Raises:
+        NotImplementedError: Dropout inside attention, soft-capped scores.
+    """
+    if dropout:
+        raise NotImplementedError(
+            f"{where}: attention_dropout is {dropout} in training; expected 0; try "
+            "model.config.attention_dropout = 0 before hf.convert"
+        )
+    if softcap is not None:
+        raise NotImplementedError(f"{where}: softcap is {softcap}; expected None")

@@ -12,6 +12,7 @@ from ..cp.plan import Plan, make_plan
 from ..cp.shard import shard, shard_positions, shift_labels
 from ..ring import ring_attention
 from ._compat import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from .options import refuse_in_scores
 
 NAME = "lctx_ring"
 IGNORE = -100
@@ -52,13 +53,7 @@ def attention(
     where = type(module).__name__
     if attention_mask is not None:
         raise NotImplementedError(f"{where}: attention_mask is given; expected None with a ring")
-    if dropout:
-        raise NotImplementedError(
-            f"{where}: attention_dropout is {dropout} in training; expected 0; try "
-            "model.config.attention_dropout = 0 before hf.convert"
-        )
-    if kwargs.get("softcap") is not None:
-        raise NotImplementedError(f"{where}: softcap is {kwargs['softcap']}; expected None")
+    refuse_in_scores(where, dropout, kwargs.get("softcap"))
     if ring_plan is None:
         raise RuntimeError(f"{where} was called outside of its converted model; expected a call of "
                            "the model")  # fmt: skip
