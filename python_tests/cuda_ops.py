@@ -12,7 +12,7 @@ import gpu_checks
 import pytest
 import torch
 from gpu_checks import LSE_TOLERANCE
-from helpers import Errors, assert_close_to_reference, run, worse
+from helpers import assert_close_to_reference, run, worse
 from op_cases import (
     ALL_GIVEN,
     DILATED_CASES,
@@ -129,19 +129,25 @@ def baseline(case, call):
     return found
 
 
+def at_least_rounded_operands(measure, dtype):
+    """Errors, or those of a sum of products of operands of `dtype` where they are smaller."""
+    eps = torch.finfo(dtype).eps
+    return measure._replace(rms=max(measure.rms, eps / 4), max=max(measure.max, eps))
+
+
 def check_results(ours, exact, measure):
     """Every result within the contract.
 
     States have the relative error that out may have, or that of sums of products of rounded
     operands: sharp queries make that of out smaller.
     """
-    eps = torch.finfo(ours["out"].dtype).eps
     for name, result in ours.items():
         if name == "lse":
             torch.testing.assert_close(result.double(), exact[name], **LSE_TOLERANCE)
         else:
-            rounded = Errors(max(measure.rms, eps / 4), max(measure.max, eps))
-            allowed = measure if name == "out" else rounded
+            allowed = measure
+            if name != "out":
+                allowed = at_least_rounded_operands(measure, ours["out"].dtype)
             assert_close_to_reference(name, result, exact[name], allowed)
 
 
@@ -172,7 +178,11 @@ def gradient_baseline(case, call):
 
 
 def check_gradients(name, case, dtype=torch.bfloat16, **options):
-    """Run a case forward and backward and compare every gradient with fp64."""
+    """Run a case forward and backward and compare every gradient with fp64.
+
+    What the memory gives dv is a sum of products of rounded operands, as its states are: see
+    check_results.
+    """
     call = prepare(name, case, dtype)
     call = replace(call, options=call.options | options)
     call.skip_if_not_built(needs_grad=True)
@@ -180,6 +190,8 @@ def check_gradients(name, case, dtype=torch.bfloat16, **options):
     measure = gradient_baseline(case, call)
     # What is kept in fp32 (dgate, dM, dz) may have the relative error of dq.
     measure |= {n: measure["q"]._replace(norm=0.0) for n in "gMz"}
+    if name == "infini":
+        measure["v"] = at_least_rounded_operands(measure["v"], dtype)
     for n, result in ours.items():
         given = call.tensors[n[1:]]
         assert result.dtype == given.dtype and result.shape == given.shape

@@ -95,8 +95,11 @@ def test_same_bits_from_run_to_run(D, mix_grad):
 
 
 def test_long_sequences_equal_their_parts():
-    """Sums of a gigabyte are made one span of whole segments after the other."""
-    shape, like = (1, 2 * 32768 + 5000, 16, 128), {"device": "cuda", "dtype": torch.bfloat16}
+    """Sums of a gigabyte are made one span of whole segments after the other.
+
+    The last part is long enough for the forward to take the same tiles as for whole segments.
+    """
+    shape, like = (1, 2 * 32768 + 20000, 16, 128), {"device": "cuda", "dtype": torch.bfloat16}
     q, k, v = (torch.randn(shape, **like, requires_grad=True) for _ in range(3))
     branches, dout = ([16384, 32768], [1, 2]), torch.randn_like(q)
 
