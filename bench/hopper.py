@@ -58,14 +58,18 @@ def hopper_scaling() -> list[Group]:
     return groups
 
 
-def hopper_fa4() -> list[Group]:
-    """Dense attention beside FlashAttention-4, which compiles for half a minute for every mask."""
-    table = ((128, True), (128, False), (64, True), (256, True))
-    rivals = (CUDNN, "fa4", "flash")
+def hopper_rivals() -> list[Group]:
+    """Dense attention, forward and backward, beside the FlashAttentions and cuDNN.
+
+    FlashAttention-2 is the one of PyTorch; FlashAttention-4 compiles seconds for every mask.
+    """
+    masks = ((128, True), (128, False), (64, True), (64, False), (256, True))
+    lengths: dict[Pass, tuple[int, ...]] = {"fwd": (2, 4, 16), "bwd": (4, 16)}
     return [
-        Group(shape(T, D, causal=causal), "fwd", rivals)
-        for D, causal in table
-        for T in (2 * KIBI, 4 * KIBI, 16 * KIBI)
+        Group(shape(T * KIBI, D, causal=causal), pass_, (CUDNN, "sdpa-flash", "fa4", "flash"))
+        for pass_, thousands in lengths.items()
+        for D, causal in masks
+        for T in thousands
     ]
 
 

@@ -84,6 +84,41 @@ def shapes_table(document: Document, *labels: str) -> list[str]:
     return lines
 
 
+DENSE_RIVALS = {
+    "sdpa-cudnn": "cuDNN", "sdpa-flash": "FlashAttention-2", "fa4": "FlashAttention-4",
+}  # fmt: skip
+
+
+def rivals_table(document: Document) -> list[str]:
+    """Rates of dense attention, ours and those of every rival that could be imported."""
+    measured = {row.candidate for row in document.rows if row.median_s}
+    rivals = [name for name in DENSE_RIVALS if name in measured]
+    heads = " | ".join(f"{DENSE_RIVALS[name]} | ours is" for name in rivals)
+    lines = [
+        f"| dense attention, bf16 | D | mask | T | ours, TFLOP/s | {heads} |",
+        "| --- | --: | --- | --: | --: |" + " --: | --: |" * len(rivals),
+    ]
+    for group in dict.fromkeys(row.group for row in document.rows):
+        rows = {r.candidate: r for r in document.rows if r.group == group}
+        ours = rows["flash"]
+        if not ours.median_s or not ours.flops_per_s:
+            continue
+        beside = []
+        for row in (rows[name] for name in rivals):
+            if row.median_s and row.flops_per_s:
+                rate, speed = row.flops_per_s / 1e12, row.median_s / ours.median_s
+                beside.append(f"{rate:.0f} | **{speed:.2f}x**")
+            else:
+                beside.append("- | -")
+        s = ours.shape
+        what = {"fwd": "forward", "bwd": "backward"}[ours.pass_]
+        lines.append(
+            f"| {what} | {s['D']} | {'causal' if s['causal'] else 'full'} | {short(s['T'])} "
+            f"| {ours.flops_per_s / 1e12:.0f} | {' | '.join(beside)} |"
+        )
+    return lines
+
+
 def rows_of(goal: GoalResult, document: Document) -> tuple[Row | None, Row | None]:
     """The measured rows that a goal compares: ours and the rival's."""
     rows = {r.candidate: r for r in document.rows if r.group == goal.group and r.median_s}

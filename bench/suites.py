@@ -1,6 +1,6 @@
 """The suites: groups of candidates, by device and name."""
 
-from .hopper import hopper, hopper_fa4, hopper_scaling
+from .hopper import hopper, hopper_rivals, hopper_scaling
 from .hopper_backward import hopper_backward
 from .registry import PASSES, Goal, Group, Shape
 
@@ -75,7 +75,7 @@ TIMED_SUITES = {
         "hopper": hopper,
         "backward": hopper_backward,
         "scaling": hopper_scaling,
-        "fa4": hopper_fa4,
+        "rivals": hopper_rivals,
         "dense": gpu_dense,
         "methods": gpu_methods,
     },

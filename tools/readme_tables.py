@@ -15,7 +15,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.hopper_tables import goals_table, shapes_table  # noqa: E402
+from bench.hopper_tables import goals_table, rivals_table, shapes_table  # noqa: E402
 from bench.machine import machine_line  # noqa: E402
 from bench.plot import SOURCE_KEY, hash_in_png, plot_cpu, plot_hopper, source_hash  # noqa: E402
 from bench.proofs import tables as proofs  # noqa: E402
@@ -105,29 +105,10 @@ def cpu_reach(root: Path) -> str:
     return "\n".join([*lines, "", _conditions(document)])
 
 
-def hopper_flash(root: Path) -> str:
-    """The forward of flash_attention beside PyTorch's back ends, shape by shape."""
-    document = published(root / RESULTS, "flash_fwd", GPU)
-    if document is None:
-        return MISSING
-    lines = [
-        "| B | T | Hq / Hkv | D | ours, ms | TFLOP/s | of matmul peak | cuDNN, ms | speed "
-        "| FlashAttention-2, ms | speed |",
-        "| --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
-    shapes = [r.shape for r in document.rows if r.candidate == "flash"]
-    for shape in shapes:
-        row = {r.candidate: r for r in document.rows if r.shape == shape}
-        ours, rivals = row["flash"], (row["sdpa-cudnn"], row["sdpa-flash"])
-        beside = " | ".join(
-            f"{1e3 * r.median_s:.3f} | **{r.median_s / ours.median_s:.2f}x**" for r in rivals
-        )
-        lines.append(
-            f"| {shape['B']} | {shape['T']} | {shape['Hq']} / {shape['Hkv']} | {shape['D']} "
-            f"| {1e3 * ours.median_s:.3f} | {ours.flops_per_s / 1e12:.0f} "
-            f"| {ours.percent_of_peak:.0f} % | {beside} |"
-        )
-    return "\n".join([*lines, "", _conditions(document)])
+def hopper_rivals(root: Path) -> str:
+    """Dense attention beside cuDNN and the FlashAttentions, shape by shape."""
+    document = published(root / RESULTS, "rivals", GPU)
+    return MISSING if document is None else _with_conditions(rivals_table(document), document)
 
 
 def cpu_memory(root: Path) -> str:
@@ -229,7 +210,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "hopper-goals": hopper_goals("hopper", "forward"),
     "backward-goals": hopper_goals("backward", "backward"),
     "backward-shapes": hopper_shapes("flash", "landmark", "dilated", "infini", suite="backward"),
-    "hopper-flash": hopper_flash,
+    "hopper-rivals": hopper_rivals,
     "hopper-dense": hopper_shapes("flash", "fp32 carry"),
     "hopper-landmark": hopper_shapes("landmark"),
     "hopper-dilated": hopper_shapes("dilated"),

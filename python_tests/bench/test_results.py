@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from bench.hopper_tables import rivals_table
 from bench.registry import Goal, Group, Shape
 from bench.results import Document, MemoryRow, Row, goal_results, load, parse
 from lctx_kernels._measure import write_json
@@ -127,3 +128,15 @@ def test_a_write_that_cannot_be_finished_removes_its_temporary_file(tmp_path):
     with pytest.raises(OSError):
         write_json(tmp_path / "taken", {"a": 1})
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_dense_attention_beside_every_rival_that_was_there():
+    rates = {"sdpa-cudnn": 0.6, "sdpa-flash": None, "fa4": 0.25, "flash": 0.5}
+    rows = [
+        row(candidate=name, group=3, median_s=time, flops_per_s=time and 1e12 / time)
+        for name, time in rates.items()
+    ]
+    heads, _, line = rivals_table(document(rows=rows))
+    assert "FlashAttention-4" in heads
+    assert "FlashAttention-2" not in heads
+    assert line.endswith("| 128 | 2 | 2 | **1.20x** | 4 | **0.50x** |")
