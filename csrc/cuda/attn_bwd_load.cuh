@@ -157,10 +157,12 @@ struct BwdLoads {
                          p.tiles[work.piece + piece].row0, 0, work.head, work.batch);
       }
     } else {
+      int2 at = make_int2(work.key0, work.phase);
+      if constexpr (Tiles::kPadded) at = Tiles::keys_at(p, work);
 #pragma unroll 1
       for (int c = 0; c < kChunks; ++c) {
         ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), &(kOfQ ? p.k : p.v)[work.map], full,
-                         c * kChunkColumns, work.key0, work.phase, work.head, work.batch);
+                         c * kChunkColumns, at.x, at.y, work.head, work.batch);
       }
     }
   }

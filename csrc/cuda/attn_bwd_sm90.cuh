@@ -24,10 +24,14 @@
 
 namespace lctx::cuda {
 
-template <class Traits_>
+// Self_: the kernel that derives from it and puts its own functions in the place of some.
+template <class Traits_, class Self_ = void>
 struct BwdKernel : BwdLoads<Traits_> {
   using Base = BwdLoads<Traits_>;
   using Traits = Traits_;
+  using Self = std::conditional_t<std::is_void_v<Self_>, BwdKernel, Self_>;
+  __device__ __forceinline__ const Self& self() const { return static_cast<const Self&>(*this); }
+
   using Base::BwdLoads;
 
   // Keys of a tile that a warpgroup has, and its first column of dK and dV.
@@ -108,6 +112,17 @@ struct BwdKernel : BwdLoads<Traits_> {
                              make_int2(seen.x - work.origin, seen.y - work.origin));
     }
     __syncwarp();
+  }
+  // What the main loop has to know of the keys; returns what those of the warpgroup are seen by.
+  __device__ __forceinline__ QueryRange note_keys(int warpgroup, const KeyWork& work,
+                                                  const QueryRange&) const {
+    note_seen(warpgroup, work);
+    if constexpr (Traits::kGroups) {
+      ptx::store_shared_4(aside(warpgroup) + 8, Tiles::has_landmark(p, work, warpgroup));
+      return Tiles::template queries_of_piece<kBlockM, Traits::kFused>(p, work, warpgroup);
+    } else {
+      return queries(work, warpgroup * 64, 64);
+    }
   }
   // `first`: the first query, from the origin.
   __device__ __forceinline__ void mask(int warpgroup, int first, float (&s)[32]) const {
@@ -262,15 +277,8 @@ struct BwdKernel : BwdLoads<Traits_> {
         Traits::Keys::finish(*this, warpgroup, work, dk, dv);
         continue;
       }
-      note_seen(warpgroup, work);
       if constexpr (Traits::Keys::kPrefetches) Traits::Keys::prefetch(*this, warpgroup, work);
-      QueryRange own;
-      if constexpr (Traits::kGroups) {
-        own = Tiles::template queries_of_piece<kBlockM, Traits::kFused>(p, work, warpgroup);
-        ptx::store_shared_4(aside(warpgroup) + 8, Tiles::has_landmark(p, work, warpgroup));
-      } else {
-        own = queries(work, warpgroup * 64, 64);
-      }
+      const QueryRange own = self().note_keys(warpgroup, work, all);
       const Turn turn{all.begin, num_steps(work, all)};
       const int block =
           (work.batch * p.Hq + work.first_head) * p.blocks_per_head + work.block0 + all.begin;
@@ -336,6 +344,12 @@ struct BwdKernel : BwdLoads<Traits_> {
     }
   }
 
+  // The sums of a block have ended.
+  __device__ __forceinline__ void release_block(int, const QueryState& last) const {
+    q_pipe.release(last);
+    dout_pipe.release(last);
+  }
+
   __device__ __forceinline__ void fused_steps(int warpgroup, const Turn& turn, QueryState& state,
                                               float (&dk)[kHeadDim / 2],
                                               float (&dv)[kHeadDim / 2]) const {
@@ -369,24 +383,24 @@ struct BwdKernel : BwdLoads<Traits_> {
     const auto last_buffer = [&] { return buffer() == 0 ? kBuffers - 1 : buffer() - 1; };
     bool started = false;
     float dq[32];
-    Ahead ahead;
+    typename Self::Ahead ahead;
     q_pipe.wait(state);
-    issue_ahead(warpgroup, state, ahead);
+    self().issue_ahead(warpgroup, state, ahead);
     ahead.masked = needs_mask(warpgroup, m);
     wgmma_wait<0>();
     for (int left = turn.steps; left > 0; --left) {
-      add_block(warpgroup, m, state, ahead, dk, dv, started,
+      self().add_block(warpgroup, m, state, ahead, dk, dv, started,
                 [&](int half, const uint32_t (&ds)[4][4]) {
                   // Both warpgroups are through with the step before: its dS^T is whole, and the
                   // buffer that was read two steps ago is free.
                   if (half == 0) ptx::mbarrier_wait(ds_barrier, state.parity() ^ 1);
-                  share_ds(warpgroup, buffer(), half, ds);
+                  self().share_ds(warpgroup, buffer(), half, ds);
                   if (half + 1 < kHalves) return;
                   ptx::fence_async_proxy();
                   __syncwarp();
                   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
                 });
-      issue_dq(warpgroup, last_buffer(), dq);
+      self().issue_dq(warpgroup, last_buffer(), dq);
       // Under the products: what follows them is on nobody else's time.
       float* to = dq_of(warpgroup, last_block());
       advance();
@@ -396,9 +410,8 @@ struct BwdKernel : BwdLoads<Traits_> {
       // After the last block the scores are those of stale data, and ignored.
       if (left > 1) q_pipe.wait(state);
       wgmma_wait<1>();
-      q_pipe.release(last);
-      dout_pipe.release(last);
-      issue_ahead(warpgroup, state, ahead);
+      self().release_block(warpgroup, last);
+      self().issue_ahead(warpgroup, state, ahead);
       wgmma_wait<kHalves>();
       // In the first step what was computed is of the tile before, or of nothing.
       if (started) add_dq(to, dq);
@@ -406,7 +419,7 @@ struct BwdKernel : BwdLoads<Traits_> {
       wgmma_wait<0>();
     }
     ptx::mbarrier_wait(ds_barrier, state.parity() ^ 1);
-    issue_dq(warpgroup, last_buffer(), dq);
+    self().issue_dq(warpgroup, last_buffer(), dq);
     wgmma_wait<0>();
     add_dq(dq_of(warpgroup, last_block()), dq);
   }
@@ -440,12 +453,10 @@ struct BwdKernel : BwdLoads<Traits_> {
   }
 };
 
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
-    attn_bwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
-  extern __shared__ char shared[];
-  char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
-  std::conditional_t<Traits::kWide, WideBwdKernel<Traits>, BwdKernel<Traits>> kernel(p, base);
+template <class Kernel>
+__device__ __forceinline__ void run_bwd(const typename Kernel::Traits::Params& p, char* base) {
+  constexpr bool kGroups = Kernel::Traits::kGroups;
+  Kernel kernel(p, base);
   if (threadIdx.x == 0) kernel.init();
   if (threadIdx.x == 32) {  // meanwhile
     ptx::prefetch_tensor_map(&p.q[0]);
@@ -458,7 +469,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::setmaxnreg_dec<24>();
     if (threadIdx.x == 0) kernel.template produce<true>();
     if (threadIdx.x == 32) kernel.template produce<false>();
-    if constexpr (Traits::kGroups) {
+    if constexpr (kGroups) {
       if (threadIdx.x == 64) kernel.template produce_group_statistics<true>();
       if (threadIdx.x == 96) kernel.template produce_group_statistics<false>();
     }
@@ -467,6 +478,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     // Through a shuffle, so that the compiler knows it is the same for the whole warp.
     kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
   }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attn_bwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
+  extern __shared__ char shared[];
+  run_bwd<std::conditional_t<Traits::kWide, WideBwdKernel<Traits>, BwdKernel<Traits>>>(
+      p, shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023));
 }
 
 }  // namespace lctx::cuda

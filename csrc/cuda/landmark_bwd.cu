@@ -102,26 +102,37 @@ void launch_dq(const LandmarkDqParams& params, int num_sms, Stream stream) {
   }
 }
 
+// Short blocks: everything at once, without vectors.
+void launch_in_one(const LandmarkParams& params, const AttnGrads& grads, const BwdScratch& scratch,
+                   int num_sms, Stream stream) {
+  if (head_dim(params.shape) <= 64) {
+    launch_landmark_fused<64>(params, grads, scratch, num_sms, stream);
+  } else {
+    launch_landmark_fused<128>(params, grads, scratch, num_sms, stream);
+  }
+  launch_unpack_dq(params, grads, scratch.dq_sum, stream);
+}
+
 }  // namespace
 
-int64_t landmark_vector_floats(const LandmarkParams& params) {
-  return 3 * Chunks(params).elements(params);
+int64_t landmark_vector_floats(const LandmarkParams& params, bool fused) {
+  return fused && in_groups(params) ? 0 : 3 * Chunks(params).elements(params);
 }
 
 int64_t landmark_bwd_ints(const LandmarkParams& params) {
   return std::max(dq_ints(params), landmark_dkv_ints(params.shape));
 }
 
-// Pieces of irregular places and of other blocks have only been checked with a fixed order of sums.
-bool landmark_fuses(const LandmarkParams& params) {
-  return !in_groups(params) && params.is_landmark == nullptr && params.block_size % 64 == 0;
-}
+bool landmark_fuses(const LandmarkParams& params) { return head_dim(params.shape) <= 128; }
 
 void launch_landmark_bwd(const LandmarkParams& params, const AttnGrads& grads,
                          const BwdScratch& scratch, float* vectors, int* ints, int num_sms,
                          Stream stream) {
   const AttnShape& s = params.shape;
   if (s.B == 0 || s.Hq == 0) return;
+  if (scratch.dq_sum != nullptr && in_groups(params)) {
+    return launch_in_one(params, grads, scratch, num_sms, stream);
+  }
   LandmarkDqParams all;
   static_cast<LandmarkParams&>(all) = params;
   all.out = grads.dq;

@@ -35,6 +35,12 @@ template <int kHeadDim>
 void launch_landmark_groups_dq(const LandmarkDqParams& params, int num_sms, Stream stream);
 constexpr int64_t widest_dq_group(int64_t head_dim) { return head_dim <= 128 ? 64 : 0; }
 
+// landmark_d64_bwd.cu, landmark_d128_bwd.cu: the same blocks; dk and dv, and dq added to
+// scratch.dq_sum. scratch.counter is zero.
+template <int kHeadDim>
+void launch_landmark_fused(const LandmarkParams& params, const AttnGrads& grads,
+                           const BwdScratch& scratch, int num_sms, Stream stream);
+
 // landmark_blocks_dq.cu: any blocks. The first two of scratch are zero. With dq_sum the vectors
 // alone.
 void launch_landmark_blocks_dq(const LandmarkDqParams& params, int num_sms, Stream stream);

@@ -20,7 +20,7 @@ struct LandmarkKeys {
     int max_tiles;              // even
     LandmarkVectors vectors;
   };
-  static constexpr bool kStrided = false;
+  static constexpr bool kStrided = false, kPadded = false;
 
   template <class P>
   static __device__ __forceinline__ KeyWork find(const P& p, int index) {
