@@ -390,16 +390,16 @@ struct BwdKernel : BwdLoads<Traits_> {
     wgmma_wait<0>();
     for (int left = turn.steps; left > 0; --left) {
       self().add_block(warpgroup, m, state, ahead, dk, dv, started,
-                [&](int half, const uint32_t (&ds)[4][4]) {
-                  // Both warpgroups are through with the step before: its dS^T is whole, and the
-                  // buffer that was read two steps ago is free.
-                  if (half == 0) ptx::mbarrier_wait(ds_barrier, state.parity() ^ 1);
-                  self().share_ds(warpgroup, buffer(), half, ds);
-                  if (half + 1 < kHalves) return;
-                  ptx::fence_async_proxy();
-                  __syncwarp();
-                  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
-                });
+                       [&](int half, const uint32_t (&ds)[4][4]) {
+                         // Both warpgroups are through with the step before: its dS^T is whole, and
+                         // the buffer that was read two steps ago is free.
+                         if (half == 0) ptx::mbarrier_wait(ds_barrier, state.parity() ^ 1);
+                         self().share_ds(warpgroup, buffer(), half, ds);
+                         if (half + 1 < kHalves) return;
+                         ptx::fence_async_proxy();
+                         __syncwarp();
+                         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
+                       });
       self().issue_dq(warpgroup, last_buffer(), dq);
       // Under the products: what follows them is on nobody else's time.
       float* to = dq_of(warpgroup, last_block());

@@ -326,9 +326,8 @@ struct LandmarkBwdKernel : BwdKernel<Traits_, LandmarkBwdKernel<Traits_>> {
     }
   }
   // Exponentials and dP -> dS, packed. `delta`: of this thread's row.
-  __device__ __forceinline__ void differentiate(float delta, const float (&e)[32],
-                                                float (&dp)[32], const Groups& groups,
-                                                uint32_t (&ds)[4][4]) const {
+  __device__ __forceinline__ void differentiate(float delta, const float (&e)[32], float (&dp)[32],
+                                                const Groups& groups, uint32_t (&ds)[4][4]) const {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const bool earlier = is_earlier(groups, g);
@@ -387,8 +386,7 @@ struct LandmarkBwdKernel : BwdKernel<Traits_, LandmarkBwdKernel<Traits_>> {
         issue_dp(warpgroup, state, 0, dp);
         ptx::mbarrier_wait(smem + kWeightsBarrier + 8 * warpgroup, state.parity() ^ 1);
       }
-      const float delta =
-          stat(Traits::kDelta, state, half, Scores::is_second_row() ? 1 : 0);
+      const float delta = stat(Traits::kDelta, state, half, Scores::is_second_row() ? 1 : 0);
       put_weights(weights_of(warpgroup, half), ahead.lse2[half], s, groups);
       ptx::fence_async_proxy();
       meet(warpgroup);

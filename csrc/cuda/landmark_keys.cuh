@@ -17,7 +17,7 @@ struct LandmarkKeys {
   struct Params {
     const LandmarkTile* tiles;  // (B, max_tiles), those not used beyond all keys
     const int* groups;          // (B, max_tiles)
-    int max_tiles;              // even
+    int max_tiles, first_tile;  // even
     LandmarkVectors vectors;
   };
   static constexpr bool kStrided = false, kPadded = false;
@@ -29,7 +29,7 @@ struct LandmarkKeys {
     work.head = tile.head;
     work.batch = tile.batch;
     set_heads(p, work);
-    work.piece = tile.batch * p.max_tiles + tile.m_block * 2;
+    work.piece = tile.batch * p.max_tiles + p.first_tile + tile.m_block * 2;
     const LandmarkTile first = p.tiles[work.piece];
     work.key0 = max(first.row0, first.begin());
     work.key_end = p.Tk;

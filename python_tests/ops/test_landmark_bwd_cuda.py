@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpu_checks import HALF, check_gradients, gpu_qkv, needs_kernel, rows_of_landmarks_and_long_gaps
-from helpers import random_landmarks
+from helpers import assert_close_to_reference, errors, random_landmarks
 
 import lctx_kernels as lk
 from lctx_kernels import reference
@@ -103,8 +103,29 @@ def test_heads_in_chunks():
     for h in (0, 7, 11):
         own, heads = slice(h, h + 1), slice(4 * h, 4 * h + 4)
         few = q[:, :, heads], k[:, :, own], v[:, :, own]
-        alone = torch.autograd.grad(
-            lk.landmark_attention(*few, **options), few, dout[:, :, heads]
-        )
+        alone = torch.autograd.grad(lk.landmark_attention(*few, **options), few, dout[:, :, heads])
         for x, y, part in zip(together, alone, (heads, own, own), strict=True):
             assert torch.equal(x[:, :, part], y)
+
+
+def test_blocks_in_chunks():
+    """More blocks than have statistics at a time, and a long one where the first chunk ends."""
+    is_landmark = torch.zeros(1, 4096, dtype=torch.bool, device="cuda")
+    is_landmark[0, 1:1361:2] = True
+    is_landmark[0, 2060::50] = True
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(1, 4096, 32, 64))
+    dout = torch.randn_like(q)
+
+    def grads(attention, leaves, dout, **options):
+        result = attention(*leaves, is_landmark=is_landmark, **options)
+        out = result[0] if isinstance(result, tuple) else result
+        return torch.autograd.grad(out, leaves, dout)
+
+    fused, ordered = (
+        grads(lk.landmark_attention, (q, k, v), dout, deterministic=d) for d in (False, True)
+    )
+    few = slice(0, None, 31)
+    leaves = [x.detach()[:, :, few].double().requires_grad_() for x in (q, k, v)]
+    exact = grads(reference.landmark_attention, leaves, dout[:, :, few].double())
+    for name, x, y, z in zip("qkv", fused, ordered, exact, strict=True):
+        assert_close_to_reference(f"d{name}", x[:, :, few], z, errors(y[:, :, few], z))
