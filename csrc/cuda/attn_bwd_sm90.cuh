@@ -484,6 +484,9 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     attn_bwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
   extern __shared__ char shared[];
+  if constexpr (Traits::kGroups) {
+    if (Traits::Tiles::has_nothing(p)) return;
+  }
   run_bwd<std::conditional_t<Traits::kWide, WideBwdKernel<Traits>, BwdKernel<Traits>>>(
       p, shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023));
 }

@@ -25,8 +25,8 @@ struct BlockGradsBase : BlockScores<kBlockN> {
 
   struct Params : Base::Params, DqParams {
     const int* groups;   // (B, max_tiles)
-    const int2* bounds;  // (B): of the chunk that is tiles [first_tile, end_tile)
-    int first_tile, end_tile;
+    const int2* bounds;  // (batches): of the chunk that is tiles [first_tile, end_tile)
+    int batches, first_tile, end_tile;
     LandmarkVectors vectors;
   };
 
@@ -298,6 +298,7 @@ struct BlockSumsKernel : DqKernel<Traits_> {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     landmark_sums_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
+  if (is_empty_chunk(p.bounds, p.batches)) return;
   run_tiles<BlockSumsKernel<Traits>>(p);
 }
 

@@ -20,6 +20,7 @@ typename Traits::Params block_params(const LandmarkDqParams& params, const Landm
   p.groups = tables.groups;
   p.max_tiles = tables.max_tiles;
   p.bounds = tables.bounds + params.chunk * params.shape.B;
+  p.batches = static_cast<int>(params.shape.B);
   p.first_tile = params.chunk * tables.chunk_tiles;
   p.end_tile = std::min(p.first_tile + tables.chunk_tiles, p.max_tiles);
   return p;

@@ -38,6 +38,8 @@ void launch_pieces(const LandmarkDqParams& params, const AttnGrads& grads, int n
   p.groups = tables.groups;
   p.max_tiles = tables.max_tiles;
   p.first_tile = params.chunk * tables.chunk_tiles;
+  p.bounds = tables.bounds + params.chunk * s.B;
+  p.batches = static_cast<int>(s.B);
   p.vectors = params.vectors;
   const int num_tiles = std::min(tables.chunk_tiles, p.max_tiles - p.first_tile);
   p.order =

@@ -18,10 +18,16 @@ struct LandmarkKeys {
     const LandmarkTile* tiles;  // (B, max_tiles), those not used beyond all keys
     const int* groups;          // (B, max_tiles)
     int max_tiles, first_tile;  // even
+    const int2* bounds;         // (batches): of the chunk
+    int batches;
     LandmarkVectors vectors;
   };
   static constexpr bool kStrided = false, kPadded = false;
 
+  template <class P>
+  static __device__ __forceinline__ bool has_nothing(const P& p) {
+    return is_empty_chunk(p.bounds, p.batches);
+  }
   template <class P>
   static __device__ __forceinline__ KeyWork find(const P& p, int index) {
     const TileOrder::Tile tile = p.order[index];

@@ -19,6 +19,15 @@ struct alignas(8) LandmarkTile {
 #endif
 };
 
+#if defined(__CUDACC__)
+// Whether no batch has tiles in a chunk of these bounds.
+__device__ __forceinline__ bool is_empty_chunk(const int2* bounds, int batches) {
+  bool empty = true;
+  for (int i = 0; i < batches; ++i) empty = empty && bounds[i].x >= bounds[i].y;
+  return empty;
+}
+#endif
+
 // What a position sees: tiles below `first`, of earlier blocks, by their landmarks, and tiles
 // [first, end), of its own block.
 struct alignas(8) LandmarkRow {
