@@ -254,6 +254,9 @@ struct BwdKernel : BwdLoads<Traits_> {
     return p.head_step * p.blocks_per_head - (bounds.y - bounds.x);
   }
 
+  // Whether Ahead::place is what the end of a step needs to know, loaded under the products.
+  static constexpr bool kPlaceAhead = false;
+
   __device__ __forceinline__ uint32_t aside(int warpgroup) const {
     return smem + Traits::kAside +
            static_cast<uint32_t>(warpgroup * 128 + warpgroup_thread()) / 32 * Traits::kAsideBytes;
@@ -402,9 +405,15 @@ struct BwdKernel : BwdLoads<Traits_> {
                        });
       self().issue_dq(warpgroup, last_buffer(), dq);
       // Under the products: what follows them is on nobody else's time.
-      float* to = dq_of(warpgroup, last_block());
-      advance();
-      ahead.masked = needs_mask(warpgroup, m);
+      float* to;
+      if constexpr (Self::kPlaceAhead) {
+        to = dq_of(warpgroup, self().next_place(warpgroup, ahead.place, m));
+        ahead.masked = m < ahead.place.full.x || m >= ahead.place.full.y;
+      } else {
+        to = dq_of(warpgroup, last_block());
+        advance();
+        ahead.masked = needs_mask(warpgroup, m);
+      }
       const QueryState last = state;
       state.advance();
       // After the last block the scores are those of stale data, and ignored.

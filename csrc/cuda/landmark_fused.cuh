@@ -239,9 +239,35 @@ struct LandmarkBwdKernel : BwdKernel<Traits_, LandmarkBwdKernel<Traits_>> {
     return __int_as_float(ptx::load_shared_4(smem + offset + at * 4));
   }
 
+  // Of a step in its tile: see fused_steps.
+  static constexpr bool kPlaceAhead = true;
+  struct Place {
+    int2 bounds, full;
+    int block;
+  };
+  __device__ __forceinline__ Place load_place(int warpgroup) const {
+    return {ptx::load_shared_int2(aside(warpgroup) + 24), ptx::load_shared_int2(aside(warpgroup) + 16),
+            ptx::load_shared_4(aside(warpgroup) + 12)};
+  }
+  // Steps on; returns the block of dq_sum of the step before this one.
+  __device__ __forceinline__ int next_place(int warpgroup, const Place& place, int& m) const {
+    const int between = this->blocks_between(place.bounds);
+    const int last = place.block - 1 - (m > place.bounds.x ? 0 : between);
+    int block = place.block + 1;
+    if (++m == place.bounds.y) {
+      m = place.bounds.x;
+      block += between;
+    }
+    __syncwarp();
+    ptx::store_shared_4(aside(warpgroup) + 12, block);
+    __syncwarp();
+    return last;
+  }
+
   struct Ahead {
     float s[kHalves][32];
     float lse2[kHalves][2];
+    Place place;
     bool masked;
   };
   __device__ __forceinline__ void issue_ahead(int warpgroup, const QueryState& state,
@@ -257,102 +283,165 @@ struct LandmarkBwdKernel : BwdKernel<Traits_, LandmarkBwdKernel<Traits_>> {
     }
   }
 
-  // What is known of the groups before dP: l^-1 and G of this thread's row (1 in its own block).
+  // What is known of the groups before dP. Nothing of a row but its sums crosses threads, so that
+  // all four of a row do its arithmetic: a shuffle waits while products read shared memory.
   struct Groups {
-    uint32_t earlier;
-    float sum[kGroups][2];  // of exponentials, this thread's share
-    float A[kGroups], inverse[kGroups], G[kGroups];
+    uint32_t earlier;     // bit 2 g + row: the row sees group g by its landmark
+    float A[kGroups][2];  // score of the landmark
+    float l[kGroups][2];  // sum of exponentials, at first this thread's share
+    float G[kGroups][2];
   };
-  // One group is settled under dP; for several there are no registers to wait.
+  // Several groups are settled before dP is issued, or there are no registers.
   static constexpr bool kSettlesEarly = kGroups > 1;
+  static constexpr float kLeastSum = 1e-20f, kMostSum = 1e30f, kLeastG = 1e-30f;
 
-  // S -> exponentials relative to the groups' maxima, or in the own block to the row's lse. Returns
+  static __device__ __forceinline__ void sum_over_row(float (&x)[2]) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) x[row] += __shfl_xor_sync(~0u, x[row], step);
+    }
+  }
+
+  // S of a group -> exponentials relative to `base`.
+  static __device__ __forceinline__ void exponentials(float scale_log2, int g,
+                                                      const float (&base)[2], float (&s)[32],
+                                                      float (&l)[2]) {
+    float sum[2][2] = {};
+#pragma unroll
+    for (int j = 0; j < kGroupRegisters; ++j) {
+      float& x = s[g * kGroupRegisters + j];
+      x = x * scale_log2 - base[j / 2 % 2];
+    }
+#pragma unroll
+    for (int j = 0; j < kGroupRegisters; ++j) {
+      float& x = s[g * kGroupRegisters + j];
+      x = ptx::exp2_approx(x);
+      sum[j / 2 % 2][j % 2] += x;
+    }
+    l[0] = sum[0][0] + sum[0][1];
+    l[1] = sum[1][0] + sum[1][1];
+  }
+
+  // S -> exponentials relative to the rows' lse, which is what they are in the own block. Returns
   // 0, known only when all are there.
   __device__ __forceinline__ uint32_t weigh(const float (&lse2)[2], float (&s)[32],
                                             Groups& groups) const {
-    float A[kGroups][2];
-    Scores::take_landmarks(p, s, A);
+    Scores::take_landmarks(p, s, groups.A);
     uint32_t all = ~0u;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      float base[2];
-      Scores::template find_base<true>(p, g, s, base);
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        if (!(groups.earlier >> (2 * g + row) & 1)) base[row] = lse2[row];
-        groups.sum[g][row] = 0.f;
-      }
-#pragma unroll
-      for (int j = 0; j < kGroupRegisters; ++j) {
-        float& x = s[g * kGroupRegisters + j];
-        x = ptx::exp2_approx(x * p.scale_log2 - base[j / 2 % 2]);
-        groups.sum[g][j / 2 % 2] += x;
-      }
-      groups.A[g] = Scores::own(A[g][0], A[g][1]);
-      all &= __float_as_uint(groups.sum[g][0]) & __float_as_uint(groups.sum[g][1]);
-      if constexpr (kSettlesEarly) settle(lse2, g, groups);
+      exponentials(p.scale_log2, g, lse2, s, groups.l[g]);
+      all &= __float_as_uint(groups.l[g][0]) & __float_as_uint(groups.l[g][1]);
     }
     return all == ~0u ? 1 : 0;  // that is no sum
   }
-  __device__ __forceinline__ bool is_earlier(const Groups& groups, int g) const {
-    return groups.earlier >> (2 * g + (Scores::is_second_row() ? 1 : 0)) & 1;
+  static __device__ __forceinline__ bool is_earlier(const float (&lse2)[2], const Groups& groups,
+                                                    int g, int row) {
+    return (groups.earlier >> (2 * g + row) & 1) != 0 && lse2[row] < INFINITY;
   }
-  __device__ __forceinline__ void settle(const float (&lse2)[2], int g, Groups& groups) const {
-    const bool earlier = is_earlier(groups, g);
-    const float G = ptx::exp2_anywhere(groups.A[g] - Scores::own(lse2[0], lse2[1]));
-    const float l = Scores::sum_own(groups.sum[g]);
-    groups.G[g] = earlier ? G : 1.f;
-    groups.inverse[g] = earlier ? __fdividef(1.f, l) : 1.f;
-  }
-  // Exponentials -> P, to shared memory.
-  __device__ __forceinline__ void put_weights(uint32_t tile, const float (&lse2)[2],
-                                              const float (&e)[32], Groups& groups) const {
-    const FragmentAddress<64> address(tile, 0, warpgroup_thread());
-    float factors[2];
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      if (t % (kWidth / 16) == 0) {
-        const int g = t / (kWidth / 16);
-        if constexpr (!kSettlesEarly) settle(lse2, g, groups);
-        Scores::both_rows(groups.G[g] * groups.inverse[g], factors);
-      }
-      uint32_t x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = e + 8 * t + 2 * i;
-        x[i] = pack2<T>(pair[0] * factors[i % 2], pair[1] * factors[i % 2]);
-      }
-      ptx::stmatrix_x4(address(t), x[0], x[1], x[2], x[3]);
-    }
-  }
-  // Exponentials and dP -> dS, packed. `delta`: of this thread's row.
-  __device__ __forceinline__ void differentiate(float delta, const float (&e)[32], float (&dp)[32],
-                                                const Groups& groups, uint32_t (&ds)[4][4]) const {
+  static __device__ __forceinline__ bool out_of_range(const float (&lse2)[2],
+                                                      const Groups& groups) {
+    bool out = false;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const bool earlier = is_earlier(groups, g);
-      float sum[2] = {0.f, 0.f};
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const float l = groups.l[g][row];
+        out |= is_earlier(lse2, groups, g, row) && !(l > kLeastSum && l < kMostSum);
+      }
+    }
+    return __any_sync(~0u, out);
+  }
+  // Exponentials -> P.
+  __device__ __forceinline__ void settle(int warpgroup, const QueryState& state, int row0, int half,
+                                         bool masked, const float (&lse2)[2], float (&s)[32],
+                                         Groups& groups) const {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) sum_over_row(groups.l[g]);
+    if (__builtin_expect(out_of_range(lse2, groups), false)) {
+      // Once more, relative to the groups' maxima.
+      warp_scores<T, kHeadDim, kBlockM, kBlockN>(
+          s, query_tile(Traits::kQ, state, half), smem + Traits::kK + warpgroup * chunk_bytes(64));
+      hide(warpgroup, row0, masked, s);
+      Scores::take_landmarks(p, s, groups.A);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        float base[2];
+        Scores::template find_base<true>(p, g, s, base);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          if (!is_earlier(lse2, groups, g, row)) base[row] = lse2[row];
+        }
+        exponentials(p.scale_log2, g, base, s, groups.l[g]);
+        sum_over_row(groups.l[g]);
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      float factors[2];
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const bool earlier = is_earlier(lse2, groups, g, row);
+        groups.G[g][row] = ptx::exp2_anywhere(groups.A[g][row] - lse2[row]);
+        factors[row] = earlier ? __fdividef(groups.G[g][row], groups.l[g][row]) : 1.f;
+      }
+#pragma unroll
+      for (int j = 0; j < kGroupRegisters; ++j) {
+        s[g * kGroupRegisters + j] *= factors[j / 2 % 2];
+      }
+    }
+  }
+  // Sets what the rows do not see to -inf; returns Groups::earlier.
+  __device__ __forceinline__ uint32_t hide(int warpgroup, int row0, bool masked,
+                                           float (&s)[32]) const {
+    if (masked) return mask(warpgroup, row0, s);
+    if (p.padding > 0) Scores::mask_padding(p, s);
+    return ~0u;
+  }
+  static __device__ __forceinline__ void put(uint32_t tile, const float (&s)[32]) {
+    const FragmentAddress<64> address(tile, 0, warpgroup_thread());
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const float* x = s + 8 * t;
+      ptx::stmatrix_x4(address(t), pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]),
+                       pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
+    }
+  }
+  // P and dP -> dS, packed.
+  __device__ __forceinline__ void differentiate(const float (&lse2)[2], const float (&delta)[2],
+                                                const float (&weights)[32], float (&dp)[32],
+                                                const Groups& groups,
+                                                uint32_t (&ds)[4][4]) const {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      float sums[2][2] = {};
 #pragma unroll
       for (int j = 0; j < kGroupRegisters; ++j) {
         const int at = g * kGroupRegisters + j;
-        sum[j / 2 % 2] += e[at] * dp[at];
+        sums[j / 2 % 2][j % 2] += weights[at] * dp[at];
       }
-      const float factor = groups.G[g] * groups.inverse[g];
-      const float past = Scores::sum_own(sum) * groups.inverse[g], d = earlier ? past : delta;
-      const float w = earlier ? groups.G[g] * (d - delta) : 0.f;
-      float factors[2], shifts[2], ws[2];
-      Scores::both_rows(factor, factors);
-      Scores::both_rows(factor * d, shifts);
-      Scores::both_rows(w, ws);
+      float sum[2] = {sums[0][0] + sums[0][1], sums[1][0] + sums[1][1]};  // G d
+      sum_over_row(sum);
+      float d[2], w[2];
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const bool earlier = is_earlier(lse2, groups, g, row);
+        const float G = groups.G[g][row];
+        // Weights below are nothing, whatever d.
+        const float past = G > kLeastG ? __fdividef(sum[row], G) : 0.f;
+        d[row] = earlier ? past : delta[row];
+        w[row] = earlier ? sum[row] - G * delta[row] : 0.f;
+      }
 #pragma unroll
       for (int j = 0; j < kGroupRegisters; ++j) {
-        const int at = g * kGroupRegisters + j, row = j / 2 % 2;
-        dp[at] = e[at] * (dp[at] * factors[row] - shifts[row]);
+        const int at = g * kGroupRegisters + j;
+        dp[at] = weights[at] * (dp[at] - d[j / 2 % 2]);
       }
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         float& x = dp[(g + 1) * kGroupRegisters - 3 + 2 * row];
-        x = threadIdx.x % 4 == 3 ? ws[row] : x;
+        x = threadIdx.x % 4 == 3 ? w[row] : x;
       }
     }
     accumulator_to_a<T, 64>(dp, ds);
@@ -372,27 +461,32 @@ struct LandmarkBwdKernel : BwdKernel<Traits_, LandmarkBwdKernel<Traits_>> {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       float (&s)[32] = ahead.s[half];
+      const float (&lse2)[2] = ahead.lse2[half];
+      const int row0 = m * kBlockM + half * 64;
       Groups groups;
-      if (ahead.masked) {
-        groups.earlier = mask(warpgroup, m * kBlockM + half * 64, s);
-      } else {
-        groups.earlier = ~0u;
-        if (p.padding > 0) Scores::mask_padding(p, s);
+      groups.earlier = hide(warpgroup, row0, ahead.masked, s);
+      const uint32_t zero = weigh(lse2, s, groups);
+      if constexpr (kSettlesEarly) {
+        settle(warpgroup, state, row0, half, ahead.masked, lse2, s, groups);
       }
-      const uint32_t zero = weigh(ahead.lse2[half], s, groups);
       if (half == 0) {
         // dP takes the registers that dQ is still being added from: not before the exponentials.
         dout_pipe.wait(state, zero);
         issue_dp(warpgroup, state, 0, dp);
         ptx::mbarrier_wait(smem + kWeightsBarrier + 8 * warpgroup, state.parity() ^ 1);
       }
-      const float delta = stat(Traits::kDelta, state, half, Scores::is_second_row() ? 1 : 0);
-      put_weights(weights_of(warpgroup, half), ahead.lse2[half], s, groups);
+      const float delta[2] = {stat(Traits::kDelta, state, half, 0),
+                              stat(Traits::kDelta, state, half, 1)};
+      if constexpr (!kSettlesEarly) {
+        settle(warpgroup, state, row0, half, ahead.masked, lse2, s, groups);
+      }
+      put(weights_of(warpgroup, half), s);
       ptx::fence_async_proxy();
       meet(warpgroup);
       issue_sum(weights_of(warpgroup, half), Traits::kDout, state, half, dv, started || half > 0);
+      if (half + 1 == kHalves) ahead.place = load_place(warpgroup);
       wgmma_wait<1>();
-      differentiate(delta, s, dp, groups, ds);
+      differentiate(lse2, delta, s, dp, groups, ds);
       share(half, ds);
       meet(warpgroup);
       issue_sum(ds_of(warpgroup, buffer, half), Traits::kQ, state, half, dk, started || half > 0);

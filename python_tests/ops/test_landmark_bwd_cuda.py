@@ -64,6 +64,17 @@ def test_irregular_landmarks(density, D, deterministic):
         check(*gpu_qkv(2, Tq, 4, D, Tk=Tk, Hkv=2), **options)
 
 
+@deterministic
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("block_size", [16, 32, 51, 64])
+def test_scores_far_from_those_of_the_landmarks(block_size, D, deterministic):
+    """Sums of a block that leave the range of fp32 unless they are relative to its maximum."""
+    q, k, v = gpu_qkv(1, 500, 2, D)
+    k[:, block_size : 2 * block_size - 1] *= 8
+    k[:, 3 * block_size - 1] *= 8
+    check(q, k, v, block_size, scale=1.0, deterministic=deterministic)
+
+
 def test_rows_of_landmarks_and_long_gaps():
     check(*gpu_qkv(3, 1500, 2, 128), is_landmark=rows_of_landmarks_and_long_gaps())
 
