@@ -31,7 +31,6 @@ struct BwdKernel : BwdLoads<Traits_> {
   using Traits = Traits_;
   using Self = std::conditional_t<std::is_void_v<Self_>, BwdKernel, Self_>;
   __device__ __forceinline__ const Self& self() const { return static_cast<const Self&>(*this); }
-
   using Base::BwdLoads;
 
   // Keys of a tile that a warpgroup has, and its first column of dK and dV.
@@ -292,7 +291,7 @@ struct BwdKernel : BwdLoads<Traits_> {
       ptx::store_shared_int2(aside(warpgroup) + 24, make_int2(all.begin, all.end));
       __syncwarp();
       if constexpr (Traits::kFused) {
-        fused_steps(warpgroup, turn, state, dk, dv);
+        self().fused_steps(warpgroup, turn, state, dk, dv);
       } else {
         split_steps(warpgroup, turn, state, dk, dv);
       }
@@ -405,10 +404,9 @@ struct BwdKernel : BwdLoads<Traits_> {
                        });
       self().issue_dq(warpgroup, last_buffer(), dq);
       // Under the products: what follows them is on nobody else's time.
-      float* to;
+      float* to = nullptr;
       if constexpr (Self::kPlaceAhead) {
-        to = dq_of(warpgroup, self().next_place(warpgroup, ahead.place, m));
-        ahead.masked = m < ahead.place.full.x || m >= ahead.place.full.y;
+        to = dq_of(warpgroup, self().next_place(warpgroup, ahead, m));
       } else {
         to = dq_of(warpgroup, last_block());
         advance();
@@ -464,7 +462,6 @@ struct BwdKernel : BwdLoads<Traits_> {
 
 template <class Kernel>
 __device__ __forceinline__ void run_bwd(const typename Kernel::Traits::Params& p, char* base) {
-  constexpr bool kGroups = Kernel::Traits::kGroups;
   Kernel kernel(p, base);
   if (threadIdx.x == 0) kernel.init();
   if (threadIdx.x == 32) {  // meanwhile
@@ -478,7 +475,7 @@ __device__ __forceinline__ void run_bwd(const typename Kernel::Traits::Params& p
     ptx::setmaxnreg_dec<24>();
     if (threadIdx.x == 0) kernel.template produce<true>();
     if (threadIdx.x == 32) kernel.template produce<false>();
-    if constexpr (kGroups) {
+    if constexpr (Kernel::Traits::kGroups) {
       if (threadIdx.x == 64) kernel.template produce_group_statistics<true>();
       if (threadIdx.x == 96) kernel.template produce_group_statistics<false>();
     }

@@ -13,81 +13,20 @@
 #pragma once
 
 #include "attn_bwd_sm90.cuh"
-#include "landmark_grads.cuh"
+#include "landmark_group_keys.cuh"
+#include "landmark_weights.cuh"
 
 namespace lctx::cuda {
 
-// Whole blocks, 128 / kWidth of them a tile; the keys of an incomplete last one are a tile of their
-// own.
-template <int kWidth>
-struct UniformGroupKeys {
-  struct Params {
-    int block_size;
-    int padding;       // kWidth - block_size
-    int whole_blocks;  // blocks with a landmark
-    int whole_tiles;   // tiles of whole blocks
-  };
-  static constexpr bool kStrided = false, kPadded = true;
-  static constexpr int kGroups = 128 / kWidth;
-
-  template <class P>
-  static __device__ __forceinline__ int first_block(const P& p, const KeyWork& work) {
-    return work.map == 0 ? work.piece * kGroups : p.whole_blocks;
-  }
-
-  template <class P>
-  static __device__ __forceinline__ KeyWork find(const P& p, int index) {
-    const TileOrder::Tile tile = p.order[index];
-    KeyWork work;
-    work.head = tile.head;
-    work.batch = tile.batch;
-    set_heads(p, work);
-    work.piece = tile.m_block;
-    work.map = ptx::opaque(tile.m_block < p.whole_tiles ? 0 : 1);
-    work.key0 = first_block(p, work) * p.block_size;
-    work.key_end = p.Tk;
-    work.query_begin = 0;
-    work.query_end = p.Tq;
-    work.shift = p.query_offset;
-    return work;
-  }
-
-  // Coordinates of the tile in its map: of whole blocks (key of the block, block), else (key, 0).
-  template <class P>
-  static __device__ __forceinline__ int2 keys_at(const P& p, const KeyWork& work) {
-    return work.map == 0 ? make_int2(-p.padding, work.piece * kGroups)
-                         : make_int2(work.key0 - p.padding, 0);
-  }
-};
-
-template <int kWidth>
-struct StoreUniformGroups {
-  struct Params {};
-  static constexpr bool kPrefetches = false, kReadsKeys = false;
-
-  template <class Kernel, int N>
-  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
-                                                const KeyWork& work, const float (&dk)[N],
-                                                const float (&dv)[N]) {
-    const auto& p = kernel.p;
-    const int key_end = work.map == 0 ? p.whole_blocks * p.block_size : p.Tk;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = warpgroup * 64 + fragment_row(warpgroup_thread()) + 8 * i;
-      const int column = row % kWidth - p.padding;
-      const int key = work.key0 + row / kWidth * p.block_size + column;
-      const bool exists = column >= 0 && key < key_end;
-      StoreKeys::store_row(kernel, work, key, exists, dv, i, 1.f, p.dv);
-      StoreKeys::store_row(kernel, work, key, exists, dk, i, p.scale, p.dk);
-    }
-  }
-};
-
-template <class T_, int kHeadDim_, int kWidth_>
+#ifndef EARLY
+#define EARLY false
+#endif
+template <class T_, int kHeadDim_, int kWidth_, bool kEarly_ = EARLY>
 struct LandmarkFusedTile : BwdTile<T_, kHeadDim_, /*fused=*/true> {
   using Base = BwdTile<T_, kHeadDim_, true>;
   using Base::kBlockM, Base::kHalves, Base::kStages, Base::kConsumers;
   static constexpr int kWidth = kWidth_;
+  static constexpr bool kEarly = kEarly_;
   static constexpr int kWeightBytes = kHalves * tile_bytes(64, 64);  // P of a warpgroup
   static constexpr int kWeights = Base::kDs + Base::kDsBuffers * Base::kDsBytes;
   static constexpr int kLse2 = kWeights + kConsumers * kWeightBytes;
@@ -111,7 +50,11 @@ struct LandmarkBwdKernel : BwdKernel<Traits_, LandmarkBwdKernel<Traits_>> {
   using typename Base::Tiles;
   static constexpr int kWidth = Traits::kWidth, kGroups = 64 / kWidth;
   static constexpr int kGroupRegisters = kWidth / 2;
-  using Scores = LandmarkGrads<T, 64, kWidth, /*kByLandmark=*/false>;
+  using Scores = LandmarkScores<T, 64, kWidth>;
+  using Weights = LandmarkWeights<T, kWidth>;
+  using Groups = typename Weights::Groups;
+  // Several groups are settled before dP is issued, or there are no registers.
+  static constexpr bool kSettlesEarly = kGroups > 1;
 
   // One a warpgroup: P may be written.
   static constexpr int kWeightsBarrier = Base::kQueue + TileQueue::kBytes;
@@ -246,11 +189,19 @@ struct LandmarkBwdKernel : BwdKernel<Traits_, LandmarkBwdKernel<Traits_>> {
     int block;
   };
   __device__ __forceinline__ Place load_place(int warpgroup) const {
-    return {ptx::load_shared_int2(aside(warpgroup) + 24), ptx::load_shared_int2(aside(warpgroup) + 16),
+    return {ptx::load_shared_int2(aside(warpgroup) + 24),
+            ptx::load_shared_int2(aside(warpgroup) + 16),
             ptx::load_shared_4(aside(warpgroup) + 12)};
   }
+  struct Ahead {
+    float s[kHalves][32];
+    float lse2[kHalves][2];
+    Place place;
+    bool masked;
+  };
   // Steps on; returns the block of dq_sum of the step before this one.
-  __device__ __forceinline__ int next_place(int warpgroup, const Place& place, int& m) const {
+  __device__ __forceinline__ int next_place(int warpgroup, Ahead& ahead, int& m) const {
+    const Place& place = ahead.place;
     const int between = this->blocks_between(place.bounds);
     const int last = place.block - 1 - (m > place.bounds.x ? 0 : between);
     int block = place.block + 1;
@@ -261,15 +212,10 @@ struct LandmarkBwdKernel : BwdKernel<Traits_, LandmarkBwdKernel<Traits_>> {
     __syncwarp();
     ptx::store_shared_4(aside(warpgroup) + 12, block);
     __syncwarp();
+    ahead.masked = m < place.full.x || m >= place.full.y;
     return last;
   }
 
-  struct Ahead {
-    float s[kHalves][32];
-    float lse2[kHalves][2];
-    Place place;
-    bool masked;
-  };
   __device__ __forceinline__ void issue_ahead(int warpgroup, const QueryState& state,
                                               Ahead& ahead) const {
 #pragma unroll
@@ -283,86 +229,25 @@ struct LandmarkBwdKernel : BwdKernel<Traits_, LandmarkBwdKernel<Traits_>> {
     }
   }
 
-  // What is known of the groups before dP. Nothing of a row but its sums crosses threads, so that
-  // all four of a row do its arithmetic: a shuffle waits while products read shared memory.
-  struct Groups {
-    uint32_t earlier;     // bit 2 g + row: the row sees group g by its landmark
-    float A[kGroups][2];  // score of the landmark
-    float l[kGroups][2];  // sum of exponentials, at first this thread's share
-    float G[kGroups][2];
-  };
-  // Several groups are settled before dP is issued, or there are no registers.
-  static constexpr bool kSettlesEarly = kGroups > 1;
-  static constexpr float kLeastSum = 1e-20f, kMostSum = 1e30f, kLeastG = 1e-30f;
-
-  static __device__ __forceinline__ void sum_over_row(float (&x)[2]) {
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) x[row] += __shfl_xor_sync(~0u, x[row], step);
-    }
-  }
-
-  // S of a group -> exponentials relative to `base`.
-  static __device__ __forceinline__ void exponentials(float scale_log2, int g,
-                                                      const float (&base)[2], float (&s)[32],
-                                                      float (&l)[2]) {
-    float sum[2][2] = {};
-#pragma unroll
-    for (int j = 0; j < kGroupRegisters; ++j) {
-      float& x = s[g * kGroupRegisters + j];
-      x = x * scale_log2 - base[j / 2 % 2];
-    }
-#pragma unroll
-    for (int j = 0; j < kGroupRegisters; ++j) {
-      float& x = s[g * kGroupRegisters + j];
-      x = ptx::exp2_approx(x);
-      sum[j / 2 % 2][j % 2] += x;
-    }
-    l[0] = sum[0][0] + sum[0][1];
-    l[1] = sum[1][0] + sum[1][1];
-  }
-
-  // S -> exponentials relative to the rows' lse, which is what they are in the own block. Returns
-  // 0, known only when all are there.
-  __device__ __forceinline__ uint32_t weigh(const float (&lse2)[2], float (&s)[32],
-                                            Groups& groups) const {
+  // S relative to the rows' lse, which exponentials in the own block are.
+  __device__ __forceinline__ void begin_weighing(int warpgroup, int row0, bool masked,
+                                                 const float (&lse2)[2], float (&s)[32],
+                                                 Groups& groups) const {
+    groups.earlier = hide(warpgroup, row0, masked, s);
     Scores::take_landmarks(p, s, groups.A);
-    uint32_t all = ~0u;
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      exponentials(p.scale_log2, g, lse2, s, groups.l[g]);
-      all &= __float_as_uint(groups.l[g][0]) & __float_as_uint(groups.l[g][1]);
-    }
-    return all == ~0u ? 1 : 0;  // that is no sum
-  }
-  static __device__ __forceinline__ bool is_earlier(const float (&lse2)[2], const Groups& groups,
-                                                    int g, int row) {
-    return (groups.earlier >> (2 * g + row) & 1) != 0 && lse2[row] < INFINITY;
-  }
-  static __device__ __forceinline__ bool out_of_range(const float (&lse2)[2],
-                                                      const Groups& groups) {
-    bool out = false;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const float l = groups.l[g][row];
-        out |= is_earlier(lse2, groups, g, row) && !(l > kLeastSum && l < kMostSum);
-      }
-    }
-    return __any_sync(~0u, out);
+    for (int g = 0; g < kGroups; ++g) Weights::scale(p.scale_log2, g, lse2, s);
   }
   // Exponentials -> P.
   __device__ __forceinline__ void settle(int warpgroup, const QueryState& state, int row0, int half,
                                          bool masked, const float (&lse2)[2], float (&s)[32],
                                          Groups& groups) const {
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) sum_over_row(groups.l[g]);
-    if (__builtin_expect(out_of_range(lse2, groups), false)) {
+    for (int g = 0; g < kGroups; ++g) Weights::sum_over_row(groups.l[g]);
+    if (__builtin_expect(Weights::out_of_range(lse2, groups), false)) {
       // Once more, relative to the groups' maxima.
-      warp_scores<T, kHeadDim, kBlockM, kBlockN>(
-          s, query_tile(Traits::kQ, state, half), smem + Traits::kK + warpgroup * chunk_bytes(64));
+      warp_scores<T, kHeadDim, kBlockM, kBlockN>(s, query_tile(Traits::kQ, state, half),
+                                                 smem + Traits::kK + warpgroup * chunk_bytes(64));
       hide(warpgroup, row0, masked, s);
       Scores::take_landmarks(p, s, groups.A);
 #pragma unroll
@@ -371,26 +256,15 @@ struct LandmarkBwdKernel : BwdKernel<Traits_, LandmarkBwdKernel<Traits_>> {
         Scores::template find_base<true>(p, g, s, base);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-          if (!is_earlier(lse2, groups, g, row)) base[row] = lse2[row];
+          if (!Weights::is_earlier(lse2, groups, g, row)) base[row] = lse2[row];
         }
-        exponentials(p.scale_log2, g, base, s, groups.l[g]);
-        sum_over_row(groups.l[g]);
+        Weights::scale(p.scale_log2, g, base, s);
       }
+      Weights::template exponentials<0, 32>(s, groups);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) Weights::sum_over_row(groups.l[g]);
     }
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      float factors[2];
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const bool earlier = is_earlier(lse2, groups, g, row);
-        groups.G[g][row] = ptx::exp2_anywhere(groups.A[g][row] - lse2[row]);
-        factors[row] = earlier ? __fdividef(groups.G[g][row], groups.l[g][row]) : 1.f;
-      }
-#pragma unroll
-      for (int j = 0; j < kGroupRegisters; ++j) {
-        s[g * kGroupRegisters + j] *= factors[j / 2 % 2];
-      }
-    }
+    Weights::weigh_groups(lse2, s, groups);
   }
   // Sets what the rows do not see to -inf; returns Groups::earlier.
   __device__ __forceinline__ uint32_t hide(int warpgroup, int row0, bool masked,
@@ -404,47 +278,39 @@ struct LandmarkBwdKernel : BwdKernel<Traits_, LandmarkBwdKernel<Traits_>> {
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       const float* x = s + 8 * t;
-      ptx::stmatrix_x4(address(t), pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]),
-                       pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
+      ptx::stmatrix_x4(address(t), pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]),
+                       pack2<T>(x[6], x[7]));
     }
   }
-  // P and dP -> dS, packed.
-  __device__ __forceinline__ void differentiate(const float (&lse2)[2], const float (&delta)[2],
-                                                const float (&weights)[32], float (&dp)[32],
-                                                const Groups& groups,
-                                                uint32_t (&ds)[4][4]) const {
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      float sums[2][2] = {};
-#pragma unroll
-      for (int j = 0; j < kGroupRegisters; ++j) {
-        const int at = g * kGroupRegisters + j;
-        sums[j / 2 % 2][j % 2] += weights[at] * dp[at];
-      }
-      float sum[2] = {sums[0][0] + sums[0][1], sums[1][0] + sums[1][1]};  // G d
-      sum_over_row(sum);
-      float d[2], w[2];
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const bool earlier = is_earlier(lse2, groups, g, row);
-        const float G = groups.G[g][row];
-        // Weights below are nothing, whatever d.
-        const float past = G > kLeastG ? __fdividef(sum[row], G) : 0.f;
-        d[row] = earlier ? past : delta[row];
-        w[row] = earlier ? sum[row] - G * delta[row] : 0.f;
-      }
-#pragma unroll
-      for (int j = 0; j < kGroupRegisters; ++j) {
-        const int at = g * kGroupRegisters + j;
-        dp[at] = weights[at] * (dp[at] - d[j / 2 % 2]);
-      }
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        float& x = dp[(g + 1) * kGroupRegisters - 3 + 2 * row];
-        x = threadIdx.x % 4 == 3 ? w[row] : x;
-      }
+  // From exponentials to dS, with dV.
+  __device__ __forceinline__ void weigh(int warpgroup, int row0, const QueryState& state, int half,
+                                        Ahead& ahead, Groups& groups, float (&dp)[32],
+                                        float (&dv)[kHeadDim / 2], bool started,
+                                        uint32_t (&ds)[4][4]) const {
+    float (&s)[32] = ahead.s[half];
+    const float (&lse2)[2] = ahead.lse2[half];
+    const uint32_t zero = Weights::zero_behind(groups);
+    if constexpr (kSettlesEarly) {
+      settle(warpgroup, state, row0, half, ahead.masked, lse2, s, groups);
     }
-    accumulator_to_a<T, 64>(dp, ds);
+    if (half == 0) {
+      // dP takes the registers that dQ is still being added from: not before the exponentials.
+      dout_pipe.wait(state, zero);
+      issue_dp(warpgroup, state, 0, dp);
+      ptx::mbarrier_wait(smem + kWeightsBarrier + 8 * warpgroup, state.parity() ^ 1);
+    }
+    const float delta[2] = {stat(Traits::kDelta, state, half, 0),
+                            stat(Traits::kDelta, state, half, 1)};
+    if constexpr (!kSettlesEarly) {
+      settle(warpgroup, state, row0, half, ahead.masked, lse2, s, groups);
+    }
+    put(weights_of(warpgroup, half), s);
+    ptx::fence_async_proxy();
+    meet(warpgroup);
+    issue_sum(weights_of(warpgroup, half), Traits::kDout, state, half, dv, started || half > 0);
+    if (half + 1 == kHalves) ahead.place = load_place(warpgroup);
+    wgmma_wait<1>();
+    Weights::differentiate(lse2, delta, s, dp, groups, ds);
   }
 
   // dV and dK of a block whose scores are there.
@@ -460,39 +326,84 @@ struct LandmarkBwdKernel : BwdKernel<Traits_, LandmarkBwdKernel<Traits_>> {
     uint32_t ds[4][4];
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      float (&s)[32] = ahead.s[half];
-      const float (&lse2)[2] = ahead.lse2[half];
       const int row0 = m * kBlockM + half * 64;
       Groups groups;
-      groups.earlier = hide(warpgroup, row0, ahead.masked, s);
-      const uint32_t zero = weigh(lse2, s, groups);
-      if constexpr (kSettlesEarly) {
-        settle(warpgroup, state, row0, half, ahead.masked, lse2, s, groups);
-      }
-      if (half == 0) {
-        // dP takes the registers that dQ is still being added from: not before the exponentials.
-        dout_pipe.wait(state, zero);
-        issue_dp(warpgroup, state, 0, dp);
-        ptx::mbarrier_wait(smem + kWeightsBarrier + 8 * warpgroup, state.parity() ^ 1);
-      }
-      const float delta[2] = {stat(Traits::kDelta, state, half, 0),
-                              stat(Traits::kDelta, state, half, 1)};
-      if constexpr (!kSettlesEarly) {
-        settle(warpgroup, state, row0, half, ahead.masked, lse2, s, groups);
-      }
-      put(weights_of(warpgroup, half), s);
-      ptx::fence_async_proxy();
-      meet(warpgroup);
-      issue_sum(weights_of(warpgroup, half), Traits::kDout, state, half, dv, started || half > 0);
-      if (half + 1 == kHalves) ahead.place = load_place(warpgroup);
-      wgmma_wait<1>();
-      differentiate(lse2, delta, s, dp, groups, ds);
+      begin_weighing(warpgroup, row0, ahead.masked, ahead.lse2[half], ahead.s[half], groups);
+      Weights::template exponentials<0, 32>(ahead.s[half], groups);
+      weigh(warpgroup, row0, state, half, ahead, groups, dp, dv, started, ds);
       share(half, ds);
       meet(warpgroup);
       issue_sum(ds_of(warpgroup, buffer, half), Traits::kQ, state, half, dk, started || half > 0);
       if (half + 1 < kHalves) issue_dp(warpgroup, state, half + 1, dp);
     }
   }
+
+  // Scores of the next block go in front of dK and dQ of this one, and half of its exponentials are
+  // made under them. Between two steps nothing runs: the compiler follows products no further.
+  __device__ __forceinline__ void early_steps(int warpgroup, const typename Base::Turn& turn,
+                                              QueryState& state, float (&dk)[kHeadDim / 2],
+                                              float (&dv)[kHeadDim / 2]) const {
+    const uint32_t ds_barrier = smem + Base::kDsBarrier;
+    const auto last_buffer = [&] { return state.stage() == 0 ? 2 : state.stage() - 1; };
+    int m = turn.first;
+    bool started = false;
+    float dq[32], dp[32];
+    uint32_t ds[4][4];
+    Ahead ahead;
+    Groups groups;
+    q_pipe.wait(state);
+    issue_ahead(warpgroup, state, ahead);
+    ahead.masked = needs_mask(warpgroup, m);
+    wgmma_wait<0>();
+    begin_weighing(warpgroup, m * 64, ahead.masked, ahead.lse2[0], ahead.s[0], groups);
+    Weights::template exponentials<0, kEarlyExponentials>(ahead.s[0], groups);
+    for (int left = turn.steps; left > 0; --left) {
+      Weights::template exponentials<kEarlyExponentials, 32>(ahead.s[0], groups);
+      weigh(warpgroup, m * 64, state, 0, ahead, groups, dp, dv, started, ds);
+      const QueryState last = state;
+      const uint32_t buffer = state.stage(), buffer_before = last_buffer();
+      state.advance();
+      // After the last block the scores are those of stale data, and ignored.
+      if (left > 1) q_pipe.wait(state);
+      issue_ahead(warpgroup, state, ahead);
+      ptx::mbarrier_wait(ds_barrier, last.parity() ^ 1);
+      share_ds(warpgroup, buffer, 0, ds);
+      ptx::fence_async_proxy();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
+      meet(warpgroup);
+      issue_sum(ds_of(warpgroup, buffer, 0), Traits::kQ, last, 0, dk, started);
+      issue_dq(warpgroup, buffer_before, dq);
+      float* to = this->dq_of(warpgroup, next_place(warpgroup, ahead, m));
+      wgmma_wait<2>();
+      begin_weighing(warpgroup, m * 64, ahead.masked, ahead.lse2[0], ahead.s[0], groups);
+      Weights::template exponentials<0, kEarlyExponentials>(ahead.s[0], groups);
+      wgmma_wait<1>();
+      release_block(warpgroup, last);
+      wgmma_wait<0>();
+      if (started) this->add_dq(to, dq);
+      started = true;
+    }
+    ptx::mbarrier_wait(ds_barrier, state.parity() ^ 1);
+    issue_dq(warpgroup, last_buffer(), dq);
+    wgmma_wait<0>();
+    const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
+    const int block = ptx::load_shared_4(aside(warpgroup) + 12);
+    this->add_dq(
+        this->dq_of(warpgroup, m > bounds.x ? block - 1 : block - 1 - this->blocks_between(bounds)),
+        dq);
+  }
+  __device__ __forceinline__ void fused_steps(int warpgroup, const typename Base::Turn& turn,
+                                              QueryState& state, float (&dk)[kHeadDim / 2],
+                                              float (&dv)[kHeadDim / 2]) const {
+    if constexpr (Traits::kEarly) {
+      early_steps(warpgroup, turn, state, dk, dv);
+    } else {
+      Base::fused_steps(warpgroup, turn, state, dk, dv);
+    }
+  }
+  static constexpr int kEarlyExponentials = 16;
+
   template <class State>
   static __device__ __forceinline__ uint32_t ds_buffer(const State& state) {
     if constexpr (Traits::kDsBuffers == Traits::kStages) {
