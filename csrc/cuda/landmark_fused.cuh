@@ -18,10 +18,8 @@
 
 namespace lctx::cuda {
 
-#ifndef EARLY
-#define EARLY false
-#endif
-template <class T_, int kHeadDim_, int kWidth_, bool kEarly_ = EARLY>
+// kEarly_: the order of early_steps.
+template <class T_, int kHeadDim_, int kWidth_, bool kEarly_ = false>
 struct LandmarkFusedTile : BwdTile<T_, kHeadDim_, /*fused=*/true> {
   using Base = BwdTile<T_, kHeadDim_, true>;
   using Base::kBlockM, Base::kHalves, Base::kStages, Base::kConsumers;
@@ -343,6 +341,7 @@ struct LandmarkBwdKernel : BwdKernel<Traits_, LandmarkBwdKernel<Traits_>> {
   __device__ __forceinline__ void early_steps(int warpgroup, const typename Base::Turn& turn,
                                               QueryState& state, float (&dk)[kHeadDim / 2],
                                               float (&dv)[kHeadDim / 2]) const {
+    static_assert(kHalves == 1 && Traits::kDsBuffers == 3 && Traits::kStages == 3);
     const uint32_t ds_barrier = smem + Base::kDsBarrier;
     const auto last_buffer = [&] { return state.stage() == 0 ? 2 : state.stage() - 1; };
     int m = turn.first;
