@@ -77,7 +77,7 @@ void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& gra
   again.norms = scratch.norms;
   InfiniPlan key_plan;
   key_plan.splits = plan.key_splits;
-  const InfiniStates forward(params, key_plan, again);
+  InfiniStates forward(params, key_plan, again);
   const bool delta = params.update == InfiniUpdate::kDelta, is_wide = params.shape.Dk > 128;
   const InfiniWide wide = make_infini_wide(params, scratch);
   launch_infini_norms(forward, stream);
@@ -92,6 +92,10 @@ void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& gra
   launch_infini_row_stats(params, grads, states, stream);
   if (delta) {
     launch_infini_decays(params, forward, /*tf32=*/false, num_sms, stream);
+    if (is_wide) {
+      launch_infini_add_decays(forward, stream);
+      forward.splits = 1;
+    }
     launch_infini_delta_scan_bwd(states, forward, stream);
   } else {
     launch_infini_linear_scan_bwd(states, stream);

@@ -1,4 +1,6 @@
-// Math: that of infini_update_bwd.cu above D = 128.
+// Math: that of infini_update_bwd.cu above D = 128. delta: R is an operand of two terms for dU,
+// whose
+//       products with W nearly cancel in the gradient of z.
 // Tile map: a unit is (batch, key/value head, segment, part of its rows); persistent blocks of two
 //       warpgroups of 64 rows each, and a producer warp. A product has half of its 256 columns at a
 //       time; states come by in pieces of 64 x 128: dM as high and low term and, for the delta
@@ -96,9 +98,11 @@ struct UpdateKernel : WideKernel<UpdateTraits<T, kUpdate>> {
     }
   }
 
-  // Four 16-deep steps of R of this warpgroup's rows.
+  // Four 16-deep steps of R of this warpgroup's rows, or what rounding leaves of it.
+  template <bool kRest>
   __device__ __forceinline__ void read_keys(int slice, uint32_t (&R)[kSteps][4]) const {
-    const FragmentAddress<kRows> address(smem + kKeys, Base::warpgroup() * 64, warpgroup_thread());
+    const int thread = warpgroup_thread();
+    const FragmentAddress<kRows> address(smem + kKeys, Base::warpgroup() * 64, thread);
 #pragma unroll
     for (int t = 0; t < kSteps; ++t) {
       __syncwarp();  // one after the other: registers are scarce
@@ -106,7 +110,8 @@ struct UpdateKernel : WideKernel<UpdateTraits<T, kUpdate>> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 s = elu_plus_one2<T>(R[t][i]);
-        R[t][i] = pack2<T>(s.x, s.y);
+        const SplitPair<T> pair(s.x, s.y);
+        R[t][i] = kRest ? pair.low : pair.high;
       }
     }
   }
@@ -115,7 +120,7 @@ struct UpdateKernel : WideKernel<UpdateTraits<T, kUpdate>> {
     uint32_t R[kSteps][4];
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
-      read_keys(slice, R);
+      read_keys<false>(slice, R);
       pipe.pieces.wait(piece);
       wgmma_fence();
       Base::multiply(R, 0, dU, slice != 0);
@@ -123,14 +128,20 @@ struct UpdateKernel : WideKernel<UpdateTraits<T, kUpdate>> {
       if constexpr (kDelta) Base::multiply(R, 2, W, slice != 0);
       wgmma_commit();
       wgmma_wait<0>();
+      if constexpr (kDelta) {
+        read_keys<true>(slice, R);
+        wgmma_fence();
+        Base::multiply(R, 0, dU, true);
+        wgmma_commit();
+        wgmma_wait<0>();
+      }
       pipe.pieces.release(piece);
       piece.advance();
     }
   }
 
-  // 1 / e of this thread's two rows, scaled as the norms are.
-  __device__ __forceinline__ void read_norms(bool empty, float (&inverse)[2],
-                                             bool (&clamped)[2]) const {
+  // 1 / e of this thread's two rows, scaled as the norms are; less than 0 where e is clamped.
+  __device__ __forceinline__ void read_norms(bool empty, float (&inverse)[2]) const {
     float norm[2] = {0.f, 0.f};
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
@@ -144,8 +155,7 @@ struct UpdateKernel : WideKernel<UpdateTraits<T, kUpdate>> {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float e = quad_sum(norm[i]);
-      clamped[i] = !(e >= least);
-      inverse[i] = empty ? 0.f : 1.f / fmaxf(e, least);
+      inverse[i] = empty ? 0.f : __fdividef(e >= least ? 1.f : -1.f, fmaxf(e, least));
     }
   }
 
@@ -259,10 +269,9 @@ struct UpdateKernel : WideKernel<UpdateTraits<T, kUpdate>> {
   __device__ __forceinline__ void run(int first) {
     const auto unit = [&] { return unit_again(); };
     float inverse_norm[2], de[2] = {0.f, 0.f};
-    bool clamped[2];
     Packed dn[2];
     pipe.first.wait(rows);
-    if constexpr (kDelta) read_norms(x.empty(unit().segment), inverse_norm, clamped);
+    if constexpr (kDelta) read_norms(x.empty(unit().segment), inverse_norm);
     pipe.second.wait(rows);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -271,7 +280,7 @@ struct UpdateKernel : WideKernel<UpdateTraits<T, kUpdate>> {
       if constexpr (kDelta) {
 #pragma unroll
         for (int i = 0; i < kHalf / 2; ++i) {
-          W[i] *= inverse_norm[i / 2 % 2];
+          W[i] *= fabsf(inverse_norm[i / 2 % 2]);
           de[i / 2 % 2] += dU[i] * W[i];
         }
         store_difference(half, W);
@@ -280,7 +289,7 @@ struct UpdateKernel : WideKernel<UpdateTraits<T, kUpdate>> {
       store(p.dv, unit(), first, half, inverse_scale(unit()), dU);
       if constexpr (kDelta) {
 #pragma unroll
-        for (int i = 0; i < kHalf / 2; ++i) dU[i] *= -inverse_norm[i / 2 % 2];
+        for (int i = 0; i < kHalf / 2; ++i) dU[i] *= -fabsf(inverse_norm[i / 2 % 2]);
         accumulator_to_a<T, kHalf>(dU, dn[half]);
       }
     }
@@ -289,8 +298,8 @@ struct UpdateKernel : WideKernel<UpdateTraits<T, kUpdate>> {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float sum = quad_sum(de[i]);
-        const bool counts = !clamped[i] && first + Base::first_row() + 8 * i < end;
-        de[i] = counts ? sum * inverse_norm[i] : 0.f;
+        const bool counts = first + Base::first_row() + 8 * i < end;
+        de[i] = counts ? sum * fmaxf(inverse_norm[i], 0.f) : 0.f;
       }
       ptx::fence_async_proxy();
       ptx::named_barrier_sync(2 + Base::warpgroup(), 128);
