@@ -5,9 +5,8 @@
 // Tile map: a unit is (batch, key/value head, segment, part of its rows of all query heads of the
 //       group, tile of 128 x 128 of dM); persistent blocks of two warpgroups, 64 rows of the tile
 //       each, and a producer warp.
-// Pipeline: six stages of 64 rows of Q and dO, 128 columns of each. a P takes Q's place, of the
-// next
-//       stage while the product of this one runs.
+// Pipeline: six stages of 64 rows of Q and dO, 128 columns of each. a P takes Q's place, of the next
+//       stage while the product of this one runs; a row's numbers come a stage ahead.
 // Memory: q and dO twice (the second time out of L2), D^2 floats a part.
 // Limits: used by infini_bwd; bf16, fp16; D a multiple of 8 up to 256.
 #include "../common/tensor_map.h"
@@ -115,16 +114,24 @@ struct SumKernel {
     }
   }
 
-  // a P in place of Q, and its share of dz: eight columns of a thread.
-  __device__ __forceinline__ void transform(const Unit& unit, const Rows& rows, uint32_t tile,
-                                            float (&dz)[8]) const {
-    float2 weights[kSteps];
+  // What a thread's rows of a step are multiplied with.
+  struct Weights {
+    float2 x[kSteps];
+  };
+  __device__ __forceinline__ void load(const Unit& unit, int step, Weights& weights) const {
+    if (step >= 2 * unit.end) return;
+    const Rows rows(x, unit, step);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int row = Keys::first_row() + i * Keys::kRowsAtOnce;
       const int64_t at = (int64_t{unit.batch} * x.Hq + rows.head) * x.T + rows.row0 + row;
-      weights[i] = row < rows.rows ? p.weights[at] : make_float2(0.f, 0.f);
+      weights.x[i] = row < rows.rows ? p.weights[at] : make_float2(0.f, 0.f);
     }
+  }
+
+  // a P in place of Q, and its share of dz: eight columns of a thread.
+  __device__ __forceinline__ void transform(const Weights& weights, int rows, uint32_t tile,
+                                            float (&dz)[8]) const {
     pipe.wait(state);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
@@ -136,13 +143,13 @@ struct SumKernel {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         query.x[j] = elu_plus_one2<T>(words[j]);
-        if (row >= rows.rows) query.x[j] = {0.f, 0.f};
-        dz[2 * j] += query.x[j].x * weights[i].y;
-        dz[2 * j + 1] += query.x[j].y * weights[i].y;
+        if (row >= rows) query.x[j] = {0.f, 0.f};
+        dz[2 * j] += query.x[j].x * weights.x[i].y;
+        dz[2 * j + 1] += query.x[j].y * weights.x[i].y;
       }
-      ptx::store_shared_16(at, query.template pack<T>(weights[i].x));
+      ptx::store_shared_16(at, query.template pack<T>(weights.x[i].x));
     }
-    if (rows.rows < kRows) Keys::clear_rows(tile + Traits::kTileBytes, rows.rows);
+    if (rows < kRows) Keys::clear_rows(tile + Traits::kTileBytes, rows);
     ptx::fence_async_proxy();
   }
 
@@ -200,16 +207,23 @@ struct SumKernel {
         continue;
       }
       const auto tile = [&] { return smem + state.stage() * Traits::kStageBytes; };
-      transform(unit, Rows(x, unit, step), tile(), dz);
-      bool started = false;
-      while (step < 2 * unit.end) {
+      Weights weights, ahead;
+      load(unit, step, weights);
+      int next = next_step(unit, step + 1);
+      load(unit, next, ahead);
+      transform(weights, Rows(x, unit, step).rows, tile(), dz);
+      for (bool started = false; step < 2 * unit.end; started = true) {
         ptx::named_barrier_sync(1, Traits::kConsumerThreads);
         multiply(tile(), started, acc);
-        started = true;
         const auto current = state;
         state.advance();
-        step = next_step(unit, step + 1);
-        if (step < 2 * unit.end) transform(unit, Rows(x, unit, step), tile(), dz);
+        step = next;
+        if (step < 2 * unit.end) {
+          weights = ahead;
+          next = next_step(unit, step + 1);
+          load(unit, next, ahead);
+          transform(weights, Rows(x, unit, step).rows, tile(), dz);
+        }
         wgmma_wait<0>();
         pipe.release(current);
       }
