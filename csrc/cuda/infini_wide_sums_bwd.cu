@@ -5,8 +5,8 @@
 // Tile map: a unit is (batch, key/value head, segment, part of its rows of all query heads of the
 //       group, tile of 128 x 128 of dM); persistent blocks of two warpgroups, 64 rows of the tile
 //       each, and a producer warp.
-// Pipeline: six stages of 64 rows of Q and dO, 128 columns of each. a P takes Q's place, of the next
-//       stage while the product of this one runs; a row's numbers come a stage ahead.
+// Pipeline: six stages of 64 rows of Q and dO, 128 columns of each. a P takes Q's place, of the
+//       next stage while the product of this one runs; a row's numbers come a stage ahead.
 // Memory: q and dO twice (the second time out of L2), D^2 floats a part.
 // Limits: used by infini_bwd; bf16, fp16; D a multiple of 8 up to 256.
 #include "../common/tensor_map.h"
