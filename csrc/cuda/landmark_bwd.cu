@@ -10,7 +10,7 @@
 //       writes vectors alone, seven products instead of nine; chunks of blocks too.
 // Memory: vectors of 12 bytes a group and row, for as many heads or blocks as kVectorBytes allow.
 //       Short blocks fused: none.
-// Limits: as flash_fwd.cu, lctx::landmark_fwd's; D <= 128.
+// Limits: as flash_fwd.cu, lctx::landmark_fwd's.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -156,6 +156,7 @@ int64_t landmark_bwd_ints(const LandmarkParams& params) {
   return std::max(dq_ints(params), landmark_dkv_ints(params.shape));
 }
 
+// Above D = 128 there are no registers for dQ.
 bool landmark_fuses(const LandmarkParams& params) { return head_dim(params.shape) <= 128; }
 
 void launch_landmark_bwd(const LandmarkParams& params, const AttnGrads& grads,

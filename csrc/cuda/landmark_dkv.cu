@@ -22,7 +22,8 @@ int64_t num_pieces(const LandmarkParams& params) {
 template <class Tile>
 void launch_pieces(const LandmarkDqParams& params, const AttnGrads& grads, int num_sms,
                    Stream stream) {
-  using Traits = BwdTraits<Tile, LandmarkKeys, StoreGroupKeys, false>;
+  constexpr int kPieces = Tile::kVectors;
+  using Traits = BwdTraits<Tile, LandmarkKeys<kPieces>, StoreGroupKeys, false>;
   const AttnShape& s = params.shape;
   typename Traits::Params p{};
   BwdScratch scratch;
@@ -42,8 +43,8 @@ void launch_pieces(const LandmarkDqParams& params, const AttnGrads& grads, int n
   p.batches = static_cast<int>(s.B);
   p.vectors = params.vectors;
   const int num_tiles = std::min(tables.chunk_tiles, p.max_tiles - p.first_tile);
-  p.order =
-      KeyOrder(make_order("lctx::landmark_bwd", num_tiles / 2, s.Hkv, s.B, bwd_section(s, s.Tq)));
+  p.order = KeyOrder(
+      make_order("lctx::landmark_bwd", num_tiles / kPieces, s.Hkv, s.B, bwd_section(s, s.Tq)));
   launch_bwd<Traits>(p, num_sms, stream);
 }
 
@@ -75,8 +76,10 @@ void launch_landmark_dkv(const LandmarkDqParams& params, const AttnGrads& grads,
     const auto with_tile = [&](auto fused) {
       if (s.Dk <= 64) {
         launch_pieces<BwdTile<T, 64, fused.value, true>>(params, grads, num_sms, stream);
-      } else {
+      } else if (s.Dk <= 128) {
         launch_pieces<BwdTile<T, 128, fused.value, true>>(params, grads, num_sms, stream);
+      } else if constexpr (!fused.value) {
+        launch_pieces<BwdTile<T, 256, false, true>>(params, grads, num_sms, stream);
       }
     };
     if (params.dq_sum != nullptr) {
