@@ -157,6 +157,9 @@ struct CarryRows : StoreRows {
     bool sparse;  // most rows carry nothing: look before reading them
   };
   static constexpr bool kCarries = true, kRetrieves = false, kMakesStates = false;
+  // The carried weight counts as kGain at exp(lse) / kGain, far below the scores to come: these
+  // then have their own maximum as 1, and weights as exact in 16 bits as those of a first step.
+  static constexpr float kGain = 1 << 29, kLogGain = 20.101268f;
 
   // First element of row `row` of the tile in tensors (B, T, H, D).
   template <class Kernel>
@@ -195,8 +198,8 @@ struct CarryRows : StoreRows {
         read_row(p, from, inside, i, o);
       }
       const bool carried = lse > -INFINITY;
-      state.m[i] = carried ? lse * p.inverse_scale : kEmptyRowMax;  // of the raw scores
-      state.l[i] = carried && thread % 4 == 0 ? 1.f : 0.f;          // shares of one
+      state.m[i] = carried ? (lse - kLogGain) * p.inverse_scale : kEmptyRowMax;  // of raw scores
+      state.l[i] = carried && thread % 4 == 0 ? kGain : 0.f;                     // shares of one
     }
   }
 
@@ -209,10 +212,11 @@ struct CarryRows : StoreRows {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const bool carried = factor[row] != 0.f && state.m[row] != kEmptyRowMax;
+      const float weight = factor[row] * kGain;
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) {
-        o[4 * i + 2 * row] = carried ? o[4 * i + 2 * row] * factor[row] : 0.f;
-        o[4 * i + 2 * row + 1] = carried ? o[4 * i + 2 * row + 1] * factor[row] : 0.f;
+        o[4 * i + 2 * row] = carried ? o[4 * i + 2 * row] * weight : 0.f;
+        o[4 * i + 2 * row + 1] = carried ? o[4 * i + 2 * row + 1] * weight : 0.f;
       }
     }
   }
