@@ -151,8 +151,9 @@ struct CarryRows : StoreRows {
     const float* carry_out;
     const float* carry_lse;
     float* partial_out;
-    float inverse_scale;  // 1 / scale
-    int state_rows;       // rows of the tensors that the carried ones and lse are slices of
+    float inverse_scale;         // 1 / scale
+    int state_rows;              // rows of the tensors that the carried ones and lse are slices of,
+    int state_heads, lse_heads;  // and heads of each
     int final_rows;
     bool sparse;  // most rows carry nothing: look before reading them
   };
@@ -167,14 +168,19 @@ struct CarryRows : StoreRows {
                                                     int row) {
     const auto& p = kernel.p;
     const int64_t position = kernel.position(work, row);
-    return ((work.batch * int64_t{p.state_rows} + position) * p.Hq + work.head) * p.D;
+    return ((work.batch * int64_t{p.state_rows} + position) * p.state_heads + work.head) * p.D;
   }
   template <class Kernel>
   static __device__ __forceinline__ int64_t lse_offset(const Kernel& kernel, const Work& work,
                                                        int row) {
     const auto& p = kernel.p;
-    return (static_cast<int64_t>(work.batch) * p.Hq + work.head) * p.state_rows +
+    return (static_cast<int64_t>(work.batch) * p.lse_heads + work.head) * p.state_rows +
            kernel.position(work, row);
+  }
+  // Whether the rows of a tile continue from something.
+  template <class P>
+  static __device__ __forceinline__ bool carries(const P& p, const Work&) {
+    return p.carry_out != nullptr;
   }
 
   // Puts the carried rows into the accumulators and the row state.
@@ -184,10 +190,11 @@ struct CarryRows : StoreRows {
                                                RowState& state) {
     const auto& p = kernel.p;
     const int thread = warpgroup_thread();
+    const bool carries = Kernel::Rows::carries(p, work);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
-      const bool inside = p.carry_out != nullptr && row < work.row_end;
+      const bool inside = carries && row < work.row_end;
       const float lse = inside ? p.carry_lse[lse_offset(kernel, work, row)] : -INFINITY;
       const float* from =
           p.carry_out + (inside ? element(kernel, work, row) : 0) + fragment_column(thread);

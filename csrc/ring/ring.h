@@ -16,6 +16,7 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "driver.h"
@@ -30,6 +31,8 @@ struct Message {
   CUdeviceptr data;
   int64_t bytes;
   int64_t place;  // offset in the peer's memory; of a receive: in one's own
+  // Addresses and bytes that it is made of, if not of the bytes at `data`; the copy engine's only.
+  std::vector<std::pair<CUdeviceptr, int64_t>> pieces;
 };
 
 // A hop as the log keeps it. Times are seconds since 1970, 0 before they are known.

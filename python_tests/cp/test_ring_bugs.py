@@ -16,7 +16,7 @@ from helpers import assert_fp64_equal, random_tensor, run
 
 import lctx_kernels as lk
 from lctx_kernels import cp, reference
-from lctx_kernels.cp import layout, ops, schedule, steps
+from lctx_kernels.cp import keys, layout, ops, schedule, steps
 
 BUGS = {
     "stale keys in the backward": (
@@ -26,7 +26,7 @@ BUGS = {
         "                keys, values = held.k[:, :, rows], held.v[:, :, rows]",
     ),
     "stale keys in the forward": (
-        steps,
+        keys,
         "self.held = self.arriving\n",
         "self.held = self.arriving if self.at.world_size < 3 else self.held\n",
     ),
@@ -67,9 +67,9 @@ BUGS = {
     "joined across a gap": (schedule, "last[2:4] == call[2:4] and last.q1 == call.q0",
                             "last[2:4] == call[2:4]"),
     "keys and values swapped on the wire": (
-        steps,
-        "self.held.k[:, packed] = k[:, own]",
-        "self.held.k[:, packed] = v[:, own]",
+        keys,
+        "wire.k[:, packed] = self.k[:, own]",
+        "wire.k[:, packed] = self.v[:, own]",
     ),
     "gradients never come home": (
         steps,
@@ -142,7 +142,7 @@ BUGS = {
         "        if self.ticket is not None:\n",
         "        if self.ticket is not None and self.home is not None:\n",
     ),
-    "one slot for keys": (steps, "slots[step % len(slots)]", "slots[0]"),
+    "one slot for keys": (keys, "slots[step % len(slots)]", "slots[0]"),
     "one slot for gradients": (
         layout,
         "tuple(tuple(take(rows * size) for _ in range(slots)) for size in sum_bytes)",
@@ -150,7 +150,7 @@ BUGS = {
     ),
     "slots side by side overlap": (layout, "end += -(-size // ALIGNMENT) * ALIGNMENT", "end += 0"),
     "keys sent to the slot that is read": (
-        steps,
+        keys,
         "places = (self._place(at.next, step + 1),)",
         "places = (self._place(at.next, step),)",
     ),
@@ -171,9 +171,11 @@ BUGS = {
     ),
     "own keys without gradient": (
         steps,
-        "for call in at.schedule.calls[at.rank][at.rank]:\n        own",
-        "for call in ():\n        own",
+        "for call in at.schedule.calls[at.rank][at.rank] if end > begin else ():",
+        "for call in ():",
     ),
+    "heads of own keys twice": (steps, "own_keys(early, heads)", "own_keys(0, heads)"),
+    "heads of own keys that come first are forgotten": (steps, "own_keys(0, early)", "pass"),
     "own keys without a home": (
         steps,
         "dk[:, row:], dv[:, row:] = self.dk[:, row:], self.dv[:, row:]",
@@ -248,9 +250,11 @@ def test_planted_bug_is_found(bug, monkeypatch):
     changed = mutant(module, old, new)
     if module is steps:
         monkeypatch.setattr(ops, "steps", changed)
+    elif module is keys:
+        monkeypatch.setattr(steps, "KeyRing", changed.KeyRing)
     elif module is layout:
-        monkeypatch.setattr(steps, "layout_of", changed.layout_of)
-        monkeypatch.setattr(steps, "memory_of", changed.memory_of)
+        monkeypatch.setattr(keys, "layout_of", changed.layout_of)
+        monkeypatch.setattr(keys, "memory_of", changed.memory_of)
     else:
         monkeypatch.setattr(ops, "schedule_of", changed.schedule_of)
     errors = (AssertionError, RuntimeError, ValueError, IndexError, StopIteration)
