@@ -33,17 +33,17 @@ def _seconds(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> tuple[float, float]:
 def heads_before(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> int:
     """Key/value heads whose own gradients are computed before the first foreign keys are there.
 
-    0 where the statistics of the rows take as long; at most half, the others hide the way home.
+    0 where the statistics of the rows take about as long; at most half, the others hide the way
+    home.
     """
     if at.world_size == 1 or not at.schedule.calls[at.rank][at.rank]:
         return 0
     hop, work = _seconds(at, q, k, v)
     uncovered = hop - 2 * q.numel() * q.element_size() / STATISTICS
-    heads = k.shape[2]
-    if uncovered <= HOP_SECONDS or not work:
+    heads, a_head = k.shape[2], 2.5 * work / BACKWARD_FLOPS
+    if not work or uncovered <= min(2 * HOP_SECONDS, heads * a_head):
         return 0
-    wanted = -(-uncovered * BACKWARD_FLOPS // (2.5 * work))
-    return min(max(int(wanted), heads // 4), heads // 2)
+    return min(max(int(-(-uncovered // a_head)), heads // 4), heads // 2)
 
 
 class TwoSteps(NamedTuple):
@@ -66,7 +66,7 @@ class TwoSteps(NamedTuple):
 
 def two_steps(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> TwoSteps | None:
     """How the first two steps go together; None where they do not."""
-    if not q.is_cuda or at.world_size == 1:
+    if q.device.type == "cpu" or at.world_size == 1:
         return None
     source, rows = at.schedule.source(at.rank, 1), q.shape[1]
     own, far = at.schedule.calls[at.rank][at.rank], at.schedule.wire_calls(at.rank, source)

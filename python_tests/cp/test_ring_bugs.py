@@ -64,8 +64,7 @@ BUGS = {
         "steps = [t for t in range(1, n) if",
         "steps = [t for t in range(1, max(n - 1, 2)) if",
     ),
-    "joined across a gap": (schedule, "last[2:4] == call[2:4] and last.q1 == call.q0",
-                            "last[2:4] == call[2:4]"),
+    "joined across a gap": (schedule, "a[2:4] == b[2:4] and a.q1 == b.q0", "a[2:4] == b[2:4]"),
     "keys and values swapped on the wire": (
         keys,
         "wire.k[:, packed] = self.k[:, own]",
