@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="beside ring.json")
     parser.add_argument("--path", type=Path, help="and here")
     options = parser.parse_args(arguments)
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["bench.ring_faults"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "lctx_kernels"])
     begin = time.monotonic()
     with ThreadPoolExecutor(options.at_once) as pool:
         entries = [e for one in pool.map(live, faults(options.pairs)) for e in one]

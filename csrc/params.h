@@ -64,18 +64,17 @@ struct CarryParams : FlashParams {
   // go to `out`. `lse` is read and written; -inf: nothing is carried for the row.
   TensorView carry_out;
   int64_t lse_stride_b = 0, lse_stride_h = 0;  // of lse (B, Hq, Tq), which may be a slice
-  // CUDA: rows of the tensors whose rows carry_out and lse are slices of, and heads of each
-  int64_t state_rows = 0, state_heads = 0, lse_heads = 0;
+  int64_t state_rows = 0;  // CUDA: rows of the tensors whose rows carry_out and lse are
   bool first = false;      // nothing is carried for any row; carry_out and lse are not read
   int64_t final_rows = 0;  // 0 or Tq on the CPU
 };
 
 // The first two steps of a ring in one: own keys, and other ones that rows from first_row on see
-// all of. Query heads below carried_heads have had their own keys: these continue from carry_out,
-// from first_row on.
+// all of. Rows below own_row have had their own keys: from first_row on they continue from
+// carry_out.
 struct CarryTwoParams : CarryParams {
   TensorView far_k, far_v;  // (B, far_rows, Hkv, Dk), (B, far_rows, Hkv, Dv)
-  int64_t far_rows = 0, first_row = 0, carried_heads = 0;
+  int64_t far_rows = 0, first_row = 0, own_row = 0;
 };
 
 // The backward of one step, where lse and delta are those of all keys. dq, dk and dv are stat, and

@@ -38,24 +38,16 @@ CarryParams carry_params(const Call& call, const Tensor& q, const Tensor& k, con
 #ifdef LCTX_WITH_CUDA
 void set_state_rows(const Call& call, CarryParams& params) {
   const AttnShape& s = params.shape;
+  const int64_t from_batch = s.B > 1 ? params.lse_stride_b / s.Hq : s.Tq;
+  params.state_rows = s.Hq > 1 ? params.lse_stride_h : from_batch;
   const TensorView& x = params.carry_out;
-  const bool several_rows = s.B > 1 && s.Tq > 1 && x.data != nullptr;
-  params.state_rows = s.Hq > 1
-                          ? params.lse_stride_h
-                          : (several_rows ? x.stride_b / std::max<int64_t>(x.stride_t, 1) : s.Tq);
-  const int64_t rows = std::max<int64_t>(params.state_rows, 1);
-  params.lse_heads = s.B > 1 ? params.lse_stride_b / rows : s.Hq;
-  params.state_heads = s.Tq > 1 ? x.stride_t / s.Dv : s.B > 1 ? x.stride_b / (rows * s.Dv) : s.Hq;
   const auto fits = [](int64_t size, int64_t stride, int64_t wanted) {
     return size <= 1 || stride == wanted;
   };
-  const bool lse_fits = params.state_rows >= s.Tq && params.lse_heads >= s.Hq &&
-                        fits(s.B, params.lse_stride_b, params.lse_heads * params.state_rows);
-  const bool carry_fits =
-      x.data == nullptr ||
-      (fits(s.B, x.stride_b, params.state_rows * params.state_heads * s.Dv) &&
-       fits(s.Tq, x.stride_t, params.state_heads * s.Dv) && fits(s.Hq, x.stride_h, s.Dv));
-  call.check(lse_fits && carry_fits,
+  call.check(params.state_rows >= s.Tq &&
+                 fits(s.B, params.lse_stride_b, s.Hq * params.state_rows) &&
+                 fits(s.B, x.stride_b, params.state_rows * s.Hq * s.Dv) &&
+                 fits(s.Tq, x.stride_t, s.Hq * s.Dv) && fits(s.Hq, x.stride_h, s.Dv),
              "carry_out and lse are no rows of contiguous tensors of equal length; expected "
              "x[:, a:b] and lse[:, :, a:b] of such tensors on a GPU");
 }

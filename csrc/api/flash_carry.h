@@ -15,8 +15,7 @@ CarryParams carry_params(const Call& call, const Tensor& q, const Tensor& k, con
                          int64_t query_start, int64_t key_start);
 
 #ifdef LCTX_WITH_CUDA
-// The CUDA kernels take rows [a, b) and heads [c, d) of contiguous tensors (B, rows, heads, Dv) and
-// (B, heads, rows): params.carry_out, unless it is nullptr, and params.lse.
+// The CUDA kernels take rows [a, b) of contiguous tensors (B, rows, Hq, Dv) and (B, Hq, rows).
 void set_state_rows(const Call& call, CarryParams& params);
 #endif
 

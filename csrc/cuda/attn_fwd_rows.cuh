@@ -151,9 +151,8 @@ struct CarryRows : StoreRows {
     const float* carry_out;
     const float* carry_lse;
     float* partial_out;
-    float inverse_scale;         // 1 / scale
-    int state_rows;              // rows of the tensors that the carried ones and lse are slices of,
-    int state_heads, lse_heads;  // and heads of each
+    float inverse_scale;  // 1 / scale
+    int state_rows;       // rows of the tensors that the carried ones and lse are slices of
     int final_rows;
     bool sparse;  // most rows carry nothing: look before reading them
   };
@@ -168,13 +167,13 @@ struct CarryRows : StoreRows {
                                                     int row) {
     const auto& p = kernel.p;
     const int64_t position = kernel.position(work, row);
-    return ((work.batch * int64_t{p.state_rows} + position) * p.state_heads + work.head) * p.D;
+    return ((work.batch * int64_t{p.state_rows} + position) * p.Hq + work.head) * p.D;
   }
   template <class Kernel>
   static __device__ __forceinline__ int64_t lse_offset(const Kernel& kernel, const Work& work,
                                                        int row) {
     const auto& p = kernel.p;
-    return (static_cast<int64_t>(work.batch) * p.lse_heads + work.head) * p.state_rows +
+    return (static_cast<int64_t>(work.batch) * p.Hq + work.head) * p.state_rows +
            kernel.position(work, row);
   }
   // Whether the rows of a tile continue from something.

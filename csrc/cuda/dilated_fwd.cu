@@ -33,7 +33,6 @@ void launch_branch(const DilatedParams& params, const Branch& branch, const Carr
   p.carry_out = carry.in;
   p.carry_lse = p.lse;
   p.state_rows = p.Tq;
-  p.state_heads = p.lse_heads = p.Hq;
   p.inverse_scale = static_cast<float>(1 / params.scale);
   p.partial_out = carry.out;
   p.sparse = true;

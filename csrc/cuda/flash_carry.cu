@@ -23,8 +23,6 @@ void launch_step(const CarryParams& params, int* counter, int num_sms, Stream st
   p.carry_out = params.first ? nullptr : static_cast<const float*>(params.carry_out.data);
   p.carry_lse = p.lse;
   p.state_rows = static_cast<int>(params.state_rows);
-  p.state_heads = static_cast<int>(params.state_heads);
-  p.lse_heads = static_cast<int>(params.lse_heads);
   p.inverse_scale = static_cast<float>(1 / params.scale);
   p.final_rows = static_cast<int>(params.final_rows);
   p.partial_out = params.final_rows < s.Tq ? static_cast<float*>(params.carry_out.data) : nullptr;

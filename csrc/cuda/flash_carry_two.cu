@@ -1,11 +1,12 @@
 // Math: dense softmax attention over two sets of keys in one softmax: the rank's own ones, causal
 // or
 //       all of them, and those of another rank, all of which rows from first_row on see. What the
-//       first two steps of a ring compute together, so that nothing is carried between them.
+//       first two steps of a ring compute together, so that nothing is carried between them. Rows
+//       below own_row had their own keys in a launch before.
 // Tile map: as flash_fwd.cu. The keys of a tile are one list of blocks: far ones first, then own
 //       ones, which are walked first. The far keys end with a block, so that only their first one
-//       may be partial. Query heads whose own keys came in a launch before have tiles over the far
-//       keys alone, the last ones of the grid: short tiles that fill its end.
+//       may be partial. Rows from first_row to own_row continue over the far keys alone, in the
+//       last tiles of the grid, which are short and fill its end.
 // Pipeline: as flash_fwd.cu; tiles that continue read what is carried as flash_carry.cu.
 // Memory: as flash_fwd.cu; 8 bytes an element more for rows that are not done, or are carried.
 // Limits: those of flash_carry.cu; no window.
@@ -17,11 +18,12 @@ namespace {
 template <int kBlockM>
 struct TwoKeysTiles : OneHeadTiles {
   struct Params {
-    int carried_heads, first_row, far_keys;  // far_keys: with the padding of their first block
+    int own_row, first_row, far_keys;  // far_keys: with the padding of their first block
     int num_tiles;
-    FastDivisor per_carried_row, per_carried_batch;  // carried heads of all batches, of one
+    FastDivisor per_carried_row, per_carried_batch;  // heads of all batches, of one
   };
-  static constexpr bool kClipsRows = false, kStrided = false;
+  static constexpr bool kClipsRows = true;  // where rows that continue end, and at the last row
+  static constexpr bool kStrided = false;
 
   template <class P>
   static __device__ __forceinline__ int end(const P& p) {
@@ -35,11 +37,12 @@ struct TwoKeysTiles : OneHeadTiles {
     const int batch = p.per_carried_batch.divide(head);
     const bool carried = rest >= 0;
     Work work;
-    work.head = carried ? head - batch * p.per_carried_batch.divisor : tile.head + p.carried_heads;
+    work.head = carried ? head - batch * p.per_carried_batch.divisor : tile.head;
     work.batch = carried ? batch : tile.batch;
-    work.row0 = carried ? p.first_row + row * kBlockM : tile.m_block * kBlockM - p.row_shift;
-    work.row_begin = 0;
-    work.row_end = p.Tq;
+    work.row_begin = carried ? p.first_row : p.own_row;
+    work.row_end = carried ? p.own_row : p.Tq;
+    work.row0 =
+        work.row_begin + (carried ? row : tile.m_block) * kBlockM - (carried ? 0 : p.row_shift);
     work.position0 = work.row0 + p.far_keys;
     work.key0 = 0;
     work.num_keys = p.far_keys + (carried ? 0 : p.Tk);
@@ -98,7 +101,7 @@ struct TwoKeysScores : DenseScores<kBlockN, false> {
 struct TwoKeysRows : CarryRows {
   template <class P>
   static __device__ __forceinline__ bool carries(const P& p, const Work& work) {
-    return work.head < p.carried_heads;
+    return work.num_keys == p.far_keys;
   }
 };
 
@@ -118,19 +121,17 @@ void launch_two(const CarryTwoParams& params, int* counter, int num_sms, Stream 
   p.carry_out = static_cast<const float*>(params.carry_out.data);
   p.carry_lse = p.lse;
   p.state_rows = static_cast<int>(params.state_rows);
-  p.state_heads = static_cast<int>(params.state_heads);
-  p.lse_heads = static_cast<int>(params.lse_heads);
   p.inverse_scale = static_cast<float>(1 / params.scale);
   p.final_rows = static_cast<int>(params.final_rows);
   p.partial_out = params.final_rows < s.Tq ? static_cast<float*>(params.carry_out.data) : nullptr;
-  p.row_shift = row_shift<Tile>(s.Tq);
-  p.carried_heads = static_cast<int>(params.carried_heads);
-  p.order = make_order("lctx::flash_carry_two", ceil_div(s.Tq, Tile::kBlockM),
-                       s.Hq - params.carried_heads, s.B, heads_per_section(s, s.Tk + far_rows, 16));
-  const int64_t carried_rows = ceil_div(s.Tq - params.first_row, Tile::kBlockM);
-  p.num_tiles = static_cast<int>(p.order.num_tiles + carried_rows * p.carried_heads * s.B);
-  p.per_carried_row = FastDivisor(static_cast<int>(std::max<int64_t>(p.carried_heads * s.B, 1)));
-  p.per_carried_batch = FastDivisor(std::max(p.carried_heads, 1));
+  p.own_row = static_cast<int>(params.own_row);
+  p.row_shift = row_shift<Tile>(s.Tq - params.own_row);
+  p.order = make_order("lctx::flash_carry_two", ceil_div(s.Tq - params.own_row, Tile::kBlockM),
+                       s.Hq, s.B, heads_per_section(s, s.Tk + far_rows, 16));
+  const int64_t carried = std::max<int64_t>(params.own_row - params.first_row, 0);
+  p.num_tiles = static_cast<int>(p.order.num_tiles + ceil_div(carried, Tile::kBlockM) * s.Hq * s.B);
+  p.per_carried_row = FastDivisor(static_cast<int>(s.Hq * s.B));
+  p.per_carried_batch = FastDivisor(static_cast<int>(s.Hq));
   launch_fwd<Traits>(p, num_sms, stream);
 }
 

@@ -19,7 +19,7 @@ from .._dtypes import stat_dtype
 from .keys import KeyRing, Memory, Rank, Wire, intervals
 from .layout import head_groups, home_slot
 from .schedule import Call
-from .together import forward_before, forward_together, heads_before, two_steps
+from .together import forward_before, forward_together, own_calls, two_steps
 from .transport import Hop, Steps
 
 
@@ -28,8 +28,7 @@ def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Te
     stat = stat_dtype(q.dtype)
     (B, L, Hq, _), Dv = q.shape, v.shape[-1]
     two = two_steps(at, q, k, v)
-    carried = two.heads if two is not None and two.final == L else Hq
-    carry, out = q.new_empty(B, L, carried, Dv, dtype=stat), q.new_empty(B, L, Hq, Dv)
+    carry, out = q.new_empty(B, L, Hq, Dv, dtype=stat), q.new_empty(B, L, Hq, Dv)
     lse = q.new_empty(B, Hq, L, dtype=stat)
     first = at.schedule.first_step_fills(at.rank)
     if not first:
@@ -263,14 +262,9 @@ def backward(
     ring = KeyRing(at, "backward kv", memory, k, v)
     ticket = ring.post(0)
     own = _save(at, dout, dlse, q, out, lse)
-    early = heads_before(at, q, k, v)
-
-    def own_keys(begin: int, end: int) -> None:
-        rows, mine = slice(begin, end), own.heads(begin * G, end * G)
-        for call in at.schedule.calls[at.rank][at.rank] if end > begin else ():
-            mine.add(at, call, k[:, :, rows], v[:, :, rows], dk[:, :, rows], dv[:, :, rows], once)
-
-    own_keys(0, early)
+    early, late = own_calls(at, q, k, v)
+    for call in early:
+        own.add(at, call, k, v, dk, dv, once)
     for step in range(1, at.world_size):
         if ticket is not None:
             yield ticket
@@ -290,7 +284,8 @@ def backward(
             part.post(step)
     if ticket is not None:
         yield ticket
-    own_keys(early, heads)
+    for call in late:
+        own.add(at, call, k, v, dk, dv, once)
     dk_out, dv_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     for part in parts:
         yield from part.arrive()

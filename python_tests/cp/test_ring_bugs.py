@@ -170,11 +170,15 @@ BUGS = {
     ),
     "own keys without gradient": (
         steps,
-        "for call in at.schedule.calls[at.rank][at.rank] if end > begin else ():",
-        "for call in ():",
+        "    for call in late:\n        own.add(at, call, k, v, dk, dv, once)\n",
+        "",
     ),
-    "heads of own keys twice": (steps, "own_keys(early, heads)", "own_keys(0, heads)"),
-    "heads of own keys that come first are forgotten": (steps, "own_keys(0, early)", "pass"),
+    "own keys that come first are forgotten": (
+        steps,
+        "    for call in early:\n        own.add(at, call, k, v, dk, dv, once)\n",
+        "",
+    ),
+    "own keys twice": (steps, "for call in late:", "for call in [*early, *late]:"),
     "own keys without a home": (
         steps,
         "dk[:, row:], dv[:, row:] = self.dk[:, row:], self.dv[:, row:]",
@@ -198,6 +202,7 @@ def cases():
         yield cp.make_plan(24, n, layout="striped", cu_seqlens=int32([0, 7, 24])), {"window": 9}
         yield cp.make_plan(25, n, layout="striped"), {}
         yield cp.make_plan(24, n, layout="contiguous", cu_seqlens=int32([0, 7, 24])), {}
+    yield cp.make_plan(520, 2), {}  # own keys in two parts
     gap = [torch.tensor([0, 1, 4, 5]), torch.tensor([2, 3, 6, 7])]
     yield cp.make_plan(8, 2, positions=[gap[0][[0, 1, 2, 3]], gap[1][[2, 3, 0, 1]]]), {}
     yield cp.make_plan(8, 2, positions=[torch.tensor([4, 0, 5]), torch.tensor([1, 2, 3, 6, 7])]), {}

@@ -1,12 +1,12 @@
-"""What a rank computes under the first hop: the first two steps together, some heads before."""
+"""What a rank computes under the first hop: the first two steps together, some rows before."""
 
 import pytest
 import torch
 
 from lctx_kernels import cp
 from lctx_kernels.cp.keys import Rank
-from lctx_kernels.cp.schedule import schedule_of
-from lctx_kernels.cp.together import heads_before, two_steps
+from lctx_kernels.cp.schedule import Call, schedule_of
+from lctx_kernels.cp.together import own_calls, two_steps
 from lctx_kernels.cp.transport import Simulator
 
 
@@ -27,13 +27,13 @@ def test_zigzag_on_two_ranks(heads):
         two = two_steps(rank_of(plan, rank), *tensors(plan, rank, *heads))
         assert two.own[:5] == (0, 8192, 0, 8192, True)
         assert two.far[:4] == ((4096, 8192, 0, 8192) if rank == 0 else (0, 8192, 0, 4096))
-        assert (two.early, two.final) == (first_row, 8192)
-        assert 0 < two.heads < heads[0] and two.heads % (heads[0] // heads[1]) == 0
+        assert (two.early, two.final) == (min(first_row, two.rows), 8192)
+        assert 0 < two.rows < 8192 and two.rows % 128 == 0
     shares = [
-        two_steps(rank_of(cp.make_plan(T, 2), 0), *tensors(cp.make_plan(T, 2), 0)).heads
+        two_steps(rank_of(cp.make_plan(T, 2), 0), *tensors(cp.make_plan(T, 2), 0)).rows / T
         for T in (16384, 65536, 262144)
     ]
-    assert shares == sorted(shares, reverse=True) and shares[-1] == 4  # one key/value head
+    assert shares == sorted(shares, reverse=True)
 
 
 @pytest.mark.parametrize("n", [3, 4, 8])
@@ -66,15 +66,21 @@ def test_what_does_not_go_together():
     assert two_steps(rank_of(short, 0), *on_cpu) is None
 
 
-def test_heads_of_own_gradients_before_the_first_keys():
-    plan = cp.make_plan(16384, 2)
-    assert heads_before(rank_of(plan, 0), *tensors(plan, 0, 16, 16)) == 4
-    assert (
-        heads_before(rank_of(plan, 1), *tensors(plan, 1, 32, 8)) == 0
-    )  # the statistics are longer
-    short = cp.make_plan(512, 2)
-    assert (
-        heads_before(rank_of(short, 0), *tensors(short, 0, 16, 16)) == 8
-    )  # half hide the way home
-    alone = cp.make_plan(16384, 1)
-    assert heads_before(rank_of(alone, 0), *tensors(alone, 0)) == 0
+@pytest.mark.parametrize("T, fewest, most", [(16384, 128, 4096), (512, 128, 128)])
+def test_own_keys_whose_gradients_come_first(T, fewest, most):
+    plan = cp.make_plan(T, 2)
+    (tip,), (rest,) = own_calls(rank_of(plan, 0), *tensors(plan, 0, 16, 16))
+    assert tip[:2] == tip[2:4] and tip.q1 == T // 2 and fewest <= tip.q1 - tip.q0 <= most
+    assert rest[:4] == (0, T // 2, 0, tip.k0) and tip.causal and rest.causal
+    assert tip.pairs + rest.pairs == Call(0, T // 2, 0, T // 2, True).pairs
+
+
+def test_own_keys_that_all_come_last():
+    for plan, options in (
+        (cp.make_plan(16384, 1), ()),
+        (cp.make_plan(128, 2), ()),  # less than two tiles
+        (cp.make_plan(16384, 2), (False,)),
+        (cp.make_plan(16384, 2), (True, 500)),
+    ):
+        at = rank_of(plan, 0, *options)
+        assert own_calls(at, *tensors(plan, 0)) == ([], list(at.schedule.calls[0][0]))

@@ -57,24 +57,23 @@ def test_window():
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("T, far, first_row", [(500, 300, 0), (500, 176, 250), (640, 4500, 192)])
-@pytest.mark.parametrize("carried, final", [(0, 1.0), (2, 1.0), (2, 0.5), (1, 0.0)])
-def test_own_and_far_keys_together(carried, final, T, far, first_row, causal, D, dtype):
-    """Some heads continue, the others take both sets of keys; some rows are done, some carried."""
+@pytest.mark.parametrize("own_row, final", [(0, 1.0), (256, 1.0), (384, 0.5), (128, 0.0)])
+def test_own_and_far_keys_together(own_row, final, T, far, first_row, causal, D, dtype):
+    """Some rows continue, the others take both sets of keys; some rows are done, some carried."""
     q, k, v = gpu_qkv(2, T, 4, D, Hkv=2, dtype=dtype)
     far_k, far_v = gpu_qkv(2, far, 2, D, dtype=dtype, seed=7)[1:]
     done = int(final * T)
     carry = q.new_full(q.shape, torch.nan, dtype=torch.float32)
     lse = q.new_full((2, 4, T), torch.nan, dtype=torch.float32)
     out = torch.full_like(q, torch.nan)
-    early = min(first_row, done)
-    if carried:
-        heads = slice(0, carried)
+    if own_row:
+        rows, keys = slice(0, own_row), slice(0, own_row if causal else T)
         torch.ops.lctx.flash_carry(
-            q[:, :, heads], k[:, :, :1], v[:, :, :1], carry[:, :, heads], lse[:, heads], causal,
-            D**-0.5, 0, 0, 0, False, True, out[:, :, heads], early,
+            q[:, rows], k[:, keys], v[:, keys], carry[:, rows], lse[:, :, rows], causal, D**-0.5,
+            0, 0, 0, False, True, out[:, rows], min(first_row, own_row, done),
         )  # fmt: skip
     torch.ops.lctx.flash_carry_two(
-        q, k, v, far_k, far_v, carry, lse, out, causal, D**-0.5, first_row, carried, done
+        q, k, v, far_k, far_v, carry, lse, out, causal, D**-0.5, first_row, own_row, done
     )
     out[:, done:] = carry[:, done:].to(dtype)
     exact_out, exact_lse = [], []
@@ -115,9 +114,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="positions apart"):
         torch.ops.lctx.flash_carry(q, k, v, carry, lse, True, 0.125, 0, 2**40, 0, True)
     two = (q, k, v, k, v, carry, lse, q, True, 0.125)
-    for numbers, message in (((64, 0, 64), "first_row"), ((0, 2, 64), "carried_heads"),
+    for numbers, message in (((64, 0, 64), "first_row"), ((0, 64, 64), "own_row"),
                              ((0, 0, 65), "final_rows")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             torch.ops.lctx.flash_carry_two(*two, *numbers)
-    with pytest.raises(ValueError, match="heads"):
-        torch.ops.lctx.flash_carry_two(*two[:5], carry[:, :, :1], *two[6:], 0, 1, 0)
