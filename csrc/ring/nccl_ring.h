@@ -32,6 +32,7 @@ class NcclRing : public Ring {
 
  protected:
   void enqueue(Hop& hop, CUstream stream) override;
+  bool starts_first() const override { return true; }
   void release(const std::vector<Hop*>& pending) override;
   std::string missing(const Hop& hop) override;
   std::string asynchronous_error() override;

@@ -76,6 +76,9 @@ class Ring {
  protected:
   // Puts the exchange into `stream`, of the hop's channel.
   virtual void enqueue(Hop& hop, CUstream stream) = 0;
+  // Whether what the caller's stream is given later waits until the exchange may begin: a kernel
+  // that takes all multiprocessors would else begin before it, and keep it from starting.
+  virtual bool starts_first() const { return false; }
   // Lets the channels' streams go on without their peers; called again while they do not.
   virtual void release(const std::vector<Hop*>& pending) = 0;
   // Which messages of a hop have not come, as text.
