@@ -20,6 +20,7 @@ from lctx_kernels._measure import write_json
 from ..machine import describe_machine, machine_kind, machine_line
 from ..results import RESULTS
 from ..timing import describe_error
+from . import ranks
 from .evaluate import bits_per_byte, gates, passkey_accuracy
 from .measured import MEASURED
 from .models import METHODS
@@ -147,13 +148,18 @@ def measure(
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
     tiny: Annotated[bool, typer.Option(help="Tiny shapes, to try the commands.")] = False,
 ) -> None:
-    """Time and memory of large shapes with random weights; each is a file of its own."""
-    device = device_here()
+    """Time and memory of large shapes with random weights; each is a file of its own.
+
+    Under torchrun gemma-32k, llama-1m and prompt-32k run on every GPU at once.
+    """
+    device, rank = device_here(), ranks.start()
+    suffix = f"-{ranks.count()}-gpus" if ranks.count() > 1 else ""
     for name in MEASURED if names == "all" else names.split(","):
         started = time.perf_counter()
 
         def log(line: str, name: str = name, started: float = started) -> None:
-            print(f"[{name} {time.perf_counter() - started:.1f} s] {line}", flush=True)
+            if rank == 0:
+                print(f"[{name} {time.perf_counter() - started:.1f} s] {line}", flush=True)
 
         try:
             found = MEASURED[name](device, log, tiny)
@@ -165,7 +171,8 @@ def measure(
             "name": name, "found": found, "machine": describe_machine(device),
             "date": datetime.date.today().isoformat(),
         }  # fmt: skip
-        write_json(result_path(device, name, out), result)
+        if rank == 0:
+            write_json(result_path(device, name + suffix, out), result)
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ import torch
 
 from lctx_kernels import hf
 
+from . import ranks
 from .shapes import SHAPES, random_model
 
 TOKENS = 60  # generated for a median
@@ -142,5 +143,6 @@ def landmark_long_prompt(
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": SHAPES[shape][1]["vocab_size"],
     }  # fmt: skip
+    found = ranks.together(found)
     log(str(found))
     return found

@@ -29,6 +29,7 @@ class Recipe:
     `steps_at`; without that, when the answers' loss is below `advance`.
     steps: Of the optimiser, `tokens` each. answer_weight, last_weight: Of the losses of echoes and
     answers, before and at the last length.
+    decoys: Numbers of other names in every row of the last length.
     """
 
     method: str
@@ -45,6 +46,7 @@ class Recipe:
     warmup: int = 50
     answer_weight: float = 1.0
     last_weight: float = 3.0
+    decoys: int = 0
     seed: int = 0
     seconds: float = 0.0  # the last step and the end of the learning rate at the latest; 0: never
     options: dict[str, Any] = field(default_factory=dict)
@@ -56,8 +58,8 @@ def losses(logits: Tensor, batch: Batch) -> Tensor:
         logits[:, :-1, :VOCAB].float().transpose(1, 2), batch.ids[:, 1:], reduction="none"
     )
     hidden, echoes, answers = (x[:, 1:] for x in (batch.hidden, batch.echoes, batch.answers))
-    text = ~(hidden | echoes | answers)
-    return torch.stack([flat[text].mean(), flat[echoes].mean(), flat[answers].mean()])
+    masks = torch.stack([~(hidden | echoes | answers), echoes, answers])
+    return (flat * masks).sum((1, 2)) / masks.sum((1, 2))  # without waiting for the GPU
 
 
 def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -> tuple[Any, Any]:
@@ -90,7 +92,8 @@ def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -
     sums, lengths = torch.zeros_like(weights[0]), list(recipe.lengths)
     for step in range(1, recipe.steps + 1):
         T = max(LEAST, int(lengths[0] * (1 - (1 - recipe.shortest) * chance.random())))
-        batch = passkey_rows(text.train, max(1, recipe.tokens // T), T, generator)
+        decoys = recipe.decoys if len(lengths) == 1 else 0
+        batch = passkey_rows(text.train, max(1, recipe.tokens // T), T, generator, decoys)
         with torch.autocast(device, torch.bfloat16, enabled=fused):
             logits = model(batch.ids, use_cache=False).logits
         found = losses(logits, batch)
