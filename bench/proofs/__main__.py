@@ -21,7 +21,7 @@ from ..machine import describe_machine, machine_kind, machine_line
 from ..results import RESULTS
 from ..timing import describe_error
 from . import ranks
-from .evaluate import bits_per_byte, gates, passkey_accuracy
+from .evaluate import bits_per_byte, fillers, gates, passkey_accuracy
 from .measured import MEASURED
 from .models import METHODS
 from .rows import Text, load_text
@@ -115,20 +115,22 @@ def assess(
 ) -> None:  # fmt: skip
     """Fill in a result's pass keys and bits per byte, written after every figure."""
     method, longest = result["recipe"]["method"], result["recipe"]["lengths"][-1]
-    for top_k in TOP_K.get(method, (None,)):
-        name = method if top_k is None else f"{method}, k = {top_k}"
-        found: list[dict[str, Any]] = []
-        result["passkey"][name], result["bits_per_byte"][name] = found, []
-        times = 1
-        while times <= lengths:
-            found.append(
-                passkey_accuracy(
-                    model, corpus, times * longest, samples, top_k, result["recipe"]["seed"] + 1
+    for kind, filler in fillers(corpus, lengths * longest).items():
+        result[kind] = {}
+        for top_k in TOP_K.get(method, (None,)):
+            name = method if top_k is None else f"{method}, k = {top_k}"
+            found: list[dict[str, Any]] = []
+            result[kind][name], result["bits_per_byte"][name] = found, []
+            times = 1
+            while times <= lengths:
+                found.append(
+                    passkey_accuracy(
+                        model, filler, times * longest, samples, top_k, result["recipe"]["seed"] + 1
+                    )
                 )
-            )
-            log(name, str(found[-1]))
-            times *= 2
-            write_json(path, result)
+                log(f"{name}, {kind}", str(found[-1]))
+                times *= 2
+                write_json(path, result)
     for top_k in TOP_K.get(method, (None,)):
         name = method if top_k is None else f"{method}, k = {top_k}"
         bits = bits_per_byte(model, corpus, lengths * longest, documents, top_k)

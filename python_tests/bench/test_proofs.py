@@ -15,7 +15,7 @@ from bench.proofs import models, tables
 from bench.proofs.__main__ import app
 from bench.proofs.evaluate import passkey_accuracy
 from bench.proofs.models import METHODS, SHAPES
-from bench.proofs.rows import DECOYS, DIGITS, KEY, Text, load_text, passkey_rows
+from bench.proofs.rows import DECOYS, DIGITS, KEY, load_text, passkey_rows
 
 
 @pytest.fixture
@@ -93,8 +93,8 @@ class Oracle:
 
 @pytest.mark.parametrize(("known", "accuracy"), [(5, 1.0), (4, 0.0)])
 def test_accuracy_counts_whole_keys(known, accuracy):
-    source = Text(torch.zeros(0), [torch.full((900,), ord("x"), dtype=torch.uint8)], "")
-    found = passkey_accuracy(Oracle(known), source, 300, 10, None, 0)
+    filler = torch.full((900,), ord("x"), dtype=torch.uint8)
+    found = passkey_accuracy(Oracle(known), filler, 300, 10, None, 0)
     assert found["accuracy"] == accuracy and found["samples"] == 10
     assert found["digits"] == pytest.approx(known / 5)
 
@@ -121,7 +121,8 @@ def test_commands_and_tables(text, tmp_path, monkeypatch):
         names = [f"{method}, k = {k}" for k in (2, 4)] if method == "landmark" else [method]
         assert list(result["passkey"]) == names
         for name in names:
-            assert [x["length"] for x in result["passkey"][name]] == [160, 320, 640]
+            for kind in ("passkey", "passkey_among_grass"):
+                assert [x["length"] for x in result[kind][name]] == [160, 320, 640]
             assert [x["context"] for x in result["bits_per_byte"][name]] == [128, 256, 512]
     weights, result = tmp_path / "weights", out / "train-landmark.json"
     run("train", "landmark", "--text", text, "--config", recipe, "--out", out, "--lengths", 4,
