@@ -1,6 +1,5 @@
 """Training of one model: next bytes, and pass keys at growing lengths."""
 
-import copy
 import math
 import random
 import time
@@ -15,6 +14,8 @@ from torch.nn import functional
 
 from lctx_kernels import nn
 
+from . import graphs
+from .graphs import HalfCopy, Recorded
 from .models import build
 from .rows import DIGITS, LEAST, VOCAB, Batch, Text, passkey_rows
 
@@ -32,6 +33,7 @@ class Recipe:
     other losses weigh 1. last_temperature: What logits of answers are divided by there: with 1, a
     key that is found well enough for short rows teaches nothing about longer ones.
     decoys: Numbers of other names in every row of the last length.
+    recorded: On a GPU compute in bf16, recorded as CUDA graphs, instead of in autocast.
     """
 
     method: str
@@ -49,6 +51,7 @@ class Recipe:
     last_weight: float = 1.0
     last_temperature: float = 1.0
     decoys: int = 0
+    recorded: bool = False
     seed: int = 0
     seconds: float = 0.0  # the last step and the end of the learning rate at the latest; 0: never
     options: dict[str, Any] = field(default_factory=dict)
@@ -65,35 +68,38 @@ def losses(logits: Tensor, batch: Batch, temperature: float = 1.0) -> Tensor:
     return torch.cat([means, tail[None]])
 
 
-class HalfCopy:
-    """The model that is trained, in fp32, and one in bf16 that computes on a GPU.
+class Stepper:
+    """Loss and gradients of a batch: in fp32, or on a GPU in bf16, recorded for every length."""
 
-    Norms and feed-forward layers of the copy are compiled: a small model's time goes into
-    elementwise kernels.
-    """
+    def __init__(self, model: Any, recipe: Recipe) -> None:
+        self.model, self.recipe = model, recipe
+        self.graphs: dict[tuple[int, ...], Recorded] = {}
+        gpu = next(model.parameters()).is_cuda
+        self.half = HalfCopy(model) if gpu and recipe.recorded else None
+        self.autocast = gpu and not recipe.recorded
 
-    def __init__(self, model: Any) -> None:
-        self.model = copy.deepcopy(model)  # buffers, such as frequencies, stay in fp32
-        kept = {id(gate) for gate in nn.gate_parameters(self.model)}
-        for x in self.model.parameters():
-            x.data = x.data if id(x) in kept else x.data.bfloat16()
-        self.theirs, self.ours = list(model.parameters()), list(self.model.parameters())
-        for x in self.theirs:
-            x.grad = torch.zeros_like(x)
-        for module in self.model.modules():
-            if type(module).__name__ in ("LlamaRMSNorm", "LlamaMLP"):
-                module.compile(dynamic=True)
+    def losses(self, batch: Batch, last: bool) -> tuple[Tensor, Tensor]:
+        """What is minimised, and all four of `losses`."""
+        if self.half:
+            scores = graphs.logits(self.half.model, batch.ids)
+        else:
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast):
+                scores = self.model(batch.ids, use_cache=False).logits
+        found = losses(scores, batch, self.recipe.last_temperature)
+        text, echo, answer, cooled = found
+        return text + echo + (self.recipe.last_weight * cooled if last else answer), found.detach()
 
-    def hand_over(self) -> None:
-        """Gradients to the model that is trained."""
-        torch._foreach_copy_([x.grad for x in self.theirs], [x.grad for x in self.ours])
-        for x in self.ours:
-            x.grad = None
-
-    @torch.no_grad()
-    def take_over(self) -> None:
-        """Weights from it."""
-        torch._foreach_copy_(self.ours, self.theirs)
+    def backward(self, batch: Batch, last: bool) -> Tensor:
+        """Gradients into the model; the losses."""
+        if self.half is None:
+            loss, found = self.losses(batch, last)
+            loss.backward()
+            return found
+        self.half.take_over()
+        shape = (*batch.ids.shape, last)
+        if shape not in self.graphs:
+            self.graphs[shape] = Recorded(self.half, batch, lambda x: self.losses(x, last))
+        return self.graphs[shape](batch)
 
 
 def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -> tuple[Any, Any]:
@@ -103,9 +109,7 @@ def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -
     groups = nn.parameter_groups(
         model, lr=recipe.lr, weight_decay=recipe.weight_decay, gate_lr=recipe.gate_lr
     )
-    half = HalfCopy(model) if device == "cuda" else None
-    running = half.model if half else model
-    fused = half is not None
+    stepper, fused = Stepper(model, recipe), device == "cuda"
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=fused)
 
     def done(step: int) -> float:
@@ -122,26 +126,19 @@ def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -
     generator = torch.Generator(device).manual_seed(recipe.seed)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     chance = random.Random(recipe.seed)
-    weights = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, recipe.last_weight]]).to(device)
     curve: list[dict[str, float]] = []
-    sums, lengths = torch.zeros_like(weights[0]), list(recipe.lengths)
+    sums, lengths = torch.zeros(4, device=device), list(recipe.lengths)
     for step in range(1, recipe.steps + 1):
         T = max(LEAST, int(lengths[0] * (1 - (1 - recipe.shortest) * chance.random())))
         decoys = recipe.decoys if len(lengths) == 1 else 0
         batch = passkey_rows(text.train, max(1, recipe.tokens // T), T, generator, decoys)
-        logits = running(batch.ids, use_cache=False).logits
-        found = losses(logits, batch, recipe.last_temperature)
-        (found * weights[int(len(lengths) == 1)]).sum().backward()
-        if half:
-            half.hand_over()
+        found = stepper.backward(batch, last=len(lengths) == 1)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if half:
-            half.take_over()
-        else:
+        if stepper.half is None:  # recorded gradients are overwritten
             optimizer.zero_grad(set_to_none=True)
-        sums += found.detach()
+        sums += found
         if step % CHECK:
             continue
         language, echo, answer, _ = (sums / CHECK).tolist()

@@ -11,11 +11,12 @@ pytest.importorskip("transformers")
 
 from typer.testing import CliRunner
 
-from bench.proofs import models, tables
+from bench.proofs import graphs, models, tables
 from bench.proofs.__main__ import app
 from bench.proofs.evaluate import passkey_accuracy
-from bench.proofs.models import METHODS, SHAPES
-from bench.proofs.rows import DECOYS, DIGITS, KEY, load_text, passkey_rows
+from bench.proofs.models import METHODS, SHAPES, build
+from bench.proofs.rows import DECOYS, DIGITS, KEY, VOCAB, load_text, passkey_rows
+from bench.proofs.train import Recipe, Stepper
 
 
 @pytest.fixture
@@ -73,6 +74,30 @@ def test_documents_are_trained_on_or_held_out(text):
     assert 0 < len(split.held_out) < 20
     trained = bytes(split.train.tolist())
     assert not any(bytes(document.tolist()) in trained for document in split.held_out)
+
+
+@pytest.mark.parametrize("method", ["infini", "infini-delta", "landmark"])
+def test_the_layers_alone_give_the_logits_of_the_model(method):
+    model, ids = build(method, "tiny", 0), torch.randint(97, 123, (2, 300))
+    expected = model(ids, use_cache=False).logits[..., :VOCAB]
+    torch.testing.assert_close(graphs.logits(model, ids)[..., :VOCAB], expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", ["infini", "landmark"])
+def test_recorded_gradients_are_those_of_the_model(method):
+    source, shape = torch.randint(97, 123, (9999,), dtype=torch.uint8, device="cuda"), "30m"
+    draws = torch.Generator("cuda").manual_seed(0)
+    models = [build(method, shape, 0).cuda().train() for _ in range(2)]
+    steps = [Stepper(model, Recipe(method, recorded=x == 0)) for x, model in enumerate(models)]
+    for _ in range(2):
+        batch = passkey_rows(source, 8, 254, draws)
+        models[1].zero_grad()
+        found = [step.backward(batch, True).clone() for step in steps]
+        torch.testing.assert_close(*found, atol=0.02, rtol=0.01)
+        for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+            cosine = torch.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), dim=0)
+            assert cosine > 0.95
 
 
 class Oracle:
