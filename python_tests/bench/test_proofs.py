@@ -160,7 +160,10 @@ def test_commands_and_tables(text, tmp_path, monkeypatch):
     for name, found in before["bits_per_byte"].items():
         for a, b in zip(found, after["bits_per_byte"][name], strict=True):
             assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], abs=0.05)  # bf16
-    run("measure", "gemma-32k,stream,histories,prompt-32k,steps,llama-1m", "--tiny", "--out", out)
+    names = ["gemma-32k", "stream", "histories", "prompt-32k", "steps", "llama-1m"]
+    run("measure", ",".join(names), "--tiny", "--out", out)
+    for name in names:
+        assert "error" not in json.loads((out / f"{name}.json").read_text())["found"], name
     sources = [out / f"train-{method}.json" for method in tables.ORDER]
     pytest.importorskip("matplotlib")
     tables.plot(sources, tmp_path / "proofs.png", {})
