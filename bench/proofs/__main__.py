@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 from lctx_kernels._measure import write_json
 
@@ -21,7 +22,7 @@ from ..machine import describe_machine, machine_kind, machine_line
 from ..results import RESULTS
 from ..timing import describe_error
 from . import ranks
-from .evaluate import bits_per_byte, fillers, gates, passkey_accuracy
+from .evaluate import bits_per_byte, gates, passkey_accuracy, repeated_sentences
 from .measured import MEASURED
 from .models import METHODS
 from .rows import Text, load_text
@@ -115,28 +116,30 @@ def assess(
 ) -> None:  # fmt: skip
     """Fill in a result's pass keys and bits per byte, written after every figure."""
     method, longest = result["recipe"]["method"], result["recipe"]["lengths"][-1]
-    for kind, filler in fillers(corpus, lengths * longest).items():
+    readings = TOP_K.get(method, (None,))
+    names = {k: method if k is None else f"{method}, k = {k}" for k in readings}
+
+    def find(kind: str, filler: Tensor) -> None:
         result[kind] = {}
-        for top_k in TOP_K.get(method, (None,)):
-            name = method if top_k is None else f"{method}, k = {top_k}"
-            found: list[dict[str, Any]] = []
-            result[kind][name], result["bits_per_byte"][name] = found, []
-            times = 1
-            while times <= lengths:
+        for top_k, name in names.items():
+            result[kind][name] = found = []
+            for times in (1 << i for i in range(lengths.bit_length())):
                 found.append(
                     passkey_accuracy(
                         model, filler, times * longest, samples, top_k, result["recipe"]["seed"] + 1
                     )
                 )
                 log(f"{name}, {kind}", str(found[-1]))
-                times *= 2
                 write_json(path, result)
-    for top_k in TOP_K.get(method, (None,)):
-        name = method if top_k is None else f"{method}, k = {top_k}"
+
+    held_out, grass = torch.cat(corpus.held_out), repeated_sentences(lengths * longest)
+    find("passkey", held_out)
+    for top_k, name in names.items():
         bits = bits_per_byte(model, corpus, lengths * longest, documents, top_k)
         result["bits_per_byte"][name] = bits
         log(name, str(bits))
         write_json(path, result)
+    find("passkey_among_grass", grass.to(held_out.device))
 
 
 def log(name: str, line: str) -> None:

@@ -45,11 +45,9 @@ def answer_logits(model: Any, batch: Batch, top_k: int) -> Tensor:
     return torch.cat(logits[-DIGITS:], dim=1)
 
 
-def fillers(text: Text, longest: int) -> dict[str, Tensor]:
-    """Bytes to hide keys in: the held-out documents, and the sentences of the papers' test."""
-    repeats = 1 + 2 * longest // len(GRASS)
-    grass = torch.tensor(list(GRASS.encode()), dtype=torch.uint8, device=text.train.device)
-    return {"passkey": torch.cat(text.held_out), "passkey_among_grass": grass.repeat(repeats)}
+def repeated_sentences(least: int) -> Tensor:
+    """At least twice `least` bytes of the sentences among which the papers hide their keys."""
+    return torch.tensor(list(GRASS.encode()), dtype=torch.uint8).repeat(1 + 2 * least // len(GRASS))
 
 
 def passkey_accuracy(

@@ -25,8 +25,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
 SHAPES = {
     "30m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 10,
             "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
-    "30m-wide": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4,
-                 "num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 64},
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
 }  # fmt: skip

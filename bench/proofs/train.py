@@ -32,7 +32,6 @@ class Recipe:
     steps: Of the optimiser, `tokens` each. last_weight: Of the answers' loss at the last length;
     other losses weigh 1. last_temperature: What logits of answers are divided by there: with 1, a
     key that is found well enough for short rows teaches nothing about longer ones.
-    decoys: Numbers of other names in every row of the last length.
     recorded: On a GPU compute in bf16, recorded as CUDA graphs, instead of in autocast.
     """
 
@@ -50,7 +49,6 @@ class Recipe:
     warmup: int = 50
     last_weight: float = 1.0
     last_temperature: float = 1.0
-    decoys: int = 0
     recorded: bool = False
     seed: int = 0
     seconds: float = 0.0  # the last step and the end of the learning rate at the latest; 0: never
@@ -130,8 +128,7 @@ def train(recipe: Recipe, text: Text, device: str, log: Callable[[str], None]) -
     sums, lengths = torch.zeros(4, device=device), list(recipe.lengths)
     for step in range(1, recipe.steps + 1):
         T = max(LEAST, int(lengths[0] * (1 - (1 - recipe.shortest) * chance.random())))
-        decoys = recipe.decoys if len(lengths) == 1 else 0
-        batch = passkey_rows(text.train, max(1, recipe.tokens // T), T, generator, decoys)
+        batch = passkey_rows(text.train, max(1, recipe.tokens // T), T, generator)
         found = stepper.backward(batch, last=len(lengths) == 1)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,7 +1,6 @@
 """The proofs' rows, metrics, commands and tables, at tiny sizes on the CPU."""
 
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,7 @@ from bench.proofs import graphs, models, tables
 from bench.proofs.__main__ import app
 from bench.proofs.evaluate import passkey_accuracy
 from bench.proofs.models import METHODS, SHAPES, build
-from bench.proofs.rows import DECOYS, DIGITS, KEY, VOCAB, load_text, passkey_rows
+from bench.proofs.rows import DIGITS, VOCAB, load_text, passkey_rows
 from bench.proofs.train import Recipe, Stepper
 
 
@@ -48,25 +47,6 @@ def test_rows_hold_the_key_once_more_and_ask_for_it(text):
     assert min(places) < 20 and max(places) > T - len(fact) - len(question) - 20
     with pytest.raises(ValueError, match="T is 90; expected at least 104"):
         passkey_rows(source, 1, 90, torch.Generator())
-
-
-def test_numbers_of_other_names_stand_beside_the_key(text):
-    source, T = load_text(text, "cpu").train, 500
-    batch = passkey_rows(source, 32, T, torch.Generator().manual_seed(0), decoys=3)
-    for row, hidden, echoes, answers in zip(*vars(batch).values(), strict=True):
-        written = bytes(row.tolist()).decode()
-        fact = r"\n(?:The (.{8}) is (\d{5})\. Remember it\. \2 is the \1\.)\n"
-        found = re.findall(fact, written)
-        key = bytes(row[answers].tolist()).decode()
-        assert len(found) == 4 and [n for name, n in found if name == "pass key"] == [key]
-        assert all(name in (KEY, *DECOYS) for name, _ in found)
-        numbers = "".join(number for _, number in found)
-        for mask in (hidden, echoes):
-            assert bytes(row[mask].tolist()).decode() == numbers
-        rest = re.sub(fact, "", written).split("\nWhat is")[0]
-        assert rest.encode() in bytes(source.tolist())
-    with pytest.raises(ValueError, match="expected at least 284"):
-        passkey_rows(source, 1, 200, torch.Generator(), decoys=3)
 
 
 def test_documents_are_trained_on_or_held_out(text):
