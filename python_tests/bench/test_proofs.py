@@ -1,6 +1,10 @@
 """The proofs' rows, metrics, commands and tables, at tiny sizes on the CPU."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -154,3 +158,22 @@ def test_commands_and_tables(text, tmp_path, monkeypatch):
     assert "1k of" not in tables.headline(out) and tables.headline(out).count("landmark") == 2
     assert tables.generation(out).count("infini") == 2
     assert tables.training(tmp_path) == tables.steps(tmp_path) == tables.MISSING
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_processes_add_up(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    measure = ["bench.proofs", "measure", "gemma-32k,prompt-32k", "--tiny", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, *launcher, *measure], cwd=root, env=environment, capture_output=True, text=True,
+        check=False, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    step = json.loads((tmp_path / "gemma-32k-2-gpus.json").read_text())["found"]
+    assert step["gpus"] == 2 and step["segments_done"] == 4
+    alone = step["segments_done"] * step["segment"] / step["seconds_of_text"]
+    assert step["tokens_per_second"] >= 2 * alone * 0.999  # the slower one's time
+    assert "error" not in json.loads((tmp_path / "prompt-32k-2-gpus.json").read_text())["found"]
