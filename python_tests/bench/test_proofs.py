@@ -168,8 +168,8 @@ def test_two_processes_add_up(tmp_path):
     measure = ["bench.proofs", "measure", "gemma-32k,prompt-32k", "--tiny", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
-        [sys.executable, *launcher, *measure], cwd=root, env=environment, capture_output=True, text=True,
-        check=False, timeout=300,
+        [sys.executable, *launcher, *measure], cwd=root, env=environment, capture_output=True,
+        text=True, check=False, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     step = json.loads((tmp_path / "gemma-32k-2-gpus.json").read_text())["found"]
