@@ -67,7 +67,6 @@ struct Pipeline {
   // Consumer: called by every thread, counted once a warp, after this warp's own reads.
   template <class State>
   __device__ __forceinline__ void release(const State& state) const {
-    __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + state.stage() * 8);
   }
 };
