@@ -229,6 +229,10 @@ def live(tasks: list[Fault]) -> list[dict[str, Any]]:
             seen.append(found)
         good = all(right(fault, rank, seen[rank]) for rank in range(2))
         entries.append({**dataclasses.asdict(fault), "right": good, "seen": seen})
+        said = ", ".join(f"{x['error']} {x['seconds']:.1f} s" for s in seen for x in s)
+        print(
+            f"  {fault.kind}, {fault.transport}: {'right' if good else 'WRONG'}: {said}", flush=True
+        )
         if not good and any(x["error"] in ("died", "hangs", "harness") for s in seen for x in s):
             break  # the pair is no more; its other faults have not been tried
     for process in processes:
