@@ -69,7 +69,7 @@ def groups(transports: list[str], lengths: list[int], documents: bool, rival: bo
                 if wanted is not None:
                     goals = (Goal(names[0], "flash", *wanted, label=f"ring, {pass_}"),)
                 rings = names if T < ONE_TRANSPORT else names[:1]
-                if rival and T <= ONE_TRANSPORT:
+                if rival and (T < ONE_TRANSPORT or (T == ONE_TRANSPORT and pass_ == "fwd")):
                     rings += (RIVAL,)
                     goals += (Goal(names[0], RIVAL, RIVAL_SPEED, label=f"rival, {pass_}"),)
                 group = Group(shape, pass_, ("flash", *rings), goals)

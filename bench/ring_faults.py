@@ -36,7 +36,7 @@ from lctx_kernels.cp import device
 from .machine import describe_machine
 from .results import default_path
 
-TIMEOUT, GRACE, PATIENCE = 1.0, 5.0, 40.0  # seconds; PATIENCE: of a pair for one fault
+TIMEOUT, GRACE, PATIENCE = 1.0, 5.0, 30.0  # seconds; PATIENCE: of a pair for one fault
 LENGTHS = (1100, 700)
 HOPS = (("forward kv", 0), ("backward kv", 0), ("backward dkv", 1))
 LIVING = ("delayed", "another length", "second communicator")
@@ -171,7 +171,9 @@ def _child(rank: int, port: int, tasks: list[Fault], pipe: Any, stderr: str) -> 
     try:
         pair = Pair(rank)
         for fault in tasks:
+            faulthandler.dump_traceback_later(PATIENCE - 5)
             found = pair.run(fault)
+            faulthandler.cancel_dump_traceback_later()
             pipe.send(found)
             if fault.kind != "killed":
                 dist.barrier()
@@ -224,11 +226,16 @@ def live(tasks: list[Fault]) -> list[dict[str, Any]]:
                 if pipe.poll(max(0.0, begin + PATIENCE - time.monotonic())):
                     found = [{"error": "died", "text": "", "seconds": 0.0}]
                     found = pipe.recv()
-            if found[0]["error"] == "died" and (fault.kind, fault.victim) != ("killed", rank):
+            as_planned = (fault.kind, fault.victim) == ("killed", rank)
+            if found[0]["error"] in ("died", "hangs") and not as_planned:
                 found[0]["text"] = Path(logs[rank]).read_text()[-4000:]
             seen.append(found)
         good = all(right(fault, rank, seen[rank]) for rank in range(2))
         entries.append({**dataclasses.asdict(fault), "right": good, "seen": seen})
+        said = ", ".join(f"{x['error']} {x['seconds']:.1f} s" for s in seen for x in s)
+        print(
+            f"  {fault.kind}, {fault.transport}: {'right' if good else 'WRONG'}: {said}", flush=True
+        )
         if not good and any(x["error"] in ("died", "hangs", "harness") for s in seen for x in s):
             break  # the pair is no more; its other faults have not been tried
     for process in processes:

@@ -157,9 +157,10 @@ struct CarryRows : StoreRows {
     bool sparse;  // most rows carry nothing: look before reading them
   };
   static constexpr bool kCarries = true, kRetrieves = false, kMakesStates = false;
-  // The carried weight counts as kGain at exp(lse) / kGain, far below the scores to come: these
-  // then have their own maximum as 1, and weights as exact in 16 bits as those of a first step.
-  static constexpr float kGain = 1 << 29, kLogGain = 20.101268f;
+  // The carried weight counts as kGain at exp(lse) / kGain, below the scores to come: these then
+  // have their own maximum as 1, and weights as exact in 16 bits as those of a first step. Not
+  // further below: the way up is rounded in every step of a ring.
+  static constexpr float kGain = 1 << 10, kLogGain = 6.931472f;
 
   // First element of row `row` of the tile in tensors (B, T, H, D).
   template <class Kernel>

@@ -15,6 +15,8 @@
 namespace lctx::cuda {
 namespace {
 
+constexpr int64_t kFewestTiles = 1024;  // of a section
+
 template <int kBlockM>
 struct TwoKeysTiles : OneHeadTiles {
   struct Params {
@@ -126,8 +128,11 @@ void launch_two(const CarryTwoParams& params, int* counter, int num_sms, Stream 
   p.partial_out = params.final_rows < s.Tq ? static_cast<float*>(params.carry_out.data) : nullptr;
   p.own_row = static_cast<int>(params.own_row);
   p.row_shift = row_shift<Tile>(s.Tq - params.own_row);
-  p.order = make_order("lctx::flash_carry_two", ceil_div(s.Tq - params.own_row, Tile::kBlockM),
-                       s.Hq, s.B, heads_per_section(s, s.Tk + far_rows, 16));
+  const int64_t m_blocks = ceil_div(s.Tq - params.own_row, Tile::kBlockM);
+  // Sections of fewer tiles would end with long ones.
+  const int64_t section =
+      std::max(heads_per_section(s, s.Tk + far_rows, 16), ceil_div(kFewestTiles, m_blocks));
+  p.order = make_order("lctx::flash_carry_two", m_blocks, s.Hq, s.B, section);
   const int64_t carried = std::max<int64_t>(params.own_row - params.first_row, 0);
   p.num_tiles = static_cast<int>(p.order.num_tiles + ceil_div(carried, Tile::kBlockM) * s.Hq * s.B);
   p.per_carried_row = FastDivisor(static_cast<int>(s.Hq * s.B));

@@ -20,7 +20,8 @@ from .schedule import Call
 # Of an H200: a hop by the copy engine, and kernels on short rows.
 LINK, FORWARD_FLOPS, BACKWARD_FLOPS, STATISTICS = 370e9, 560e12, 430e12, 3e12
 HOP_SECONDS, MARGIN = 30e-6, 1.05
-ROWS = 128  # of a tile
+CARRIED, WORTH = 8 / 4e12, 0.03  # seconds to carry an element; of a step's, that are worth saving
+ROWS, FEWEST_TILES = 128, 1000  # of a tile; of keys, that are worth two launches
 
 
 def _hop_seconds(at: Rank, k: Tensor, v: Tensor) -> float:
@@ -48,7 +49,8 @@ def _side(seconds: float, flops: float, per_pair: float, rows: int, causal: bool
 def own_calls(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Call], list[Call]]:
     """The backward's calls on own keys: before the first foreign keys are there, and at the end.
 
-    Nothing comes first where the statistics of the rows take about as long as the hop.
+    Nothing comes first where the statistics of the rows take about as long as the hop, and where
+    the rest would be too few tiles to keep all multiprocessors busy.
     """
     calls, rows = list(at.schedule.calls[at.rank][at.rank]), q.shape[1]
     square = _own_square(at, rows)
@@ -56,6 +58,9 @@ def own_calls(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Call], li
     if square is None or not square.causal or uncovered <= HOP_SECONDS:
         return [], calls
     per_pair = 5 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3])
+    whole, tiles = square.pairs * per_pair / BACKWARD_FLOPS, rows // ROWS * k.shape[2] * k.shape[0]
+    if uncovered < whole and (tiles < FEWEST_TILES or uncovered < whole / 50):
+        return [], calls
     begin = rows - _side(uncovered, BACKWARD_FLOPS, per_pair, rows, True)
     begin = max(begin // ROWS, rows // ROWS // 2) * ROWS
     if begin <= 0:
@@ -82,7 +87,7 @@ class TwoSteps(NamedTuple):
 
 
 def two_steps(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> TwoSteps | None:
-    """How the first two steps go together; None where they do not."""
+    """How the first two steps go together; None where they do not, or where little is saved."""
     rows = q.shape[1]
     own = _own_square(at, rows)
     if q.device.type == "cpu" or own is None:
@@ -94,6 +99,8 @@ def two_steps(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> TwoSteps | None:
     if late and alone != far[0].q0:
         return None
     per_pair = 2 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3])
+    if CARRIED * q.numel() < WORTH * own.pairs * per_pair / FORWARD_FLOPS:
+        return None
     first = _side(_hop_seconds(at, k, v), FORWARD_FLOPS, per_pair, rows, own.causal)
     if first >= rows:
         return None
