@@ -4,7 +4,8 @@
 //         delta = dout . A_dot,
 //         dgate = g (1 - g) sum (dout . A_mem - delta) over the rows that the gate weighs.
 // Tile map: a block has 64 rows of one query head, a few threads a row, 16 bytes each.
-// Pipeline: the blocks' shares of dgate are added by a second kernel, always in the same order.
+// Pipeline: the blocks' shares of dgate are added by a second kernel, always in the same order. May
+//       run beside the kernel before it in the stream, of which it reads nothing.
 // Memory: dout and A_dot once; 12 bytes a row and head.
 // Limits: used by infini_bwd; D a multiple of 8 up to 256.
 #include "../common/dtype.cuh"
@@ -80,6 +81,8 @@ __global__ void __launch_bounds__(kThreads)
     x.delta[stats + row] = delta;
     if (row < x.T && !past) share += retrieved[i] - delta;
   }
+  // The kernel that this one overlaps with has ended when it ends; its last blocks come last.
+  if (blockIdx.x + 1 == gridDim.x && blockIdx.y + 1 == gridDim.y) ptx::grid_dependency_wait();
   if (x.dgate == nullptr) return;
   __shared__ float shares[kThreads / 32];
   share = sum_over_lanes(share, 32);
@@ -109,13 +112,22 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-void choose(const StatsParams& p, Stream stream) {
+void choose(const StatsParams& p, bool overlap, Stream stream) {
   const InfiniGradStates& x = p.states;
   const dim3 grid(x.Hq * p.row_blocks, x.B), block(kThreads);
   const auto kernel = x.D <= 64    ? infini_row_stats_kernel<T, 8>
                       : x.D <= 128 ? infini_row_stats_kernel<T, 16>
                                    : infini_row_stats_kernel<T, 32>;
-  kernel<<<grid, block, 0, stream>>>(p);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, p);
   check_launch("infini_row_stats_kernel", grid, block, stream);
 }
 
@@ -124,13 +136,13 @@ void choose(const StatsParams& p, Stream stream) {
 int64_t infini_row_blocks(const AttnShape& shape) { return ceil_div(bwd_pitch(shape), kRows); }
 
 void launch_infini_row_stats(const InfiniParams& params, const InfiniGrads& grads,
-                             const InfiniGradStates& states, Stream stream) {
+                             const InfiniGradStates& states, bool overlap, Stream stream) {
   const StatsParams p{states, grads.dout, params.out_local, static_cast<const float*>(params.lse),
                       static_cast<int>(infini_row_blocks(params.shape))};
   if (params.shape.dtype == DType::kBFloat16) {
-    choose<__nv_bfloat16>(p, stream);
+    choose<__nv_bfloat16>(p, overlap, stream);
   } else {
-    choose<__half>(p, stream);
+    choose<__half>(p, overlap, stream);
   }
   if (states.dgate == nullptr) return;
   const dim3 grid(states.Hq), block(kThreads);
