@@ -1,9 +1,7 @@
 // Math: none; what the tiles of infini_state_tiles.cuh work on, and their producer.
 // Tile map: a tile is (batch, key/value head, segment).
-// Pipeline: keys and values through their own stages; by the linear rule, which is done with a
-// block
-//       sooner than the next ones arrive, every third block through the two stages of queries.
-//       Blocks further on are asked for in the L2 cache.
+// Pipeline: keys and values through the stages of attention; blocks further on are asked for in the
+//       L2 cache.
 // Memory: K and V of the segment once.
 // Limits: those of infini_state_tiles.cuh.
 #pragma once
@@ -60,21 +58,8 @@ struct StateLoads {
       }
     };
     for (int i = Traits::kStages; i < kAhead; ++i) fetch(i * kBlockN);
-    int ring = 0;
     for (int at = 0; at < work.rows; at += kBlockN) {
       fetch(at + kAhead * kBlockN);
-      if (!kDelta && ring == 2) {
-#pragma unroll 1
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t full = kernel.q_pipe.acquire(q_state, Traits::kQBytes);
-          load(i == 0 ? &kernel.p.k_mem : &kernel.p.v[0], at,
-               kernel.smem + q_state.stage() * Traits::kQBytes, full);
-          q_state.advance();
-        }
-        ring = 0;
-        continue;
-      }
-      ++ring;
       uint32_t full = kernel.k_pipe.acquire(k_state, Traits::kKBytes);
       load(&kernel.p.k_mem, at, kernel.smem + Traits::kK + k_state.stage() * Traits::kKBytes, full);
       k_state.advance();

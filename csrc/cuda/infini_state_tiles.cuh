@@ -7,10 +7,9 @@
 //       both as sums of two bf16 terms. M, z and all sums stay fp32.
 // Tile map: a tile is (batch, key/value head, segment); warpgroup w has rows 64 w .. of M and of T
 //       as accumulators.
-// Pipeline: keys and values come through those of attention, by the linear rule every third block
-//       through that of queries. sigma replaces K in shared memory, 64 rows at a time, under the
-//       product of the rows before; linear: a warpgroup's own columns, so that the two never meet;
-//       delta: the rows over their norms go through the memory of O.
+// Pipeline: keys and values come through those of attention; sigma is applied to 64 rows under the
+//       product of the rows before. Linear: in registers, as A operand, which ldmatrix.trans reads.
+//       Delta: in place; the rows over their norms go through the memory of O.
 // Memory: K and V once, which attention reads soon after from the L2 cache; per tile M twice in
 //       fp32, once in 16 bits.
 // Limits: D from 72 to 128: at 64 the kernel spills registers. A tile waits for the state before
@@ -296,69 +295,48 @@ struct StateTile : StateLoads<Kernel, kDelta> {
     }
   }
 
-  // Block `ring` of three comes through the stages of queries.
-  __device__ __forceinline__ uint32_t wait_for_keys(int ring, const QState& q_state,
-                                                    const KVState& k_state, int rows) const {
-    const uint32_t tile = ring == 2 ? queries(q_state) : keys(k_state);
-    if (ring == 2) {
-      kernel.q_pipe.wait(q_state);
-    } else {
-      kernel.k_pipe.wait(k_state);
-    }
-    fill(tile, rows, kMinusInfinity * 0x10001u);
-    return tile;
+  __device__ __forceinline__ void wait_for_keys(const KVState& state, int rows) const {
+    kernel.k_pipe.wait(state);
+    fill(keys(state), rows, kMinusInfinity * 0x10001u);
+  }
+  __device__ __forceinline__ void wait_for_values(const KVState& state, int rows) const {
+    kernel.v_pipe.wait(state);
+    fill(values(state), rows, 0);
   }
 
   // Sigma is applied to a part of a block under the product of the last one.
-  __device__ __forceinline__ void add_linear(QState& q_state, KVState& k_state, KVState& v_state,
-                                             Sums& M, ColumnSums& sums) const {
+  __device__ __forceinline__ void add_linear(KVState& k_state, KVState& v_state, Sums& M,
+                                             ColumnSums& sums) const {
     Transposed a[kParts];
-    int rows = find().rows, ring = 0;
+    int rows = find().rows;
     bool started = false;
-    uint32_t k_tile = wait_for_keys(ring, q_state, k_state, rows);
-    read_transposed(k_tile, a[0], sums);
+    wait_for_keys(k_state, rows);
+    read_transposed(keys(k_state), a[0], sums);
 #pragma unroll 1
     for (; rows > 0; rows -= kBlockN) {
-      const bool apart = ring == 2;
-      const QState second{q_state.step + 1};
-      const uint32_t v_tile = apart ? queries(second) : values(v_state);
-      if (apart) {
-        kernel.q_pipe.wait(second);
-      } else {
-        kernel.v_pipe.wait(v_state);
-      }
-      fill(v_tile, rows, 0);
+      wait_for_values(v_state, rows);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         wgmma_fence();
-        gemm_rn<T, kHeadDim, kPartRows>(M, a[part], v_tile + part * kPartBytes, kBlockN,
+        gemm_rn<T, kHeadDim, kPartRows>(M, a[part], values(v_state) + part * kPartBytes, kBlockN,
                                         started || part != 0);
         wgmma_commit();
         if (part + 1 < kParts) {
-          read_transposed(k_tile + (part + 1) * kPartBytes, a[part + 1], sums);
+          read_transposed(keys(k_state) + (part + 1) * kPartBytes, a[part + 1], sums);
         } else {
-          if (apart) {
-            kernel.q_pipe.release(q_state);
-          } else {
-            kernel.k_pipe.release(k_state);
-            k_state.advance();
-          }
+          kernel.k_pipe.release(k_state);
+          const KVState next{k_state.step + 1};
           if (rows > kBlockN) {
-            k_tile = wait_for_keys(apart ? 0 : ring + 1, q_state, k_state, rows - kBlockN);
-            read_transposed(k_tile, a[0], sums);
+            wait_for_keys(next, rows - kBlockN);
+            read_transposed(keys(next), a[0], sums);
           }
         }
         wgmma_wait<0>();
       }
       started = true;
-      if (apart) {
-        kernel.q_pipe.release(second);
-        q_state.step += 2;
-      } else {
-        kernel.v_pipe.release(v_state);
-        v_state.advance();
-      }
-      ring = apart ? 0 : ring + 1;
+      kernel.v_pipe.release(v_state);
+      k_state.advance();
+      v_state.advance();
     }
   }
 
@@ -392,8 +370,7 @@ struct StateTile : StateLoads<Kernel, kDelta> {
     };
 #pragma unroll 1
     for (; rows > 0; rows -= kBlockN) {
-      kernel.k_pipe.wait(k_state);
-      fill(keys(k_state), rows, kMinusInfinity * 0x10001u);
+      wait_for_keys(k_state, rows);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         const uint32_t tile = scaled + part * tile_bytes(kPartRows, kHeadDim);
@@ -406,8 +383,7 @@ struct StateTile : StateLoads<Kernel, kDelta> {
         wgmma_wait<0>();
         if (part == 0) {
           if (started) release();
-          kernel.v_pipe.wait(v_state);
-          fill(values(v_state), rows, 0);
+          wait_for_values(v_state, rows);
         }
         sync();
         wgmma_fence();
@@ -483,7 +459,7 @@ struct StateTile : StateLoads<Kernel, kDelta> {
     } else {
       const bool there = is_there();
       if (there) load_last(r);
-      add_linear(q_state, k_state, v_state, M, sums);
+      add_linear(k_state, v_state, M, sums);
       if (!there) load_last(r);
       scale = store_z(sums);
 #pragma unroll
