@@ -20,12 +20,24 @@
 
 namespace lctx::cuda {
 
+// The second, or the first.
+template <bool kSecond, class A, class B>
+__device__ __forceinline__ auto& choose(A& a, B& b) {
+  if constexpr (kSecond) {
+    return b;
+  } else {
+    return a;
+  }
+}
+
 struct StoreRows {
   struct Params {};
   static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
 
   template <class Kernel>
   struct Query {};  // of a memory
+  template <class Kernel>
+  static constexpr bool kEarly = false;  // it is read under the last product
 
   // Whether the tile's row `row` is one to keep, and where its lse goes.
   template <class P>
@@ -278,6 +290,8 @@ struct SplitRows {
   static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
   template <class Kernel>
   struct Query {};
+  template <class Kernel>
+  static constexpr bool kEarly = false;
 
   template <class P>
   static __device__ __forceinline__ int head_in_group(const P& p, const Work& work, int row) {
