@@ -25,7 +25,8 @@ struct BwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kFused = kFused_, kGroups = kGroups_;
-  static constexpr bool kWide = kHeadDim > 128;  // attn_bwd_wide.cuh
+  static constexpr bool kWide = kHeadDim > 128;                         // attn_bwd_wide.cuh
+  static constexpr bool kWhole = kFused && kHeadDim == 64 && !kGroups;  // attn_bwd_whole.cuh
   static constexpr int kConsumers = 2, kBlockN = kWide ? 64 : 64 * kConsumers;
   static constexpr int kBlockM = dq_block_rows(kHeadDim), kHalves = kBlockM / 64;
   static constexpr int kStages = kFused ? (kHeadDim == 64 ? 2 : 3) : kWide ? 2 : 4;
@@ -34,7 +35,7 @@ struct BwdTile {
   static constexpr int kKeyBytes = tile_bytes(kBlockN, kHeadDim);
   static constexpr int kQueryBytes = tile_bytes(kBlockM, kHeadDim);
   static constexpr int kDsBytes = tile_bytes(kBlockN, kBlockM);
-  static constexpr int kDsBuffers = 3;
+  static constexpr int kDsBuffers = kWhole ? kStages : 3;
   static constexpr int kK = 0, kV = kKeyBytes, kQ = 2 * kKeyBytes;
   static constexpr int kDout = kQ + kStages * kQueryBytes;
   static constexpr int kDs = kDout + kStages * kQueryBytes;
