@@ -33,8 +33,7 @@ __device__ __forceinline__ void add_one_where_positive(uint32_t pair, const floa
 template <>
 __device__ __forceinline__ void add_one_where_positive<__nv_bfloat16>(uint32_t pair,
                                                                       const float2& x, float2& e) {
-  asm(
-      "{\n"
+  asm("{\n"
       ".reg .pred p, q;\n"
       "setp.gt.bf16x2 p|q, %4, %5;\n"
       "@p add.f32 %0, %2, 0f3f800000;\n"
@@ -46,8 +45,7 @@ __device__ __forceinline__ void add_one_where_positive<__nv_bfloat16>(uint32_t p
 template <>
 __device__ __forceinline__ void add_one_where_positive<__half>(uint32_t pair, const float2& x,
                                                                float2& e) {
-  asm(
-      "{\n"
+  asm("{\n"
       ".reg .pred p, q;\n"
       "setp.gt.f16x2 p|q, %4, %5;\n"
       "@p add.f32 %0, %2, 0f3f800000;\n"
