@@ -33,8 +33,7 @@ __device__ __forceinline__ void add_one_where_positive(uint32_t pair, const floa
 template <>
 __device__ __forceinline__ void add_one_where_positive<__nv_bfloat16>(uint32_t pair,
                                                                       const float2& x, float2& e) {
-  asm(
-      "{\n"
+  asm("{\n"
       ".reg .pred p, q;\n"
       "setp.gt.bf16x2 p|q, %4, %5;\n"
       "@p add.f32 %0, %2, 0f3f800000;\n"
@@ -46,8 +45,7 @@ __device__ __forceinline__ void add_one_where_positive<__nv_bfloat16>(uint32_t p
 template <>
 __device__ __forceinline__ void add_one_where_positive<__half>(uint32_t pair, const float2& x,
                                                                float2& e) {
-  asm(
-      "{\n"
+  asm("{\n"
       ".reg .pred p, q;\n"
       "setp.gt.f16x2 p|q, %4, %5;\n"
       "@p add.f32 %0, %2, 0f3f800000;\n"
@@ -57,9 +55,15 @@ __device__ __forceinline__ void add_one_where_positive<__half>(uint32_t pair, co
       : "f"(x.x), "f"(x.y), "r"(pair), "r"(0));
 }
 
-// A NaN stays one.
 template <class T>
 __device__ __forceinline__ float2 elu_plus_one2(uint32_t x) {
+  const float2 pair = unpack2<T>(x);
+  return {elu_plus_one(pair.x), elu_plus_one(pair.y)};
+}
+
+// The same with more of it under way at once, for a register or two more.
+template <class T>
+__device__ __forceinline__ float2 elu_plus_one2_wide(uint32_t x) {
   constexpr float kLog2e = 1.4426950408889634f;
   const float2 in = unpack2<T>(x);
   float2 power{ptx::exp2_anywhere(in.x * kLog2e), ptx::exp2_anywhere(in.y * kLog2e)};

@@ -110,8 +110,7 @@ struct KeyTile {
         if (i + 2 < kBatch) in[i % 2] = load(i + 2);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float2 x = unpack2<T>(words[j]);
-          key[i].x[j] = {elu_plus_one(x.x), elu_plus_one(x.y)};
+          key[i].x[j] = elu_plus_one2<T>(words[j]);
           if (first + i * kRowsAtOnce >= rows) key[i].x[j] = {0.f, 0.f};
         }
         norm[i] = key[i].dot(z);

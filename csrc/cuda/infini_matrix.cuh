@@ -118,7 +118,8 @@ struct RowFragments {
         for (int row = 0; row < 2; ++row) {
           uint32_t& word = x[t][2 * half + row];
           word = static_cast<uint32_t>(ptx::opaque(static_cast<int>(word)));
-          use(row, 8 * t + 4 * half + 2 * row, 16 * t + 8 * half, word, elu_plus_one2<T>(word));
+          use(row, 8 * t + 4 * half + 2 * row, 16 * t + 8 * half, word,
+              elu_plus_one2_wide<T>(word));
         }
       }
     }
@@ -137,7 +138,7 @@ struct RowPairs {
       uint32_t x[4];
       ptx::ldmatrix_x4(address(t), x);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[t][i] = elu_plus_one2<T>(x[i]);
+      for (int i = 0; i < 4; ++i) s[t][i] = elu_plus_one2_wide<T>(x[i]);
     }
   }
   // Times the rows' weights, rounded, to where they came from.
