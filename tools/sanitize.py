@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,10 +190,11 @@ def sanitize(tool: str, op: str) -> tuple[bool, str]:
 
 
 def results(tools: list[str], ops: list[str], jobs: int) -> Iterator[tuple[bool, str]]:
-    """What `sanitize` says of every pair, op by op, `jobs` processes at a time."""
+    """What `sanitize` says of every pair, as they end, `jobs` processes at a time."""
     with ThreadPoolExecutor(jobs) as pool:
         pairs = [(t, op) for op in ops for t in tools if op != PLANTED or t in FINDERS]
-        yield from pool.map(lambda pair: sanitize(*pair), pairs)
+        for done in as_completed([pool.submit(sanitize, *pair) for pair in pairs]):
+            yield done.result()
 
 
 def main() -> int:

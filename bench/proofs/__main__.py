@@ -14,13 +14,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 from lctx_kernels._measure import write_json
 
 from ..machine import describe_machine, machine_kind, machine_line
 from ..results import RESULTS
 from ..timing import describe_error
-from .evaluate import bits_per_byte, gates, passkey_accuracy
+from . import ranks
+from .evaluate import bits_per_byte, gates, passkey_accuracy, repeated_sentences
 from .measured import MEASURED
 from .models import METHODS
 from .rows import Text, load_text
@@ -114,26 +116,30 @@ def assess(
 ) -> None:  # fmt: skip
     """Fill in a result's pass keys and bits per byte, written after every figure."""
     method, longest = result["recipe"]["method"], result["recipe"]["lengths"][-1]
-    for top_k in TOP_K.get(method, (None,)):
-        name = method if top_k is None else f"{method}, k = {top_k}"
-        found: list[dict[str, Any]] = []
-        result["passkey"][name], result["bits_per_byte"][name] = found, []
-        times = 1
-        while times <= lengths:
-            found.append(
-                passkey_accuracy(
-                    model, corpus, times * longest, samples, top_k, result["recipe"]["seed"] + 1
+    readings = TOP_K.get(method, (None,))
+    names = {k: method if k is None else f"{method}, k = {k}" for k in readings}
+
+    def find(kind: str, filler: Tensor) -> None:
+        result[kind] = {}
+        for top_k, name in names.items():
+            result[kind][name] = found = []
+            for times in (1 << i for i in range(lengths.bit_length())):
+                found.append(
+                    passkey_accuracy(
+                        model, filler, times * longest, samples, top_k, result["recipe"]["seed"] + 1
+                    )
                 )
-            )
-            log(name, str(found[-1]))
-            times *= 2
-            write_json(path, result)
-    for top_k in TOP_K.get(method, (None,)):
-        name = method if top_k is None else f"{method}, k = {top_k}"
+                log(f"{name}, {kind}", str(found[-1]))
+                write_json(path, result)
+
+    held_out, grass = torch.cat(corpus.held_out), repeated_sentences(lengths * longest)
+    find("passkey", held_out)
+    for top_k, name in names.items():
         bits = bits_per_byte(model, corpus, lengths * longest, documents, top_k)
         result["bits_per_byte"][name] = bits
         log(name, str(bits))
         write_json(path, result)
+    find("passkey_among_grass", grass.to(held_out.device))
 
 
 def log(name: str, line: str) -> None:
@@ -147,13 +153,18 @@ def measure(
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
     tiny: Annotated[bool, typer.Option(help="Tiny shapes, to try the commands.")] = False,
 ) -> None:
-    """Time and memory of large shapes with random weights; each is a file of its own."""
-    device = device_here()
+    """Time and memory of large shapes with random weights; each is a file of its own.
+
+    Under torchrun gemma-32k, llama-1m and prompt-32k run on every GPU at once.
+    """
+    device, rank = device_here(), ranks.start()
+    suffix = f"-{ranks.count()}-gpus" if ranks.count() > 1 else ""
     for name in MEASURED if names == "all" else names.split(","):
         started = time.perf_counter()
 
         def log(line: str, name: str = name, started: float = started) -> None:
-            print(f"[{name} {time.perf_counter() - started:.1f} s] {line}", flush=True)
+            if rank == 0:
+                print(f"[{name} {time.perf_counter() - started:.1f} s] {line}", flush=True)
 
         try:
             found = MEASURED[name](device, log, tiny)
@@ -165,7 +176,8 @@ def measure(
             "name": name, "found": found, "machine": describe_machine(device),
             "date": datetime.date.today().isoformat(),
         }  # fmt: skip
-        write_json(result_path(device, name, out), result)
+        if rank == 0:
+            write_json(result_path(device, name + suffix, out), result)
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()

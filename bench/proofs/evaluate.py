@@ -4,10 +4,12 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from lctx_kernels import hf, nn
 from lctx_kernels.cache import landmark
+from lctx_kernels.eval.tasks import GRASS
 
 from .rows import DIGITS, QUESTION, VOCAB, Batch, Text, passkey_rows
 
@@ -15,7 +17,7 @@ QUESTION_LENGTH = len(QUESTION)
 TARGETS = 512  # bytes that are predicted, behind the longest context
 
 
-def logits_of(model: Any, ids: torch.Tensor, top_k: int | None) -> torch.Tensor:
+def logits_of(model: Any, ids: Tensor, top_k: int | None) -> Tensor:
     """Logits (B, T, V); with top_k by retrieval of that many blocks, chunk by chunk."""
     device = ids.device.type
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -25,30 +27,36 @@ def logits_of(model: Any, ids: torch.Tensor, top_k: int | None) -> torch.Tensor:
         return model(ids, past_key_values=cache, use_cache=True).logits[..., :VOCAB]
 
 
-def answer_logits(model: Any, batch: Batch, top_k: int) -> torch.Tensor:
+def answer_logits(model: Any, batch: Batch, top_k: int) -> Tensor:
     """Logits (B, DIGITS, V) of the answer as generation computes them, by retrieval.
 
     The text is read in chunks, each with one choice of blocks a head (`select="head"`), then the
-    question, then digit after digit.
+    question and the digits byte after byte, each with a choice of its own.
     """
     device, question = batch.ids.device.type, int((~batch.answers[0]).sum()) - QUESTION_LENGTH
     landmark.ROW_ELEMENTS = 1 << 28  # memory is plenty here
     cache = hf.make_cache(model, top_k=top_k, select="head")
-    parts = [batch.ids[:, :question], batch.ids[:, question:-DIGITS]]
-    parts += batch.ids[:, -DIGITS:-1].split(1, dim=1)
+    parts = [batch.ids[:, :question], *batch.ids[:, question:-1].split(1, dim=1)]
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         logits = [
             model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[..., :VOCAB]
             for part in parts
         ]
-    return torch.cat(logits[1:], dim=1)
+    return torch.cat(logits[-DIGITS:], dim=1)
+
+
+def repeated_sentences(least: int) -> Tensor:
+    """At least twice `least` bytes of the sentences among which the papers hide their keys."""
+    return torch.tensor(list(GRASS.encode()), dtype=torch.uint8).repeat(1 + 2 * least // len(GRASS))
 
 
 def passkey_accuracy(
-    model: Any, text: Text, T: int, samples: int, top_k: int | None, seed: int
+    model: Any, filler: Tensor, T: int, samples: int, top_k: int | None, seed: int
 ) -> dict[str, Any]:
-    """Share of samples whose five digits are all the likeliest; the answer's digits are fed."""
-    filler = torch.cat(text.held_out)
+    """Share of samples whose five digits are all the likeliest; the answer's digits are fed.
+
+    filler: Bytes (N,) that the samples are windows of.
+    """
     generator = torch.Generator(filler.device).manual_seed(seed)
     right, digits, done = 0, 0.0, 0
     rows = samples if top_k is not None else max(1, min(samples, 131072 // T))

@@ -9,6 +9,7 @@ import torch
 
 from lctx_kernels import hf
 
+from . import ranks
 from .shapes import SHAPES, random_model
 
 TOKENS = 60  # generated for a median
@@ -74,16 +75,15 @@ def fill(cache: Any, tokens: int, block: int) -> None:
     """Give every layer of a landmark cache a history of random keys and values."""
     for layer in cache.layers:
         state = layer.rows.states[0]
-        k = state.tail[0]
-        state.tail = None
-        done = 0
-        while done < tokens:
-            n = min(32768, tokens - done)
-            fresh = [torch.randn(1, n, *k.shape[2:], dtype=k.dtype, device=k.device)
-                     for _ in range(2)]  # fmt: skip
-            state._keep(*fresh, lambda x, positions: x)
+        k, _ = state.open
+        (B, heads, _, D), done = k.shape, 0
+        while done < tokens // block:
+            n = min(512, tokens // block - done)
+            fresh = torch.randn(2, B, n, heads, block, D, dtype=k.dtype, device=k.device)
+            state.store.append(*fresh)
             done += n
-        state.seen, layer.columns = tokens, tokens // block * (block - 1)
+        state.open_len, state.seen = 0, tokens
+        layer.columns = tokens // block * (block - 1)
 
 
 def landmark_histories(
@@ -142,5 +142,6 @@ def landmark_long_prompt(
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": SHAPES[shape][1]["vocab_size"],
     }  # fmt: skip
+    found = ranks.together(found)
     log(str(found))
     return found

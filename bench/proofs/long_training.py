@@ -1,4 +1,7 @@
-"""Training steps over texts that need two GPUs in the original repositories, segment by segment."""
+"""Training steps over texts that need two GPUs in the original repositories, segment by segment.
+
+Under torchrun every GPU reads a text of its own, and gradients are averaged once a step.
+"""
 
 import time
 from collections.abc import Callable
@@ -10,6 +13,7 @@ import torch
 from lctx_kernels import hf, nn
 from lctx_kernels.hf.training import segmentwise_backward
 
+from . import ranks
 from .shapes import SHAPES, random_model
 
 
@@ -63,6 +67,8 @@ def segmentwise(
         except TimeoutError:
             done, loss = False, torch.zeros(())
         read = _wait(device)
+        ranks.average_gradients(model)
+        averaged = _wait(device)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ended = _wait(device)
@@ -72,11 +78,13 @@ def segmentwise(
         "shape": shape, "tokens": T, "segment": segment, "optimizer": optimizer_name,
         "parameters": sum(p.numel() for p in model.parameters()), "segments_done": len(marks),
         "whole": done, "loss": loss.item(), "seconds_of_text": read - started,
-        "seconds_of_optimizer": ended - read, "seconds_of_a_segment": middle,
+        "seconds_of_gradients": averaged - read, "seconds_of_optimizer": ended - averaged,
+        "seconds_of_a_segment": middle,
         "tokens_per_second": len(marks) * segment / (read - started),
         "peak_bytes": _peak(device), "peak_bytes_after_two_segments": peaks[:2][-1],
         "peak_bytes_after_the_text": peaks[-1],
         "head_dim": model.model.layers[0].self_attn.head_dim,
     }  # fmt: skip
+    found = ranks.together(found)
     log(str(found))
     return found

@@ -15,9 +15,9 @@ def _gemma(device: str, log: Log, tiny: bool) -> Any:
 
 
 def _llama(device: str, log: Log, tiny: bool) -> Any:
-    """Llama-3-8B shape, Adafactor; as much of 1M tokens as 25 seconds hold."""
+    """Llama-3-8B shape, Adafactor; as much of 1M tokens as 10 seconds hold."""
     shape, T, N = ("tiny", 512, 64) if tiny else ("llama-3-8b", 1 << 20, 2048)
-    return long_training.segmentwise(shape, T, N, "adafactor", device, seconds=25.0, log=log)
+    return long_training.segmentwise(shape, T, N, "adafactor", device, seconds=10.0, log=log)
 
 
 def _llama_whole(device: str, log: Log, tiny: bool) -> Any:

@@ -1,6 +1,7 @@
 """Rows to train on: real text, byte by byte, with a pass key in it and the question at the end."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -52,39 +53,39 @@ class Batch:
 
 def passkey_rows(text: Tensor, B: int, T: int, generator: torch.Generator) -> Batch:
     """B windows of `text` with the fact anywhere and the question and its answer at the end."""
-    device = text.device
-
-    def draw(below: int | Tensor, *shape: int) -> Tensor:
-        return torch.randint(below, shape, generator=generator, device=device)
-
-    keys = draw(10, B, DIGITS) + ord("0")
-    fact, fact_digits = _with_digits(FACT, keys)
-    question, question_digits = _with_digits(QUESTION + "{0}", keys)
-    n, m = fact.shape[1], question.shape[1]
+    fact, fact_digits = _with_digits(FACT, text.device)
+    question, question_digits = _with_digits(QUESTION + "{0}", text.device)
+    n, m = len(fact), len(question)
     rest = T - n - m
     if rest < 0:
         raise ValueError(f"passkey_rows: T is {T}; expected at least {LEAST}")
+
+    def draw(below: int, *shape: int) -> Tensor:
+        return torch.randint(below, shape, generator=generator, device=text.device)
+
+    def filled(row: Tensor, digits: Tensor) -> Tensor:
+        return torch.where(digits > 0, keys[:, (digits - 1).clamp(min=0) % DIGITS], row)
+
+    keys = draw(10, B, DIGITS) + ord("0")
     start, place = draw(len(text) - rest, B, 1), draw(rest + 1, B, 1)
-    columns = torch.arange(T - m, device=device)[None]
+    columns = torch.arange(T - m, device=text.device)[None]
     behind = columns >= place + n
     inside = (columns >= place) & ~behind
-    body = text[(start + columns - n * behind).clamp(max=len(text) - 1)].long()
     offset = (columns - place).clamp(0, n - 1)
-    body = torch.where(inside, fact.gather(1, offset), body)
-    ids = torch.cat([body, question], dim=1)
-    hidden, echoes, answers = torch.zeros(3, B, T, dtype=torch.bool, device=device)
-    first = fact_digits & (fact_digits.cumsum(0) <= DIGITS)
-    hidden[:, : T - m] = inside & first[offset]
-    echoes[:, : T - m] = inside & (fact_digits & ~first)[offset]
-    answers[:, T - m :] = question_digits
+    body = text[(start + columns - n * behind).clamp(max=len(text) - 1)].long()
+    body = torch.where(inside, filled(fact, fact_digits).gather(1, offset), body)
+    ids = torch.cat([body, filled(question, question_digits)], dim=1)
+    digit = fact_digits[offset] * inside
+    hidden, echoes, answers = torch.zeros(3, B, T, dtype=torch.bool, device=text.device)
+    hidden[:, : T - m] = (digit > 0) & (digit <= DIGITS)
+    echoes[:, : T - m] = digit > DIGITS
+    answers[:, T - m :] = question_digits > 0
     return Batch(ids, hidden, echoes, answers)
 
 
-def _with_digits(template: str, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, n) bytes of a template with each row's digits for {0}; (n,) bool, which are digits."""
-    filled = template.format("\0" * DIGITS).encode()
-    row = torch.tensor(list(filled), device=keys.device)
-    digits = row == 0
-    rows = row.repeat(len(keys), 1)
-    rows[:, digits] = keys.repeat(1, int(digits.sum()) // DIGITS)
-    return rows, digits
+@cache
+def _with_digits(template: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(n,) bytes of a template; (n,) 0, or the place among the digits of {0}, counted from 1."""
+    row = list(template.format("\0" * DIGITS).encode())
+    digits = [(x == 0) * row[: i + 1].count(0) for i, x in enumerate(row)]
+    return torch.tensor(row, device=device), torch.tensor(digits, device=device)

@@ -88,12 +88,13 @@ def steps(folder: Path) -> str:
 def headline(folder: Path) -> str:
     """Training steps and a prompt of models that needed two GPUs elsewhere."""
     lines = [
-        "| run | tokens | time | tokens/s | peak memory, GiB |",
-        "| --- | --: | --: | --: | --: |",
+        "| run | GPUs | tokens | time | tokens/s | peak memory of a GPU, GiB |",
+        "| --- | --: | --: | --: | --: | --: |",
     ]
+    whole = "llama-1m-whole" if read(folder, "llama-1m-whole") else "llama-1m"
     results = []
-    for name in ("gemma-32k", "llama-1m-whole", "llama-1m"):
-        result = read(folder, name)
+    for name in (f"{name}{gpus}" for name in ("gemma-32k", whole) for gpus in ("", "-2-gpus")):
+        result = read(folder, name) or read(folder, name.replace("-whole", ""))
         if result is None or "error" in result["found"]:
             continue
         x = result["found"]
@@ -101,22 +102,26 @@ def headline(folder: Path) -> str:
         tokens = short(x["tokens"])
         if not x["whole"]:
             tokens = f"{short(x['segments_done'] * x['segment'])} of {tokens}"
-        run = f"{x['shape']}, {x['optimizer']}, a step, segments of {x['segment']}"
+        seconds = x["seconds_of_text"] + x.get("seconds_of_gradients", 0)
         lines.append(
-            f"| {run} | {tokens} | {x['seconds_of_text'] + x['seconds_of_optimizer']:.1f} s "
+            f"| {x['shape']}, {x['optimizer']}, a step, segments of {x['segment']} "
+            f"| {x.get('gpus', 1)} | {tokens} | {seconds + x['seconds_of_optimizer']:.1f} s "
             f"| {x['tokens_per_second']:.0f} | {x['peak_bytes'] / 2**30:.1f} |"
         )
-    result = read(folder, "prompt-32k")
-    if result is not None and "error" not in result["found"]:
+    for name in ("prompt-32k", "prompt-32k-2-gpus"):
+        result = read(folder, name)
+        if result is None or "error" in result["found"]:
+            continue
         x = result["found"]
         results.append(result)
-        run, peak = f"{x['shape']}, landmark, top_k = {x['top_k']}, offload", x["peak_bytes"]
+        gpus, peak = x.get("gpus", 1), x["peak_bytes"]
+        run = f"{x['shape']}, landmark, top_k = {x['top_k']}, offload"
         lines.append(
-            f"| {run}: prompt | {short(x['tokens'])} | {x['seconds_of_reading']:.1f} s "
+            f"| {run}: prompt | {gpus} | {short(x['tokens'])} | {x['seconds_of_reading']:.1f} s "
             f"| {x['reading_tokens_per_second']:.0f} | {peak / 2**30:.1f} |"
         )
         lines.append(
-            f"| {run}: a token after it | 1 | {1e3 * x['seconds_of_a_token']:.1f} ms "
+            f"| {run}: a token after it | {gpus} | 1 | {1e3 * x['seconds_of_a_token']:.1f} ms "
             f"| {x['tokens_per_second']:.1f} | |"
         )
     return "\n".join([*lines, "", conditions(results)]) if results else MISSING

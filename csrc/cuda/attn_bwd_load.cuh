@@ -25,7 +25,8 @@ struct BwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kFused = kFused_, kGroups = kGroups_;
-  static constexpr bool kWide = kHeadDim > 128;  // attn_bwd_wide.cuh
+  static constexpr bool kWide = kHeadDim > 128;                         // attn_bwd_wide.cuh
+  static constexpr bool kWhole = kFused && kHeadDim == 64 && !kGroups;  // attn_bwd_whole.cuh
   static constexpr int kConsumers = 2, kBlockN = kWide ? 64 : 64 * kConsumers;
   static constexpr int kBlockM = dq_block_rows(kHeadDim), kHalves = kBlockM / 64;
   static constexpr int kStages = kFused ? (kHeadDim == 64 ? 2 : 3) : kWide ? 2 : 4;
@@ -34,7 +35,7 @@ struct BwdTile {
   static constexpr int kKeyBytes = tile_bytes(kBlockN, kHeadDim);
   static constexpr int kQueryBytes = tile_bytes(kBlockM, kHeadDim);
   static constexpr int kDsBytes = tile_bytes(kBlockN, kBlockM);
-  static constexpr int kDsBuffers = 3;
+  static constexpr int kDsBuffers = kWhole ? kStages : 3;
   static constexpr int kK = 0, kV = kKeyBytes, kQ = 2 * kKeyBytes;
   static constexpr int kDout = kQ + kStages * kQueryBytes;
   static constexpr int kDs = kDout + kStages * kQueryBytes;
@@ -271,5 +272,32 @@ struct BwdLoads {
     }
   }
 };
+
+// The body of a kernel.
+template <class Kernel>
+__device__ __forceinline__ void run_bwd(const typename Kernel::Traits::Params& p, char* base) {
+  Kernel kernel(p, base);
+  if (threadIdx.x == 0) kernel.init();
+  if (threadIdx.x == 32) {  // meanwhile
+    ptx::prefetch_tensor_map(&p.q[0]);
+    ptx::prefetch_tensor_map(&p.k[0]);
+    ptx::prefetch_tensor_map(&p.dout[0]);
+    ptx::prefetch_tensor_map(&p.v[0]);
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    ptx::setmaxnreg_dec<24>();
+    if (threadIdx.x == 0) kernel.template produce<true>();
+    if (threadIdx.x == 32) kernel.template produce<false>();
+    if constexpr (Kernel::Traits::kGroups) {
+      if (threadIdx.x == 64) kernel.template produce_group_statistics<true>();
+      if (threadIdx.x == 96) kernel.template produce_group_statistics<false>();
+    }
+  } else {
+    ptx::setmaxnreg_inc<240>();
+    // Through a shuffle, so that the compiler knows it is the same for the whole warp.
+    kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
+  }
+}
 
 }  // namespace lctx::cuda

@@ -8,6 +8,7 @@
 //       which keys and queries) and Keys (attn_bwd_keys.cuh: what becomes of finished dK and dV).
 //       kFused: dQ too, five products; it is added in fp32, in an order that changes from run to
 //       run. Else dK and dV only, four products, bitwise reproducible (attn_dq_sm90.cuh has dQ).
+//       Fused at D = 64: attn_bwd_whole.cuh has the steps.
 // Pipeline: Q with lse2, dO with delta, in kStages stages of their own barriers. Fused: dS^T goes
 //       through shared memory, since dQ sums over the keys of both warpgroups, in three buffers;
 //       dQ of a block is computed one step late, so that neither warpgroup waits for the other.
@@ -20,6 +21,7 @@
 
 #include "../common/ptx_words.cuh"
 #include "attn_bwd_load.cuh"
+#include "attn_bwd_whole.cuh"
 #include "attn_bwd_wide.cuh"
 
 namespace lctx::cuda {
@@ -290,7 +292,9 @@ struct BwdKernel : BwdLoads<Traits_> {
       ptx::store_shared_int2(aside(warpgroup) + 16, make_int2(own.full_begin, own.full_end));
       ptx::store_shared_int2(aside(warpgroup) + 24, make_int2(all.begin, all.end));
       __syncwarp();
-      if constexpr (Traits::kFused) {
+      if constexpr (Traits::kWhole) {
+        WholeBlocks<BwdKernel>{*this, warpgroup}.run(turn, state, dk, dv);
+      } else if constexpr (Traits::kFused) {
         self().fused_steps(warpgroup, turn, state, dk, dv);
       } else {
         split_steps(warpgroup, turn, state, dk, dv);
@@ -352,29 +356,32 @@ struct BwdKernel : BwdLoads<Traits_> {
     dout_pipe.release(last);
   }
 
+  // Blocks of dq_sum that this step belongs to, in shared memory, and the step before.
+  __device__ __forceinline__ int last_block(int warpgroup, int m) const {
+    const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
+    const int block = ptx::load_shared_4(aside(warpgroup) + 12);
+    return m > bounds.x ? block - 1 : block - 1 - blocks_between(bounds);
+  }
+  // The query block of the next step.
+  __device__ __forceinline__ int next_block(int warpgroup, int m) const {
+    const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
+    int block = ptx::load_shared_4(aside(warpgroup) + 12) + 1;
+    if (++m == bounds.y) {
+      m = bounds.x;
+      block += blocks_between(bounds);
+    }
+    __syncwarp();
+    ptx::store_shared_4(aside(warpgroup) + 12, block);
+    __syncwarp();
+    return m;
+  }
+
   __device__ __forceinline__ void fused_steps(int warpgroup, const Turn& turn, QueryState& state,
                                               float (&dk)[kHeadDim / 2],
                                               float (&dv)[kHeadDim / 2]) const {
     constexpr uint32_t kBuffers = Traits::kDsBuffers;
     const uint32_t ds_barrier = smem + kDsBarrier;
     int m = turn.first;
-    // Blocks of dq_sum that this step belongs to, in shared memory, and the step before.
-    const auto last_block = [&] {
-      const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
-      const int block = ptx::load_shared_4(aside(warpgroup) + 12);
-      return m > bounds.x ? block - 1 : block - 1 - blocks_between(bounds);
-    };
-    const auto advance = [&] {
-      const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
-      int block = ptx::load_shared_4(aside(warpgroup) + 12) + 1;
-      if (++m == bounds.y) {
-        m = bounds.x;
-        block += blocks_between(bounds);
-      }
-      __syncwarp();
-      ptx::store_shared_4(aside(warpgroup) + 12, block);
-      __syncwarp();
-    };
     const auto buffer = [&] {
       if constexpr (kBuffers == Traits::kStages) {
         return state.stage();
@@ -408,8 +415,8 @@ struct BwdKernel : BwdLoads<Traits_> {
       if constexpr (Self::kPlaceAhead) {
         to = dq_of(warpgroup, self().next_place(warpgroup, ahead, m));
       } else {
-        to = dq_of(warpgroup, last_block());
-        advance();
+        to = dq_of(warpgroup, last_block(warpgroup, m));
+        m = next_block(warpgroup, m);
         ahead.masked = needs_mask(warpgroup, m);
       }
       const QueryState last = state;
@@ -428,7 +435,7 @@ struct BwdKernel : BwdLoads<Traits_> {
     ptx::mbarrier_wait(ds_barrier, state.parity() ^ 1);
     self().issue_dq(warpgroup, last_buffer(), dq);
     wgmma_wait<0>();
-    add_dq(dq_of(warpgroup, last_block()), dq);
+    add_dq(dq_of(warpgroup, last_block(warpgroup, m)), dq);
   }
 
   __device__ __forceinline__ void split_steps(int warpgroup, const Turn& turn, QueryState& state,
@@ -459,32 +466,6 @@ struct BwdKernel : BwdLoads<Traits_> {
     }
   }
 };
-
-template <class Kernel>
-__device__ __forceinline__ void run_bwd(const typename Kernel::Traits::Params& p, char* base) {
-  Kernel kernel(p, base);
-  if (threadIdx.x == 0) kernel.init();
-  if (threadIdx.x == 32) {  // meanwhile
-    ptx::prefetch_tensor_map(&p.q[0]);
-    ptx::prefetch_tensor_map(&p.k[0]);
-    ptx::prefetch_tensor_map(&p.dout[0]);
-    ptx::prefetch_tensor_map(&p.v[0]);
-  }
-  __syncthreads();
-  if (threadIdx.x < 128) {
-    ptx::setmaxnreg_dec<24>();
-    if (threadIdx.x == 0) kernel.template produce<true>();
-    if (threadIdx.x == 32) kernel.template produce<false>();
-    if constexpr (Kernel::Traits::kGroups) {
-      if (threadIdx.x == 64) kernel.template produce_group_statistics<true>();
-      if (threadIdx.x == 96) kernel.template produce_group_statistics<false>();
-    }
-  } else {
-    ptx::setmaxnreg_inc<240>();
-    // Through a shuffle, so that the compiler knows it is the same for the whole warp.
-    kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
-  }
-}
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)

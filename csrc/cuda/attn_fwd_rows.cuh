@@ -20,12 +20,25 @@
 
 namespace lctx::cuda {
 
+// The second, or the first.
+template <bool kSecond, class A, class B>
+__device__ __forceinline__ auto& choose(A& a, B& b) {
+  if constexpr (kSecond) {
+    return b;
+  } else {
+    return a;
+  }
+}
+
 struct StoreRows {
   struct Params {};
   static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
+  static constexpr bool kFollows = false;  // what it overlaps with is part of the same result
 
   template <class Kernel>
   struct Query {};  // of a memory
+  template <class Kernel>
+  static constexpr bool kEarly = false;  // it is read under the last product
 
   // Whether the tile's row `row` is one to keep, and where its lse goes.
   template <class P>
@@ -33,9 +46,8 @@ struct StoreRows {
     return row < work.row_end;
   }
   template <class Kernel>
-  static __device__ __forceinline__ int64_t lse_offset(const Kernel& kernel, const Work& work,
-                                                       int row) {
-    return kernel.lse_offset(work, row);
+  static __device__ __forceinline__ float* lse(const Kernel& kernel, const Work& work, int row) {
+    return kernel.p.lse + kernel.lse_offset(work, row);
   }
 
   // Rows of a partial tile in the middle of the tensor, which TMA would not clip.
@@ -157,6 +169,10 @@ struct CarryRows : StoreRows {
     bool sparse;  // most rows carry nothing: look before reading them
   };
   static constexpr bool kCarries = true, kRetrieves = false, kMakesStates = false;
+  // The carried weight counts as kGain at exp(lse) / kGain, below the scores to come: these then
+  // have their own maximum as 1, and weights as exact in 16 bits as those of a first step. Not
+  // further below: the way up is rounded in every step of a ring.
+  static constexpr float kGain = 1 << 10, kLogGain = 6.931472f;
 
   // First element of row `row` of the tile in tensors (B, T, H, D).
   template <class Kernel>
@@ -173,6 +189,15 @@ struct CarryRows : StoreRows {
     return (static_cast<int64_t>(work.batch) * p.Hq + work.head) * p.state_rows +
            kernel.position(work, row);
   }
+  // Whether the rows of a tile continue from something.
+  template <class P>
+  static __device__ __forceinline__ bool carries(const P& p, const Work&) {
+    return p.carry_out != nullptr;
+  }
+  template <class Kernel>
+  static __device__ __forceinline__ float* lse(const Kernel& kernel, const Work& work, int row) {
+    return kernel.p.lse + lse_offset(kernel, work, row);
+  }
 
   // Puts the carried rows into the accumulators and the row state.
   template <class Kernel>
@@ -181,10 +206,11 @@ struct CarryRows : StoreRows {
                                                RowState& state) {
     const auto& p = kernel.p;
     const int thread = warpgroup_thread();
+    const bool carries = Kernel::Rows::carries(p, work);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
-      const bool inside = p.carry_out != nullptr && row < work.row_end;
+      const bool inside = carries && row < work.row_end;
       const float lse = inside ? p.carry_lse[lse_offset(kernel, work, row)] : -INFINITY;
       const float* from =
           p.carry_out + (inside ? element(kernel, work, row) : 0) + fragment_column(thread);
@@ -195,8 +221,8 @@ struct CarryRows : StoreRows {
         read_row(p, from, inside, i, o);
       }
       const bool carried = lse > -INFINITY;
-      state.m[i] = carried ? lse * p.inverse_scale : kEmptyRowMax;  // of the raw scores
-      state.l[i] = carried && thread % 4 == 0 ? 1.f : 0.f;          // shares of one
+      state.m[i] = carried ? (lse - kLogGain) * p.inverse_scale : kEmptyRowMax;  // of raw scores
+      state.l[i] = carried && thread % 4 == 0 ? kGain : 0.f;                     // shares of one
     }
   }
 
@@ -209,10 +235,11 @@ struct CarryRows : StoreRows {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const bool carried = factor[row] != 0.f && state.m[row] != kEmptyRowMax;
+      const float weight = factor[row] * kGain;
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) {
-        o[4 * i + 2 * row] = carried ? o[4 * i + 2 * row] * factor[row] : 0.f;
-        o[4 * i + 2 * row + 1] = carried ? o[4 * i + 2 * row + 1] * factor[row] : 0.f;
+        o[4 * i + 2 * row] = carried ? o[4 * i + 2 * row] * weight : 0.f;
+        o[4 * i + 2 * row + 1] = carried ? o[4 * i + 2 * row + 1] * weight : 0.f;
       }
     }
   }
@@ -265,8 +292,11 @@ struct SplitRows {
     int heads_of_group;  // query heads per key/value head
   };
   static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
+  static constexpr bool kFollows = false;
   template <class Kernel>
   struct Query {};
+  template <class Kernel>
+  static constexpr bool kEarly = false;
 
   template <class P>
   static __device__ __forceinline__ int head_in_group(const P& p, const Work& work, int row) {
@@ -282,12 +312,11 @@ struct SplitRows {
   }
 
   template <class Kernel>
-  static __device__ __forceinline__ int64_t lse_offset(const Kernel& kernel, const Work& work,
-                                                       int row) {
+  static __device__ __forceinline__ float* lse(const Kernel& kernel, const Work& work, int row) {
     const auto& p = kernel.p;
-    if (p.partial != nullptr) return slot_row(p, work, row);
+    if (p.partial != nullptr) return p.lse + slot_row(p, work, row);
     const int head = work.head * p.heads_of_group + head_in_group(p, work, row);
-    return (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq + (row >> p.head_bits);
+    return p.lse + (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq + (row >> p.head_bits);
   }
 
   template <class Kernel>

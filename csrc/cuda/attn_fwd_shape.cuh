@@ -19,6 +19,7 @@ struct FwdTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kBlockN = kBlockN_;
+  static constexpr int kFirstN = kBlockN;  // keys of a tile's first block that may exist
   static constexpr int kConsumers = kConsumers_;
   // O has shared memory of its own and leaves by TMA; else it leaves from registers.
   static constexpr bool kStagesO = kStagesO_;
@@ -28,6 +29,7 @@ struct FwdTile {
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr bool kShifts = kConsumers > 2;  // see row_shift()
   static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kPerSm = 1;  // thread blocks on a multiprocessor
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   static constexpr int kQBytes = tile_bytes(kBlockM, kHeadDim);
@@ -43,6 +45,12 @@ struct FwdTile {
   static_assert(2 * Pipeline<kStages>::kBytes + Pipeline<kQStages>::kBytes + TileQueue::kBytes <=
                     kBarrierBytes,
                 "no room for the barriers of so many stages");
+};
+
+// Where the blocks do not divide the keys and all tiles begin with the same short one.
+template <class Tile>
+struct ShortFirstTile : Tile {
+  static constexpr int kFirstN = 64;
 };
 
 // A tile shape and the three policies, as one type that the kernel is compiled for.

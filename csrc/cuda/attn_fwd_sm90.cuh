@@ -34,6 +34,8 @@ struct FwdKernel {
   using State = typename Scores::State;
   static constexpr int kHeadDim = Traits::kHeadDim, kValueDim = Traits::kValueDim;
   static constexpr int kBlockN = Traits::kBlockN;
+  static constexpr int kFirstN = Traits::kFirstN;
+  static constexpr bool kShortFirst = kFirstN < kBlockN;  // then tiles have two blocks or more
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr bool kRescalesLate = Scores::kFolds || (Scores::kRescalesLate && kHeadDim > 64);
   static constexpr int kConsumerWarps = 4 * Traits::kConsumers;
@@ -177,12 +179,13 @@ struct FwdKernel {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
-      if (Rows::exists(p, work, row)) p.lse[Rows::lse_offset(*this, work, row)] = lse[i];
+      if (Rows::exists(p, work, row)) *Rows::lse(*this, work, row) = lse[i];
     }
   }
 
-  __device__ __forceinline__ void mask_block(int index, int warpgroup, int n,
-                                             float (&s)[kBlockN / 2], State& state) const {
+  template <int N>
+  __device__ __forceinline__ void mask_block(int index, int warpgroup, int n, float (&s)[N],
+                                             State& state) const {
     const Work work = find_work_again(index);
     Scores::mask(p, work, work.position0 + Tiles::position_of(p, warpgroup * 64), n, s, state);
   }
@@ -199,12 +202,8 @@ struct FwdKernel {
   // Lets `blocks` blocks of keys and values pass unread.
   __device__ __forceinline__ void skip(int blocks, KVState& k_state, KVState& v_state) const {
     for (; blocks > 0; --blocks) {
-      k_pipe.wait(k_state);
-      k_pipe.release(k_state);
-      k_state.advance();
-      v_pipe.wait(v_state);
-      v_pipe.release(v_state);
-      v_state.advance();
+      k_pipe.pass(k_state);
+      v_pipe.pass(v_state);
     }
   }
 
@@ -244,23 +243,24 @@ struct FwdKernel {
     k_pipe.wait(k_state);
   }
 
+  template <int N>
   __device__ __forceinline__ void issue_scores(int warpgroup, const QState& q_state,
-                                               const KVState& k_state,
-                                               float (&s)[kBlockN / 2]) const {
+                                               const KVState& k_state, float (&s)[N]) const {
     wgmma_fence();
-    gemm_nt<T, kBlockN, kHeadDim>(
+    gemm_nt<T, 2 * N, kHeadDim>(
         s, smem + q_state.stage() * Traits::kQBytes + warpgroup * tile_bytes(64, kHeadDim), 64,
         smem + Traits::kK + k_state.stage() * Traits::kKBytes, kBlockN);
     wgmma_commit();
   }
 
+  template <int N>
   __device__ __forceinline__ void issue_values(const KVState& v_state,
-                                               const uint32_t (&weights)[kBlockN / 16][4],
+                                               const uint32_t (&weights)[N][4],
                                                float (&o)[kValueDim / 2], bool started) const {
     v_pipe.wait(v_state);
     wgmma_fence();
-    gemm_rn<T, kValueDim, kBlockN>(
-        o, weights, smem + Traits::kV + v_state.stage() * Traits::kVBytes, kBlockN, started);
+    gemm_rn<T, kValueDim, 16 * N>(o, weights, smem + Traits::kV + v_state.stage() * Traits::kVBytes,
+                                  kBlockN, started);
     wgmma_commit();
   }
 
@@ -268,9 +268,7 @@ struct FwdKernel {
   __device__ __forceinline__ void finish_empty(int warpgroup, const Turn& turn, QState& q_state,
                                                KVState& k_state, KVState& v_state) const {
     if (turn.loaded) {
-      q_pipe.wait(q_state);
-      q_pipe.release(q_state);
-      q_state.advance();
+      q_pipe.pass(q_state);
       skip(turn.right, k_state, v_state);
       if constexpr (Rows::kRetrieves) Rows::skip(*this, turn.index, q_state, v_state);
     }
@@ -297,17 +295,17 @@ struct FwdKernel {
     wgmma_wait<0>();
   }
 
-  template <int N, int M>
-  static __device__ __forceinline__ auto& choose_o(float (&own)[N], float (&shared)[M]) {
-    if constexpr (Rows::kMakesStates) {
-      return shared;
-    } else {
-      return own;
-    }
+  template <bool kSecond, class A, class B>
+  static __device__ __forceinline__ auto& choose(A& first, B& second) {
+    if constexpr (kSecond) return second;
+    if constexpr (!kSecond) return first;
   }
 
   __device__ __forceinline__ void consume(int warpgroup) {
     constexpr bool kPrefetch = Traits::kQStages > 1;
+    // The retrieval comes before the next tile's first scores, under which its rows then leave.
+    constexpr bool kRetrievesFirst = kPrefetch && Rows::template kEarly<FwdKernel>;
+    static_assert(!(kPrefetch && kShortFirst));
     KVState k_state, v_state;
     QState q_state;
     float s[kBlockN / 2];
@@ -323,6 +321,7 @@ struct FwdKernel {
           using States = typename Rows::template States<FwdKernel>;
           States(*this, warpgroup, turn.index).run(q_state, k_state, v_state, shared_o, s);
           forget(s);
+          prefetched = false;  // as it is; but it need not be kept meanwhile
           turn = next_turn(warpgroup);
           continue;
         }
@@ -335,16 +334,19 @@ struct FwdKernel {
       const int index = turn.index;
       const KeyRange keys = turn.keys;
       float own_o[Rows::kMakesStates ? 1 : kValueDim / 2];
-      auto& o = choose_o(own_o, shared_o);
+      auto& o = choose<Rows::kMakesStates>(own_o, shared_o);
       float alpha[2], inverse[2], lse[2];
       State state;
       uint32_t weights[kBlockN / 16][4];
+      float short_s[kShortFirst ? kFirstN / 2 : 1];  // its own: as part of s it spills
+      auto& first_s = choose<kShortFirst>(s, short_s);
+      auto& first_weights = reinterpret_cast<uint32_t (&)[kFirstN / 16][4]>(weights);
       // First block: nothing of this tile to overlap with yet.
       int n = keys.end - 1;
       if (!prefetched) {
         skip(turn.right, k_state, v_state);
         wait_first(q_state, k_state);
-        issue_scores(warpgroup, q_state, k_state, s);
+        issue_scores(warpgroup, q_state, k_state, first_s);
       }
       if constexpr (Rows::kCarries) {
         begin_rows(warpgroup, find_work_again(index), o, state);
@@ -353,14 +355,13 @@ struct FwdKernel {
         Scores::begin(*this, warpgroup, find_work_again(index), n, state);
       }
       wgmma_wait<0>();
-      k_pipe.release(k_state);
-      k_state.advance();
+      k_pipe.leave(k_state);
       // A share of the keys may end with a block that needs no mask; weigh<true> wants one.
       if (Tiles::kSplitsKeys || Scores::needs_mask(keys, n, state)) {
-        mask_block(index, warpgroup, n, s, state);
+        mask_block(index, warpgroup, n, first_s, state);
       }
-      Scores::template weigh<true>(p, s, state, alpha);
-      Scores::template to_a<T>(s, state, weights);
+      Scores::template weigh<true>(p, first_s, state, alpha);
+      Scores::template to_a<T>(first_s, state, first_weights);
       if constexpr (Rows::kCarries) Rows::scale(o, alpha, state);
 
       bool started = Rows::kCarries;
@@ -374,15 +375,14 @@ struct FwdKernel {
           scale_rows<kValueDim>(o, alpha);
         }
       };
-      const auto step = [&](auto masked) {
+      const auto step = [&](auto masked, const auto& last_weights) {
         issue_scores(warpgroup, q_state, k_state, s);
         if constexpr (kRescalesLate) rescale();
-        issue_values(v_state, weights, o, started);
+        issue_values(v_state, last_weights, o, started);
         started = true;
         if constexpr (Scores::kFolds) Scores::turn(p, n, state);
         wgmma_wait<1>();
-        k_pipe.release(k_state);
-        k_state.advance();
+        k_pipe.leave(k_state);
         constexpr bool kMasked = decltype(masked)::value;
         if constexpr (kMasked) mask_block(index, warpgroup, n, s, state);
         Scores::template weigh<kMasked>(p, s, state, alpha);
@@ -390,23 +390,25 @@ struct FwdKernel {
         // and this one needs the weights.
         if (n > keys.begin) k_pipe.wait(k_state, state.settled());
         wgmma_wait<0>();
-        v_pipe.release(v_state);
-        v_state.advance();
+        v_pipe.leave(v_state);
         if constexpr (!kRescalesLate) rescale();
         Scores::template to_a<T>(s, state, weights);
       };
       if (n > keys.begin) k_pipe.wait(k_state);
+      if constexpr (kShortFirst) {
+        --n;
+        step(std::false_type{}, first_weights);
+      }
       for (--n; n >= keys.begin; --n) {
         if constexpr (Scores::kFolds) Scores::enter(n, state);
-        if (Scores::needs_mask(keys, n, state)) {
-          step(std::true_type{});
+        if (!kShortFirst && Scores::needs_mask(keys, n, state)) {
+          step(std::true_type{}, weights);
         } else {
-          step(std::false_type{});
+          step(std::false_type{}, weights);
         }
       }
       if constexpr (!Rows::kRetrieves) {
-        q_pipe.release(q_state);
-        q_state.advance();
+        q_pipe.leave(q_state);
       }
 
       if constexpr (kRescalesLate) rescale();
@@ -421,14 +423,25 @@ struct FwdKernel {
       typename Rows::template Query<FwdKernel> query;
       if constexpr (Rows::kRetrieves) {
         retrieves = Rows::plan(*this, work, q_state, v_state);
-        Rows::prepare(*this, warpgroup, index, q_state, v_state, query);
+        Rows::prepare(*this, warpgroup, work, retrieves, q_state, v_state, query, inverse);
       }
+      const auto complete = [&] {  // P V has ended
+        v_pipe.release(last);
+        skip(left, k_state, v_state);
+        if constexpr (Scores::kFolds) Scores::complete(*this, warpgroup, o, state);
+        if constexpr (Rows::kRetrieves) {
+          Rows::retrieve(*this, warpgroup, index, retrieves, q_state, v_state, query, o, inverse);
+        }
+      };
       if constexpr (kPrefetch) {
         turn = next_turn(warpgroup);
-        // One block may pass unread while this tile still holds a stage, none while its memory
-        // holds the other. Otherwise the product is on stale data and ignored: a branch around it
-        // would serialise.
+        // One block may pass unread while this tile holds a stage, none while its memory holds the
+        // other. Else the product is on stale data and ignored: a branch around it would serialise.
         prefetched = left == 0 && !turn.empty && turn.right <= (retrieves ? 0 : 1);
+        if constexpr (kRetrievesFirst) {
+          wgmma_wait<0>();
+          complete();
+        }
         if (prefetched) {
           skip(turn.right, k_state, v_state);
           wait_first(q_state, k_state);
@@ -438,11 +451,10 @@ struct FwdKernel {
       } else {
         wgmma_wait<0>();
       }
-      v_pipe.release(last);
-      skip(left, k_state, v_state);
-      if constexpr (Scores::kFolds) Scores::complete(*this, warpgroup, o, state);
-      if constexpr (Rows::kRetrieves) {
-        Rows::retrieve(*this, warpgroup, index, q_state, v_state, query, o, inverse);
+      if constexpr (!kRetrievesFirst) {
+        complete();
+      } else if (retrieves) {
+        v_pipe.release(KVState{v_state.step - 1});
       }
       Rows::finish(*this, warpgroup, find_work_again(index), o, inverse);
       if constexpr (kPrefetch) {
@@ -453,7 +465,7 @@ struct FwdKernel {
     }
     if (threadIdx.x % 128 == 0) ptx::tma_store_wait<0>();
     // What this kernel overlapped with has ended when it ends.
-    if constexpr (Rows::kRetrieves) ptx::grid_dependency_wait();
+    if constexpr (Rows::kRetrieves || Rows::kFollows) ptx::grid_dependency_wait();
   }
 };
 
@@ -461,33 +473,33 @@ struct FwdKernel {
 template <class Kernel>
 __device__ __forceinline__ void run_tiles(const typename Kernel::Traits::Params& p) {
   using Traits = typename Kernel::Traits;
+  constexpr bool kMovesRegisters = Traits::kConsumers > 1 || Traits::kPerSm > 1;
   extern __shared__ char shared[];
   char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
   Kernel kernel(p, base);
-  if constexpr (Traits::Rows::kCarries || Traits::Tiles::kSplitsKeys) ptx::grid_dependents_launch();
+  if constexpr (!Traits::Rows::kRetrieves) ptx::grid_dependents_launch();
   if constexpr (Traits::Rows::kRetrieves) Traits::Rows::init(kernel);
   if (threadIdx.x == 0) kernel.init();
   if (threadIdx.x == 32) {  // meanwhile
     ptx::prefetch_tensor_map(&p.k[0]);
     ptx::prefetch_tensor_map(&p.q[0]);
     ptx::prefetch_tensor_map(&p.v[0]);
-    if constexpr (Traits::kStagesO && !Traits::Tiles::kSplitsKeys) {
+    if constexpr (Traits::kStagesO && !Traits::Tiles::kSplitsKeys)
       ptx::prefetch_tensor_map(&p.out[0]);
-    }
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    if constexpr (Traits::kConsumers > 1) ptx::setmaxnreg_dec<Traits::kProducerRegisters>();
+    if constexpr (kMovesRegisters) ptx::setmaxnreg_dec<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) kernel.produce();
   } else {
-    if constexpr (Traits::kConsumers > 1) ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
+    if constexpr (kMovesRegisters) ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
     // Through a shuffle, so that the compiler knows it is the same for the whole warp.
     kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
   }
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kPerSm)
     attn_fwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
   run_tiles<FwdKernel<Traits>>(p);
 }

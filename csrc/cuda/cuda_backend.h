@@ -48,6 +48,7 @@ void launch_flash_dq(const FlashParams& params, const AttnGrads& grads, const fl
 
 // `counter` is an int on the device that the launch zeroes and uses.
 void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, Stream stream);
+void launch_flash_carry_two(const CarryTwoParams& params, int* counter, int num_sms, Stream stream);
 
 // Its backward; dq, dk and dv are fp32, and added to. Not fused: bitwise reproducible.
 void launch_flash_carry_bwd(const CarryParams& params, const CarryGrads& grads,

@@ -1,10 +1,11 @@
 // Math: the backward of infini_fwd.cu: the memory's part here and in infini_*_bwd.cu.
 // Tile map: that of its parts.
 // Pipeline: gradients of the rows through retrieval, and its share of dM and dz of every segment
-//       (infini_retrieve_bwd.cu); row statistics and the gate (infini_stats_bwd.cu); the scans from
-//       the last segment to the first (infini_scan_bwd.cu, infini_delta_scan.cu); gradients of keys
-//       and values (infini_update_bwd.cu), for the delta rule before the scan of dz. Above D = 128
-//       infini_wide_*.cu take the place of retrieval and update.
+//       (infini_retrieve_bwd.cu); row statistics and the gate (infini_stats_bwd.cu), by the delta
+//       rule beside the next; the scans from the last segment to the first (infini_scan_bwd.cu,
+//       infini_delta_scan.cu); gradients of keys and values (infini_update_bwd.cu), for the delta
+//       rule before the scan of dz. Above D = 128 infini_wide_*.cu take the place of retrieval and
+//       update.
 // Memory: D x D floats per segment and key/value head for dM, as many for the delta rule's decays,
 //       above D = 128 twice as many for the terms of M and dM.
 // Limits: those of its parts.
@@ -89,7 +90,6 @@ void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& gra
   } else {
     launch_infini_retrieve_bwd(params, grads, states, scratch.dq_sum, num_sms, stream);
   }
-  launch_infini_row_stats(params, grads, states, stream);
   if (delta) {
     launch_infini_decays(params, forward, /*tf32=*/false, num_sms, stream);
     if (is_wide) {
@@ -97,7 +97,10 @@ void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& gra
       forward.splits = 1;
     }
     launch_infini_delta_scan_bwd(states, forward, stream);
+    // The scan is a chain of steps that leaves most of a multiprocessor idle.
+    launch_infini_row_stats(params, grads, states, /*overlap=*/!is_wide, stream);
   } else {
+    launch_infini_row_stats(params, grads, states, /*overlap=*/false, stream);
     launch_infini_linear_scan_bwd(states, stream);
     launch_infini_z_scan_bwd(states, stream);
   }

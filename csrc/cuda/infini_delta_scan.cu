@@ -342,6 +342,8 @@ struct DeltaKernel {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
     infini_delta_scan_kernel(const __grid_constant__ DeltaParams p) {
+  // The backward's row statistics, which read nothing of it.
+  if constexpr (Traits::kTerms == 2) ptx::grid_dependents_launch();
   run_pipelined<DeltaKernel<Traits>>(p);
 }
 

@@ -20,6 +20,25 @@ struct SplitPair {
   }
 };
 
+// factor times an accumulator of N columns, as A operand of two bf16 terms.
+template <int N>
+struct SplitOperand {
+  uint32_t terms[2][N / 16][4];
+
+  __device__ __forceinline__ SplitOperand(const float (&x)[N / 2], float factor) {
+#pragma unroll
+    for (int t = 0; t < N / 16; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 8 * t + 2 * i;
+        const SplitPair<__nv_bfloat16> pair(factor * x[at], factor * x[at + 1]);
+        terms[0][t][i] = pair.high;
+        terms[1][t][i] = pair.low;
+      }
+    }
+  }
+};
+
 // kThreads threads share a matrix of up to kDim x kDim: kUnits units of eight columns each.
 template <class T, int kDim, int kThreads>
 struct MatrixUnits {
@@ -99,7 +118,8 @@ struct RowFragments {
         for (int row = 0; row < 2; ++row) {
           uint32_t& word = x[t][2 * half + row];
           word = static_cast<uint32_t>(ptx::opaque(static_cast<int>(word)));
-          use(row, 8 * t + 4 * half + 2 * row, 16 * t + 8 * half, word, elu_plus_one2<T>(word));
+          use(row, 8 * t + 4 * half + 2 * row, 16 * t + 8 * half, word,
+              elu_plus_one2_wide<T>(word));
         }
       }
     }
@@ -118,7 +138,7 @@ struct RowPairs {
       uint32_t x[4];
       ptx::ldmatrix_x4(address(t), x);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[t][i] = elu_plus_one2<T>(x[i]);
+      for (int i = 0; i < 4; ++i) s[t][i] = elu_plus_one2_wide<T>(x[i]);
     }
   }
   // Times the rows' weights, rounded, to where they came from.

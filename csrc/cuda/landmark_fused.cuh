@@ -23,10 +23,12 @@ template <class T_, int kHeadDim_, int kWidth_, bool kEarly_ = false>
 struct LandmarkFusedTile : BwdTile<T_, kHeadDim_, /*fused=*/true> {
   using Base = BwdTile<T_, kHeadDim_, true>;
   using Base::kBlockM, Base::kHalves, Base::kStages, Base::kConsumers;
+  static constexpr bool kWhole = false;
+  static constexpr int kDsBuffers = 3;
   static constexpr int kWidth = kWidth_;
   static constexpr bool kEarly = kEarly_;
   static constexpr int kWeightBytes = kHalves * tile_bytes(64, 64);  // P of a warpgroup
-  static constexpr int kWeights = Base::kDs + Base::kDsBuffers * Base::kDsBytes;
+  static constexpr int kWeights = Base::kDs + kDsBuffers * Base::kDsBytes;
   static constexpr int kLse2 = kWeights + kConsumers * kWeightBytes;
   static constexpr int kDelta = kLse2 + kStages * kBlockM * 4;
   static constexpr int kAsideBytes = 40;

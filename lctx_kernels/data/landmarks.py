@@ -39,8 +39,9 @@ def insertion(
     >>> insertion(5, 2, [0], None).keep.tolist()  # o o L o o L o
     [[0, 1, 3, 4, 6]]
     """
-    uniform = spans is None and len(set(seen)) == 1
-    seen = list(seen)[:1] if uniform else list(seen)
+    if spans is None and len(set(seen)) == 1:  # in numbers of the CPU: no GPU waits for them
+        before, token = seen[0] % mem_freq, torch.arange(T, device=device)[None]
+        return Insertion(token + (before + token) // mem_freq, T + (before + T) // mem_freq, None)
     bounds = [(0, T)] * len(seen) if spans is None else list(spans)
     old = torch.tensor([n % mem_freq for n in seen], device=device)[:, None]
     starts = torch.tensor([start for start, _ in bounds], device=device)[:, None]
@@ -50,8 +51,6 @@ def insertion(
         end - start + (n % mem_freq + end - start) // mem_freq
         for n, (start, end) in zip(seen, bounds, strict=True)
     ]
-    if uniform:
-        return Insertion(keep, lengths[0], None)
     real = (token >= 0) & (token < torch.tensor([e - s for s, e in bounds], device=device)[:, None])
     return Insertion(keep.masked_fill(~real, 0), max(lengths), [(0, n) for n in lengths])
 

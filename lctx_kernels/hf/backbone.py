@@ -116,6 +116,14 @@ class DilatedBackbone(PreTrainedModel):  # type: ignore[misc]
         )  # fmt: skip
 
 
+def _from(first: Sequence[int], T: int, device: torch.device) -> Tensor:
+    """(B or 1, T) running numbers from those of every row; rows that agree make no GPU wait."""
+    columns = torch.arange(T, device=device)[None]
+    if len(set(first)) == 1:
+        return columns + first[0]
+    return columns + torch.tensor(first, device=device)[:, None]
+
+
 def _inputs(x: Tensor) -> dict[str, Tensor]:
     return {"inputs_embeds": x} if x.is_floating_point() else {"input_ids": x}
 
@@ -156,9 +164,7 @@ class InfiniBackbone(ConvertedBackbone):
         seen = self.seen(cache, B)
         starts = [0] * B if spans is None else [start for start, _ in spans]
         first = [n - start for n, start in zip(seen, starts, strict=True)]
-        rows = first[:1] if len(set(first)) == 1 else first
-        columns = torch.arange(T, device=inputs.device)
-        positions = torch.tensor(rows, device=inputs.device)[:, None] + columns
+        positions = _from(first, T, inputs.device)
         inside: Tensor = positions.clamp(min=0) % self.spec["options"]["segment_len"]
         return inside
 
@@ -221,7 +227,7 @@ class LandmarkBackbone(ConvertedBackbone):
         seen_with_landmarks = self.seen(cache, B)
         seen = [n - n // options["block_size"] for n in seen_with_landmarks]
         inserted = insertion(inputs.shape[1], mem_freq, seen, spans, inputs.device)
-        filler = torch.tensor(options["landmark_id"], device=inputs.device)
+        filler = torch.full((), options["landmark_id"], device=inputs.device)
         if inputs.is_floating_point():
             filler = self.embed_tokens(filler)
         tokens = spread(inputs, inserted, filler, spans)
@@ -253,14 +259,12 @@ class LandmarkBackbone(ConvertedBackbone):
         self, tokens: Tensor, spans: list[Span] | None, cache: ConvertedCache | None,
         seen: Sequence[int], columns: int, marks: Tensor | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        first = torch.tensor(sorted(set(seen)) if len(set(seen)) == 1 else list(seen))
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        positions = first.to(tokens.device)[:, None] + steps
+        positions = _from(seen, tokens.shape[1], tokens.device)
         rope = None
         if cache is not None and (top_k := self._top_k(cache)) is not None:
             size = (top_k + 2) * self.spec["options"]["block_size"] + tokens.shape[1]
             rope = self._rope(size, tokens.device)
-            positions = steps[None]  # not read
+            positions = _from([0], tokens.shape[1], tokens.device)  # not read
         context = Context(columns, spans, is_landmark=marks, rope=rope)
         return self.run_family(
             **_inputs(tokens), position_ids=positions, past_key_values=cache, lctx=context, **kwargs

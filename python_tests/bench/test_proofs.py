@@ -1,6 +1,10 @@
 """The proofs' rows, metrics, commands and tables, at tiny sizes on the CPU."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +14,12 @@ pytest.importorskip("transformers")
 
 from typer.testing import CliRunner
 
-from bench.proofs import models, tables
+from bench.proofs import graphs, models, tables
 from bench.proofs.__main__ import app
 from bench.proofs.evaluate import passkey_accuracy
-from bench.proofs.models import METHODS, SHAPES
-from bench.proofs.rows import DIGITS, Text, load_text, passkey_rows
+from bench.proofs.models import METHODS, SHAPES, build
+from bench.proofs.rows import DIGITS, VOCAB, load_text, passkey_rows
+from bench.proofs.train import Recipe, Stepper
 
 
 @pytest.fixture
@@ -55,6 +60,30 @@ def test_documents_are_trained_on_or_held_out(text):
     assert not any(bytes(document.tolist()) in trained for document in split.held_out)
 
 
+@pytest.mark.parametrize("method", ["infini", "infini-delta", "landmark"])
+def test_the_layers_alone_give_the_logits_of_the_model(method):
+    model, ids = build(method, "tiny", 0), torch.randint(97, 123, (2, 300))
+    expected = model(ids, use_cache=False).logits[..., :VOCAB]
+    torch.testing.assert_close(graphs.logits(model, ids)[..., :VOCAB], expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", ["infini", "landmark"])
+def test_recorded_gradients_are_those_of_the_model(method):
+    source, shape = torch.randint(97, 123, (9999,), dtype=torch.uint8, device="cuda"), "30m"
+    draws = torch.Generator("cuda").manual_seed(0)
+    models = [build(method, shape, 0).cuda().train() for _ in range(2)]
+    steps = [Stepper(model, Recipe(method, recorded=x == 0)) for x, model in enumerate(models)]
+    for _ in range(2):
+        batch = passkey_rows(source, 8, 254, draws)
+        models[1].zero_grad()
+        found = [step.backward(batch, True).clone() for step in steps]
+        torch.testing.assert_close(*found, atol=0.02, rtol=0.01)
+        for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+            cosine = torch.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), dim=0)
+            assert cosine > 0.95
+
+
 class Oracle:
     """Knows the first `known` digits of every key."""
 
@@ -73,8 +102,8 @@ class Oracle:
 
 @pytest.mark.parametrize(("known", "accuracy"), [(5, 1.0), (4, 0.0)])
 def test_accuracy_counts_whole_keys(known, accuracy):
-    source = Text(torch.zeros(0), [torch.full((900,), ord("x"), dtype=torch.uint8)], "")
-    found = passkey_accuracy(Oracle(known), source, 300, 10, None, 0)
+    filler = torch.full((900,), ord("x"), dtype=torch.uint8)
+    found = passkey_accuracy(Oracle(known), filler, 300, 10, None, 0)
     assert found["accuracy"] == accuracy and found["samples"] == 10
     assert found["digits"] == pytest.approx(known / 5)
 
@@ -101,7 +130,8 @@ def test_commands_and_tables(text, tmp_path, monkeypatch):
         names = [f"{method}, k = {k}" for k in (2, 4)] if method == "landmark" else [method]
         assert list(result["passkey"]) == names
         for name in names:
-            assert [x["length"] for x in result["passkey"][name]] == [160, 320, 640]
+            for kind in ("passkey", "passkey_among_grass"):
+                assert [x["length"] for x in result[kind][name]] == [160, 320, 640]
             assert [x["context"] for x in result["bits_per_byte"][name]] == [128, 256, 512]
     weights, result = tmp_path / "weights", out / "train-landmark.json"
     run("train", "landmark", "--text", text, "--config", recipe, "--out", out, "--lengths", 4,
@@ -114,7 +144,10 @@ def test_commands_and_tables(text, tmp_path, monkeypatch):
     for name, found in before["bits_per_byte"].items():
         for a, b in zip(found, after["bits_per_byte"][name], strict=True):
             assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], abs=0.05)  # bf16
-    run("measure", "gemma-32k,stream,histories,prompt-32k,steps,llama-1m", "--tiny", "--out", out)
+    names = ["gemma-32k", "stream", "histories", "prompt-32k", "steps", "llama-1m"]
+    run("measure", ",".join(names), "--tiny", "--out", out)
+    for name in names:
+        assert "error" not in json.loads((out / f"{name}.json").read_text())["found"], name
     sources = [out / f"train-{method}.json" for method in tables.ORDER]
     pytest.importorskip("matplotlib")
     tables.plot(sources, tmp_path / "proofs.png", {})
@@ -125,3 +158,22 @@ def test_commands_and_tables(text, tmp_path, monkeypatch):
     assert "1k of" not in tables.headline(out) and tables.headline(out).count("landmark") == 2
     assert tables.generation(out).count("infini") == 2
     assert tables.training(tmp_path) == tables.steps(tmp_path) == tables.MISSING
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_processes_add_up(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    measure = ["bench.proofs", "measure", "gemma-32k,prompt-32k", "--tiny", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, *launcher, *measure], cwd=root, env=environment, capture_output=True,
+        text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    step = json.loads((tmp_path / "gemma-32k-2-gpus.json").read_text())["found"]
+    assert step["gpus"] == 2 and step["segments_done"] == 4
+    alone = step["segments_done"] * step["segment"] / step["seconds_of_text"]
+    assert step["tokens_per_second"] >= 2 * alone * 0.999  # the slower one's time
+    assert "error" not in json.loads((tmp_path / "prompt-32k-2-gpus.json").read_text())["found"]
