@@ -56,7 +56,7 @@ void landmark_bwd_cuda(const Call& call, const LandmarkParams& params, const Att
   const bool fused = !deterministic && cuda::landmark_fuses(params);
   BwdBuffers buffers(call, params.shape, fused ? cuda::flash_dq_sum_floats(params.shape) : 0);
   if (!fused) buffers.scratch.dq_sum = nullptr;
-  Tensor vectors = call.new_stat({cuda::landmark_vector_floats(params)});
+  Tensor vectors = call.new_stat({cuda::landmark_vector_floats(params, fused)});
   Tensor ints = call.new_plain(ScalarType::Int, {cuda::landmark_bwd_ints(params)});
   cuda::launch_bwd_rows(params, grads, buffers.scratch, buffers.dq_floats, gpu.stream());
   cuda::launch_landmark_bwd(

@@ -172,4 +172,49 @@ __device__ __forceinline__ void accumulator_to_a(const float (&d)[N / 2],
   }
 }
 
+// D (16 x 8) += A B by one warp alone, fragments as those of a warp's rows above: A of a 16-deep
+// step, B (8 x 16, K-major) as ldmatrix reads its two halves.
+template <class T>
+__device__ __forceinline__ void warp_mma(float* d, const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1);
+template <>
+__device__ __forceinline__ void warp_mma<__nv_bfloat16>(float* d, const uint32_t (&a)[4],
+                                                        uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void warp_mma<__half>(float* d, const uint32_t (&a)[4], uint32_t b0,
+                                                 uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The 64 x 64 scores A B^T over `depth` columns that a warpgroup's product gives, of this warp's 16
+// rows. a, b: tiles of kRowsA and kRowsB rows, stored with depth in their columns.
+template <class T, int kDepth, int kRowsA, int kRowsB>
+__device__ __forceinline__ void warp_scores(float (&d)[32], uint32_t a, uint32_t b) {
+  const int thread = warpgroup_thread();
+  const FragmentAddress<kRowsA> rows(a, 0, thread);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) d[i] = 0.f;
+#pragma unroll 1
+  for (int t = 0; t < kDepth / 16; ++t) {
+    uint32_t x[4], y[4];
+    ptx::ldmatrix_x4(rows(t), x);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      ptx::ldmatrix_x4(FragmentAddress<kRowsB>(b, 16 * n, thread % 32)(t), y);
+      warp_mma<T>(d + 8 * n, x, y[0], y[2]);
+      warp_mma<T>(d + 8 * n + 4, x, y[1], y[3]);
+    }
+  }
+}
+
 }  // namespace lctx

@@ -131,6 +131,38 @@ struct BwdLoads {
   // there is one turn for each tile.
   __device__ __forceinline__ KeyState key_state() const { return {queue.state.step - 1}; }
 
+  // ---- consumers: what waits in shared memory, since registers are scarce ----
+
+  __device__ __forceinline__ uint32_t aside(int warpgroup) const {
+    return smem + Traits::kAside +
+           static_cast<uint32_t>(warpgroup * 128 + warpgroup_thread()) / 32 * Traits::kAsideBytes;
+  }
+
+  // From the end of a head's blocks [bounds.x, bounds.y) of dq_sum to the next head's first.
+  __device__ __forceinline__ int blocks_between(int2 bounds) const {
+    return p.head_step * p.blocks_per_head - (bounds.y - bounds.x);
+  }
+
+  // Blocks of dq_sum that this step belongs to, in shared memory, and the step before.
+  __device__ __forceinline__ int last_block(int warpgroup, int m) const {
+    const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
+    const int block = ptx::load_shared_4(aside(warpgroup) + 12);
+    return m > bounds.x ? block - 1 : block - 1 - blocks_between(bounds);
+  }
+  // The query block of the next step.
+  __device__ __forceinline__ int next_block(int warpgroup, int m) const {
+    const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
+    int block = ptx::load_shared_4(aside(warpgroup) + 12) + 1;
+    if (++m == bounds.y) {
+      m = bounds.x;
+      block += blocks_between(bounds);
+    }
+    __syncwarp();
+    ptx::store_shared_4(aside(warpgroup) + 12, block);
+    __syncwarp();
+    return m;
+  }
+
   // ---- producers ----
 
   // The place in the queue, while a tile is loaded: registers are scarce.
@@ -159,10 +191,12 @@ struct BwdLoads {
                          p.tiles[work.piece + piece].row0, 0, work.head, work.batch);
       }
     } else {
+      int2 at = make_int2(work.key0, work.phase);
+      if constexpr (Tiles::kPadded) at = Tiles::keys_at(p, work);
 #pragma unroll 1
       for (int c = 0; c < kChunks; ++c) {
         ptx::tma_load_5d(dst + c * chunk_bytes(kBlockN), &(kOfQ ? p.k : p.v)[work.map], full,
-                         c * kChunkColumns, work.key0, work.phase, work.head, work.batch);
+                         c * kChunkColumns, at.x, at.y, work.head, work.batch);
       }
     }
   }

@@ -26,10 +26,13 @@
 
 namespace lctx::cuda {
 
-template <class Traits_>
+// Self_: the kernel that derives from it and puts its own functions in the place of some.
+template <class Traits_, class Self_ = void>
 struct BwdKernel : BwdLoads<Traits_> {
   using Base = BwdLoads<Traits_>;
   using Traits = Traits_;
+  using Self = std::conditional_t<std::is_void_v<Self_>, BwdKernel, Self_>;
+  __device__ __forceinline__ const Self& self() const { return static_cast<const Self&>(*this); }
   using Base::BwdLoads;
 
   // Keys of a tile that a warpgroup has, and its first column of dK and dV.
@@ -38,6 +41,7 @@ struct BwdKernel : BwdLoads<Traits_> {
   using Base::k_pipe, Base::v_pipe, Base::q_pipe, Base::dout_pipe;
   using Base::kBlockM, Base::kBlockN, Base::kHalves, Base::kHeadDim;
   using Base::kDsBarrier;
+  using Base::aside, Base::last_block, Base::next_block;
   using Base::num_steps, Base::find_work_again, Base::key_state, Base::queries;
   using Base::p, Base::smem, Base::queue;
   using typename Base::QueryState;
@@ -110,6 +114,17 @@ struct BwdKernel : BwdLoads<Traits_> {
                              make_int2(seen.x - work.origin, seen.y - work.origin));
     }
     __syncwarp();
+  }
+  // What the main loop has to know of the keys; returns what those of the warpgroup are seen by.
+  __device__ __forceinline__ QueryRange note_keys(int warpgroup, const KeyWork& work,
+                                                  const QueryRange&) const {
+    note_seen(warpgroup, work);
+    if constexpr (Traits::kGroups) {
+      ptx::store_shared_4(aside(warpgroup) + 8, Tiles::has_landmark(p, work, warpgroup));
+      return Tiles::template queries_of_piece<kBlockM, Traits::kFused>(p, work, warpgroup);
+    } else {
+      return queries(work, warpgroup * 64, 64);
+    }
   }
   // `first`: the first query, from the origin.
   __device__ __forceinline__ void mask(int warpgroup, int first, float (&s)[32]) const {
@@ -236,15 +251,8 @@ struct BwdKernel : BwdLoads<Traits_> {
     int first, steps;
   };
 
-  // From the end of a head's blocks [bounds.x, bounds.y) of dq_sum to the next head's first.
-  __device__ __forceinline__ int blocks_between(int2 bounds) const {
-    return p.head_step * p.blocks_per_head - (bounds.y - bounds.x);
-  }
-
-  __device__ __forceinline__ uint32_t aside(int warpgroup) const {
-    return smem + Traits::kAside +
-           static_cast<uint32_t>(warpgroup * 128 + warpgroup_thread()) / 32 * Traits::kAsideBytes;
-  }
+  // Whether Ahead::place is what the end of a step needs to know, loaded under the products.
+  static constexpr bool kPlaceAhead = false;
 
   __device__ __forceinline__ void consume(int warpgroup) {
     QueryState state;  // of Q, dO and dS^T
@@ -264,15 +272,8 @@ struct BwdKernel : BwdLoads<Traits_> {
         Traits::Keys::finish(*this, warpgroup, work, dk, dv);
         continue;
       }
-      note_seen(warpgroup, work);
       if constexpr (Traits::Keys::kPrefetches) Traits::Keys::prefetch(*this, warpgroup, work);
-      QueryRange own;
-      if constexpr (Traits::kGroups) {
-        own = Tiles::template queries_of_piece<kBlockM, Traits::kFused>(p, work, warpgroup);
-        ptx::store_shared_4(aside(warpgroup) + 8, Tiles::has_landmark(p, work, warpgroup));
-      } else {
-        own = queries(work, warpgroup * 64, 64);
-      }
+      const QueryRange own = self().note_keys(warpgroup, work, all);
       const Turn turn{all.begin, num_steps(work, all)};
       const int block =
           (work.batch * p.Hq + work.first_head) * p.blocks_per_head + work.block0 + all.begin;
@@ -285,7 +286,7 @@ struct BwdKernel : BwdLoads<Traits_> {
       if constexpr (Traits::kWhole) {
         WholeBlocks<BwdKernel>{*this, warpgroup}.run(turn, state, dk, dv);
       } else if constexpr (Traits::kFused) {
-        fused_steps(warpgroup, turn, state, dk, dv);
+        self().fused_steps(warpgroup, turn, state, dk, dv);
       } else {
         split_steps(warpgroup, turn, state, dk, dv);
       }
@@ -340,24 +341,10 @@ struct BwdKernel : BwdLoads<Traits_> {
     }
   }
 
-  // Blocks of dq_sum that this step belongs to, in shared memory, and the step before.
-  __device__ __forceinline__ int last_block(int warpgroup, int m) const {
-    const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
-    const int block = ptx::load_shared_4(aside(warpgroup) + 12);
-    return m > bounds.x ? block - 1 : block - 1 - blocks_between(bounds);
-  }
-  // The query block of the next step.
-  __device__ __forceinline__ int next_block(int warpgroup, int m) const {
-    const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
-    int block = ptx::load_shared_4(aside(warpgroup) + 12) + 1;
-    if (++m == bounds.y) {
-      m = bounds.x;
-      block += blocks_between(bounds);
-    }
-    __syncwarp();
-    ptx::store_shared_4(aside(warpgroup) + 12, block);
-    __syncwarp();
-    return m;
+  // The sums of a block have ended.
+  __device__ __forceinline__ void release_block(int, const QueryState& last) const {
+    q_pipe.release(last);
+    dout_pipe.release(last);
   }
 
   __device__ __forceinline__ void fused_steps(int warpgroup, const Turn& turn, QueryState& state,
@@ -376,36 +363,40 @@ struct BwdKernel : BwdLoads<Traits_> {
     const auto last_buffer = [&] { return buffer() == 0 ? kBuffers - 1 : buffer() - 1; };
     bool started = false;
     float dq[32];
-    Ahead ahead;
+    typename Self::Ahead ahead;
     q_pipe.wait(state);
-    issue_ahead(warpgroup, state, ahead);
+    self().issue_ahead(warpgroup, state, ahead);
     ahead.masked = needs_mask(warpgroup, m);
     wgmma_wait<0>();
     for (int left = turn.steps; left > 0; --left) {
-      add_block(warpgroup, m, state, ahead, dk, dv, started,
-                [&](int half, const uint32_t (&ds)[4][4]) {
-                  // Both warpgroups are through with the step before: its dS^T is whole, and the
-                  // buffer that was read two steps ago is free.
-                  if (half == 0) ptx::mbarrier_wait(ds_barrier, state.parity() ^ 1);
-                  share_ds(warpgroup, buffer(), half, ds);
-                  if (half + 1 < kHalves) return;
-                  ptx::fence_async_proxy();
-                  __syncwarp();
-                  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
-                });
-      issue_dq(warpgroup, last_buffer(), dq);
+      self().add_block(warpgroup, m, state, ahead, dk, dv, started,
+                       [&](int half, const uint32_t (&ds)[4][4]) {
+                         // Both warpgroups are through with the step before: its dS^T is whole, and
+                         // the buffer that was read two steps ago is free.
+                         if (half == 0) ptx::mbarrier_wait(ds_barrier, state.parity() ^ 1);
+                         self().share_ds(warpgroup, buffer(), half, ds);
+                         if (half + 1 < kHalves) return;
+                         ptx::fence_async_proxy();
+                         __syncwarp();
+                         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ds_barrier);
+                       });
+      self().issue_dq(warpgroup, last_buffer(), dq);
       // Under the products: what follows them is on nobody else's time.
-      float* to = dq_of(warpgroup, last_block(warpgroup, m));
-      m = next_block(warpgroup, m);
-      ahead.masked = needs_mask(warpgroup, m);
+      float* to = nullptr;
+      if constexpr (Self::kPlaceAhead) {
+        to = dq_of(warpgroup, self().next_place(warpgroup, ahead, m));
+      } else {
+        to = dq_of(warpgroup, last_block(warpgroup, m));
+        m = next_block(warpgroup, m);
+        ahead.masked = needs_mask(warpgroup, m);
+      }
       const QueryState last = state;
       state.advance();
       // After the last block the scores are those of stale data, and ignored.
       if (left > 1) q_pipe.wait(state);
       wgmma_wait<1>();
-      q_pipe.release(last);
-      dout_pipe.release(last);
-      issue_ahead(warpgroup, state, ahead);
+      self().release_block(warpgroup, last);
+      self().issue_ahead(warpgroup, state, ahead);
       wgmma_wait<kHalves>();
       // In the first step what was computed is of the tile before, or of nothing.
       if (started) add_dq(to, dq);
@@ -413,7 +404,7 @@ struct BwdKernel : BwdLoads<Traits_> {
       wgmma_wait<0>();
     }
     ptx::mbarrier_wait(ds_barrier, state.parity() ^ 1);
-    issue_dq(warpgroup, last_buffer(), dq);
+    self().issue_dq(warpgroup, last_buffer(), dq);
     wgmma_wait<0>();
     add_dq(dq_of(warpgroup, last_block(warpgroup, m)), dq);
   }
@@ -447,12 +438,9 @@ struct BwdKernel : BwdLoads<Traits_> {
   }
 };
 
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
-    attn_bwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
-  extern __shared__ char shared[];
-  char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
-  std::conditional_t<Traits::kWide, WideBwdKernel<Traits>, BwdKernel<Traits>> kernel(p, base);
+template <class Kernel>
+__device__ __forceinline__ void run_bwd(const typename Kernel::Traits::Params& p, char* base) {
+  Kernel kernel(p, base);
   if (threadIdx.x == 0) kernel.init();
   if (threadIdx.x == 32) {  // meanwhile
     ptx::prefetch_tensor_map(&p.q[0]);
@@ -465,7 +453,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::setmaxnreg_dec<24>();
     if (threadIdx.x == 0) kernel.template produce<true>();
     if (threadIdx.x == 32) kernel.template produce<false>();
-    if constexpr (Traits::kGroups) {
+    if constexpr (Kernel::Traits::kGroups) {
       if (threadIdx.x == 64) kernel.template produce_group_statistics<true>();
       if (threadIdx.x == 96) kernel.template produce_group_statistics<false>();
     }
@@ -474,6 +462,17 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     // Through a shuffle, so that the compiler knows it is the same for the whole warp.
     kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
   }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attn_bwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
+  extern __shared__ char shared[];
+  if constexpr (Traits::kGroups) {
+    if (Traits::Tiles::has_nothing(p)) return;
+  }
+  run_bwd<std::conditional_t<Traits::kWide, WideBwdKernel<Traits>, BwdKernel<Traits>>>(
+      p, shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023));
 }
 
 }  // namespace lctx::cuda

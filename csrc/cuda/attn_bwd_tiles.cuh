@@ -111,7 +111,7 @@ __device__ __forceinline__ void set_heads(const P& p, KeyWork& work) {
 template <int kBlockN>
 struct DenseKeys {
   struct Params {};
-  static constexpr bool kStrided = false;
+  static constexpr bool kStrided = false, kPadded = false;
 
   template <class P>
   static __device__ __forceinline__ KeyWork find(const P& p, int index) {
@@ -133,7 +133,7 @@ struct DenseKeys {
 template <class Tiles>
 struct ListedKeys {
   using Params = typename Tiles::Params;
-  static constexpr bool kStrided = false;
+  static constexpr bool kStrided = false, kPadded = false;
 
   template <class P>
   static __device__ __forceinline__ KeyWork find(const P& p, int index) {
@@ -167,7 +167,7 @@ struct SegmentKeys {
     int long_phases;          // phases below have one row more: T % rate
     const int32_t* seqlens;   // (B) true lengths, or nullptr
   };
-  static constexpr bool kStrided = true;
+  static constexpr bool kStrided = true, kPadded = false;
 
   template <class P>
   static __device__ __forceinline__ KeyWork find(const P& p, int index) {

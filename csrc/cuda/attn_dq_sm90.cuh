@@ -55,19 +55,21 @@ struct DqKernel : FwdKernel<Traits_> {
       Work work = Tiles::find(p, index);
       const KeyRange keys = this->tile_keys(work);
       work.head = p.per_group.divide(work.head);
+      bool first = true;  // in place of keys.end, a register
 #pragma unroll 1
       for (int n = keys.end - 1; n >= keys.begin; --n) {
         const KeyBlock block = Scores::block(p, work, n);
         this->template load_block<kHeadDim>(k_pipe, k_state, Traits::kK, block.k, work, block, 0);
-        if (n == keys.end - 1) {
+        if (first) {
           const Work own = this->find_work_again(index);
           this->load_queries(q_state, &p.q[own.map], own);
         }
         this->template load_block<kHeadDim>(v_pipe, v_state, Traits::kV, block.v, work, block, 0);
-        if (n == keys.end - 1) {
+        if (first) {
           const Work own = this->find_work_again(index);
           this->load_queries(q_state, &p.dout[own.map], own);
         }
+        first = false;
       }
     }
   }

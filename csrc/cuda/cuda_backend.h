@@ -104,7 +104,7 @@ void launch_landmark_bwd(const LandmarkParams& params, const AttnGrads& grads,
                          Stream stream);
 // Whether dq is made faster with a sum.
 bool landmark_fuses(const LandmarkParams& params);
-int64_t landmark_vector_floats(const LandmarkParams& params);
+int64_t landmark_vector_floats(const LandmarkParams& params, bool fused);
 int64_t landmark_bwd_ints(const LandmarkParams& params);
 
 // How the forward makes its memory states.

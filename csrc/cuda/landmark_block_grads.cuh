@@ -24,7 +24,9 @@ struct BlockGradsBase : BlockScores<kBlockN> {
   static constexpr bool kLeavesOut = false;
 
   struct Params : Base::Params, DqParams {
-    const int* groups;  // (B, max_tiles)
+    const int* groups;   // (B, max_tiles)
+    const int2* bounds;  // (batches): of the chunk that is tiles [first_tile, end_tile)
+    int batches, first_tile, end_tile;
     LandmarkVectors vectors;
   };
 
@@ -33,9 +35,10 @@ struct BlockGradsBase : BlockScores<kBlockN> {
   static __device__ __forceinline__ LandmarkTile tile_of(const P& p, int first_tile, int n) {
     return p.tiles[first_tile + n];
   }
+  // Of a tile of the chunk's blocks.
   template <class P>
   static __device__ __forceinline__ int group_of(const P& p, int first_tile, int n) {
-    return p.groups[first_tile + n];
+    return p.groups[first_tile + min(max(n, p.first_tile), p.end_tile - 1)];
   }
 
   // Of the thread's first row in the vectors of group 0.
@@ -131,16 +134,18 @@ struct BlockSums : BlockGradsBase<kBlockN> {
     float d[2];      // this thread's share of sum e dP
     int64_t at;      // in the vectors of group 0
     int first_tile;  // of the batch
-    int group, next_group;
+    int group;
   };
 
-  // Tiles of blocks that are earlier ones for some row.
+  // Tiles of the chunk's blocks that are earlier ones for some row.
   template <class P>
   static __device__ __forceinline__ KeyRange range(const P& p, const Work& work, int first,
                                                    int last) {
     KeyRange keys;
     if (last < first) return keys;
-    keys.end = Base::row_of(p, work, last).first;
+    const int2 bounds = p.bounds[work.batch];
+    keys.begin = bounds.x;
+    keys.end = min(Base::row_of(p, work, last).first, bounds.y);
     keys.full_end = keys.end;
     return keys;
   }
@@ -177,7 +182,8 @@ struct BlockSums : BlockGradsBase<kBlockN> {
     const LandmarkRow own = Base::row_of(p, work, work.position0 + row);
     prepare(p, max(n, 0), state);
     const float none[2] = {0.f, 0.f};
-    if (own.first < own.end) {
+    const int2 bounds = p.bounds[work.batch];
+    if (own.first < own.end && own.first >= bounds.x && own.first < bounds.y) {
       write(kernel, Base::group_of(p, state.first_tile, own.first), state, state.lse2, state.delta,
             none);
     }
@@ -186,7 +192,6 @@ struct BlockSums : BlockGradsBase<kBlockN> {
   template <class P>
   static __device__ __forceinline__ void prepare(const P& p, int n, State& state) {
     state.next = Base::tile_of(p, state.first_tile, n);
-    state.next_group = Base::group_of(p, state.first_tile, n);
   }
 
   // While the products of tile n run; tile n - 1 is looked up ahead.
@@ -194,7 +199,7 @@ struct BlockSums : BlockGradsBase<kBlockN> {
   static __device__ __forceinline__ void enter(const P& p, int n, bool first, State& state) {
     const int begin = state.tile.begin();
     state.tile = state.next;
-    state.group = state.next_group;
+    state.group = Base::group_of(p, state.first_tile, n);
     prepare(p, max(n - 1, 0), state);
     if (!first && state.tile.begin() == begin) return;
     Base::start_block(n, state);
@@ -293,6 +298,7 @@ struct BlockSumsKernel : DqKernel<Traits_> {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     landmark_sums_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
+  if (is_empty_chunk(p.bounds, p.batches)) return;
   run_tiles<BlockSumsKernel<Traits>>(p);
 }
 

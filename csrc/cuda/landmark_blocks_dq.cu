@@ -19,6 +19,10 @@ typename Traits::Params block_params(const LandmarkDqParams& params, const Landm
   p.tiles = tables.tiles;
   p.groups = tables.groups;
   p.max_tiles = tables.max_tiles;
+  p.bounds = tables.bounds + params.chunk * params.shape.B;
+  p.batches = static_cast<int>(params.shape.B);
+  p.first_tile = params.chunk * tables.chunk_tiles;
+  p.end_tile = std::min(p.first_tile + tables.chunk_tiles, p.max_tiles);
   return p;
 }
 
@@ -37,9 +41,11 @@ void launch_blocks(const LandmarkDqParams& params, int num_sms, Stream stream) {
   using Sums =
       FwdTraits<SumsTile, DenseTiles<SumsTile::kBlockM>, BlockSums<Tile::kBlockN>, StoreRows>;
   using Grads = FwdTraits<Tile, DenseTiles<Tile::kBlockM>, BlockGrads<Tile::kBlockN>, StoreRows>;
-  const LandmarkTables tables(params.scratch + 2, params.shape, Tile::kBlockN,
-                              /*with_groups=*/true);
-  launch_landmark_tables(params, Tile::kBlockN, tables, stream);
+  const LandmarkTables own(params.scratch + 2, params.shape, Tile::kBlockN, /*with_groups=*/true);
+  const LandmarkTables& tables = params.tables != nullptr ? *params.tables : own;
+  if (params.tables == nullptr) {
+    launch_landmark_tables(params, Tile::kBlockN, tables, stream);
+  }
   auto sums = block_params<Sums>(params, tables);
   sums.counter = params.scratch + 1;
   launch_tiles<Sums>("landmark_sums_sm90_kernel", landmark_sums_sm90_kernel<Sums>, sums, num_sms,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda_backend.h"
+#include "landmark_tables.h"
 
 namespace lctx::cuda {
 
@@ -17,8 +18,8 @@ struct LandmarkVectors {
   int num_groups = 0, pitch = 0;
 };
 
-// Vectors of a chunk of heads, unless those of one key/value head are more.
-constexpr int64_t kVectorBytes = int64_t{2} << 30;
+// Vectors of a chunk of heads or of tiles, as far as it goes.
+constexpr int64_t kVectorBytes = int64_t{1} << 30;
 
 // Work of both kernels. `out` of the parameters is where dq goes.
 struct LandmarkDqParams : LandmarkParams {
@@ -26,7 +27,10 @@ struct LandmarkDqParams : LandmarkParams {
   const float *lse2 = nullptr, *delta = nullptr;  // as launch_flash_dq
   LandmarkVectors vectors;
   float* dq_sum = nullptr;  // fused: where dq is added to (dq_sum.cuh), else nullptr
-  int* scratch = nullptr;   // landmark_bwd_ints on the device
+  // Fused: tables for both kernels, and the chunk of tiles to work on.
+  const LandmarkTables* tables = nullptr;
+  int chunk = 0;
+  int* scratch = nullptr;  // landmark_bwd_ints on the device
 };
 
 // landmark_d64_dq.cu, landmark_d128_dq.cu: uniform blocks of at most widest_dq_group(kHeadDim)
@@ -34,6 +38,12 @@ struct LandmarkDqParams : LandmarkParams {
 template <int kHeadDim>
 void launch_landmark_groups_dq(const LandmarkDqParams& params, int num_sms, Stream stream);
 constexpr int64_t widest_dq_group(int64_t head_dim) { return head_dim <= 128 ? 64 : 0; }
+
+// landmark_d64_bwd.cu, landmark_d128_bwd.cu: the same blocks; dk and dv, and dq added to
+// scratch.dq_sum. scratch.counter is zero.
+template <int kHeadDim>
+void launch_landmark_fused(const LandmarkParams& params, const AttnGrads& grads,
+                           const BwdScratch& scratch, int num_sms, Stream stream);
 
 // landmark_blocks_dq.cu: any blocks. The first two of scratch are zero. With dq_sum the vectors
 // alone.
@@ -44,5 +54,8 @@ int64_t landmark_blocks_dq_ints(const AttnShape& s);
 void launch_landmark_dkv(const LandmarkDqParams& params, const AttnGrads& grads, int num_sms,
                          Stream stream);
 int64_t landmark_dkv_ints(const AttnShape& s);
+// Their tables, at scratch + 2: filled by fill_piece_tables. chunk_tiles: even, 0 for all.
+LandmarkTables piece_tables(const LandmarkParams& params, int* scratch, int64_t chunk_tiles);
+void fill_piece_tables(const LandmarkParams& params, const LandmarkTables& tables, Stream stream);
 
 }  // namespace lctx::cuda

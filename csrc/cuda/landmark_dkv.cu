@@ -32,20 +32,35 @@ void launch_pieces(const LandmarkDqParams& params, const AttnGrads& grads, int n
   set_attention_bwd<Tile>(params, grads, scratch, p);
   p.k[0] = make_rows_map(params.k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, 64);
   p.v[0] = make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, 64);
-  const LandmarkTables tables(params.scratch + 2, s, 64, /*with_groups=*/true, num_pieces(params));
-  // Tiles that the tables leave out lie behind all keys.
-  cudaMemsetAsync(tables.tiles, 0x3f, s.B * tables.max_tiles * sizeof(LandmarkTile), stream);
-  launch_landmark_tables(params, 64, tables, stream);
+  const LandmarkTables tables =
+      params.tables != nullptr ? *params.tables : piece_tables(params, params.scratch, 0);
+  if (params.tables == nullptr) fill_piece_tables(params, tables, stream);
   p.tiles = tables.tiles;
   p.groups = tables.groups;
   p.max_tiles = tables.max_tiles;
+  p.first_tile = params.chunk * tables.chunk_tiles;
+  p.bounds = tables.bounds + params.chunk * s.B;
+  p.batches = static_cast<int>(s.B);
   p.vectors = params.vectors;
+  const int num_tiles = std::min(tables.chunk_tiles, p.max_tiles - p.first_tile);
   p.order = KeyOrder(
-      make_order("lctx::landmark_bwd", p.max_tiles / kPieces, s.Hkv, s.B, bwd_section(s, s.Tq)));
+      make_order("lctx::landmark_bwd", num_tiles / kPieces, s.Hkv, s.B, bwd_section(s, s.Tq)));
   launch_bwd<Traits>(p, num_sms, stream);
 }
 
 }  // namespace
+
+LandmarkTables piece_tables(const LandmarkParams& params, int* scratch, int64_t chunk_tiles) {
+  return LandmarkTables(scratch + 2, params.shape, 64, /*with_groups=*/true, num_pieces(params),
+                        chunk_tiles);
+}
+
+void fill_piece_tables(const LandmarkParams& params, const LandmarkTables& tables, Stream stream) {
+  // Tiles that the tables leave out lie behind all keys.
+  const int64_t tiles = params.shape.B * tables.max_tiles;
+  cudaMemsetAsync(tables.tiles, 0x3f, tiles * sizeof(LandmarkTile), stream);
+  launch_landmark_tables(params, 64, tables, stream);
+}
 
 int64_t landmark_dkv_ints(const AttnShape& s) {
   return 2 + LandmarkTables::ints(s, 64, /*with_groups=*/true) + 3 * s.B;

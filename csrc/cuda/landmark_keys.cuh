@@ -20,11 +20,17 @@ struct LandmarkKeys {
   struct Params {
     const LandmarkTile* tiles;  // (B, max_tiles), those not used beyond all keys
     const int* groups;          // (B, max_tiles)
-    int max_tiles;              // even
+    int max_tiles, first_tile;  // even
+    const int2* bounds;         // (batches): of the chunk
+    int batches;
     LandmarkVectors vectors;
   };
-  static constexpr bool kStrided = false;
+  static constexpr bool kStrided = false, kPadded = false;
 
+  template <class P>
+  static __device__ __forceinline__ bool has_nothing(const P& p) {
+    return is_empty_chunk(p.bounds, p.batches);
+  }
   template <class P>
   static __device__ __forceinline__ KeyWork find(const P& p, int index) {
     const TileOrder::Tile tile = p.order[index];
@@ -32,7 +38,7 @@ struct LandmarkKeys {
     work.head = tile.head;
     work.batch = tile.batch;
     set_heads(p, work);
-    work.piece = tile.batch * p.max_tiles + tile.m_block * kPieces;
+    work.piece = tile.batch * p.max_tiles + p.first_tile + tile.m_block * kPieces;
     const LandmarkTile first = p.tiles[work.piece];
     work.key0 = max(first.row0, first.begin());
     work.key_end = p.Tk;

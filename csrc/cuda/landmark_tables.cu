@@ -58,6 +58,34 @@ __device__ int exclusive_scan(int x, int identity, Op op, int* shared) {
   return lane > 0 ? op(before, left) : before;
 }
 
+// What the backward knows of its chunks of tiles, from the finished tables of a batch: the blocks
+// of each are counted from its first, and their tiles are its bounds.
+__device__ void split_into_chunks(const LandmarkTile* tiles, const LandmarkRow* rows, int* groups,
+                                  int num_tiles, int chunk_tiles, int num_chunks, int2* bounds) {
+  const int lane = threadIdx.x % 32;
+  for (int chunk = threadIdx.x / 32; chunk < num_chunks; chunk += kTableThreads / 32) {
+    const int first = min(chunk * chunk_tiles, num_tiles);
+    const int end = min(first + chunk_tiles, num_tiles);
+    int2 bound = make_int2(num_tiles, num_tiles);
+    if (first < end) {
+      const int base = groups[first];
+      __syncwarp();
+      for (int i = first + lane; i < end; i += 32) groups[i] -= base;
+      const int last_block = tiles[end - 1].begin();
+      bound = make_int2(rows[tiles[first].begin()].first, end);
+      for (int high = num_tiles; bound.y < high;) {
+        const int middle = (bound.y + high) / 2;
+        if (tiles[middle].begin() == last_block) {
+          bound.y = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+    }
+    if (lane == 0) bounds[chunk * gridDim.x + blockIdx.x] = bound;
+  }
+}
+
 __device__ __forceinline__ int tiles_of(int length, bool has_landmark, int block_n) {
   return length - has_landmark > 0 ? (length + block_n - 1) / block_n : 0;
 }
@@ -66,7 +94,8 @@ __device__ __forceinline__ int tiles_of(int length, bool has_landmark, int block
 // the others are the last landmark and the tiles before them and the first landmark behind them.
 __global__ void __launch_bounds__(kTableThreads)
     landmark_table_kernel(Landmarks landmarks, int block_n, int per_thread, int max_tiles,
-                          LandmarkTile* tiles, LandmarkRow* rows, int* groups) {
+                          LandmarkTile* tiles, LandmarkRow* rows, int* groups, int2* bounds,
+                          int chunk_tiles, int num_chunks) {
   __shared__ int shared[32], mirrored[kTableThreads];
   const int batch = blockIdx.x, thread = threadIdx.x, Tk = landmarks.Tk;
   const int start = min(thread * int64_t{per_thread}, int64_t{Tk});
@@ -123,6 +152,9 @@ __global__ void __launch_bounds__(kTableThreads)
       begin = i + 1;
     }
   }
+  if (bounds == nullptr) return;
+  __syncthreads();
+  split_into_chunks(tiles, rows, groups, rows[Tk - 1].end, chunk_tiles, num_chunks, bounds);
 }
 
 }  // namespace
@@ -131,15 +163,20 @@ __global__ void __launch_bounds__(kTableThreads)
 int64_t LandmarkTables::most_tiles(int64_t Tk, int block_n) { return Tk / 2 + Tk / block_n + 2; }
 
 int64_t LandmarkTables::ints(const AttnShape& s, int block_n, bool with_groups) {
-  return s.B * (2 * s.Tk + (with_groups ? 3 : 2) * most_tiles(s.Tk, block_n));
+  const int64_t tiles = most_tiles(s.Tk, block_n);
+  const int64_t of_groups = with_groups ? tiles + 2 * (tiles / kFewestTiles + 1) : 0;
+  return s.B * (2 * s.Tk + 2 * tiles + of_groups);
 }
 
 LandmarkTables::LandmarkTables(int* scratch, const AttnShape& s, int block_n, bool with_groups,
-                               int64_t tiles_of_batch)
-    : max_tiles(static_cast<int>(tiles_of_batch > 0 ? tiles_of_batch : most_tiles(s.Tk, block_n))) {
+                               int64_t tiles_of_batch, int64_t chunk)
+    : max_tiles(static_cast<int>(tiles_of_batch > 0 ? tiles_of_batch : most_tiles(s.Tk, block_n))),
+      chunk_tiles(chunk > 0 ? static_cast<int>(chunk) : max_tiles) {
   rows = reinterpret_cast<LandmarkRow*>(scratch);
   tiles = reinterpret_cast<LandmarkTile*>(rows + s.B * s.Tk);
-  if (with_groups) groups = reinterpret_cast<int*>(tiles + s.B * max_tiles);
+  if (!with_groups) return;
+  bounds = reinterpret_cast<int2*>(tiles + s.B * max_tiles);
+  groups = reinterpret_cast<int*>(bounds + s.B * num_chunks());
 }
 
 void launch_landmark_tables(const LandmarkParams& params, int block_n, const LandmarkTables& tables,
@@ -155,7 +192,8 @@ void launch_landmark_tables(const LandmarkParams& params, int block_n, const Lan
   const dim3 grid(static_cast<unsigned>(s.B)), block(kTableThreads);
   landmark_table_kernel<<<grid, block, 0, stream>>>(
       landmarks, block_n, static_cast<int>(ceil_div(s.Tk, kTableThreads)), tables.max_tiles,
-      tables.tiles, tables.rows, tables.groups);
+      tables.tiles, tables.rows, tables.groups, tables.bounds, tables.chunk_tiles,
+      tables.num_chunks());
   check_launch("landmark_table_kernel", grid, block, stream);
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpu_checks import HALF, check_gradients, gpu_qkv, needs_kernel, rows_of_landmarks_and_long_gaps
-from helpers import random_landmarks
+from helpers import assert_close_to_reference, errors, random_landmarks
 
 import lctx_kernels as lk
 from lctx_kernels import reference
@@ -19,6 +19,34 @@ def check(q, k, v, block_size=None, is_landmark=None, **options):
     grads = check_gradients(lk.landmark_attention, reference.landmark_attention, q, k, v, **options)
     if block_size is not None:
         assert (grads["v"][:, block_size - 1 :: block_size] == 0).all()
+
+
+def far_scores(block_size, D):
+    """Sums of a block leave the range of fp32 here unless they are relative to its maximum."""
+    q, k, v = gpu_qkv(1, 500, 2, D)
+    k[:, block_size : 2 * block_size - 1] *= 8
+    k[:, 3 * block_size - 1] *= 8
+    return q, k, v
+
+
+def check_beside_ordered(q, k, v, heads=slice(None), **options):
+    """Errors of `heads` are at most the contract's multiples of those with deterministic=True."""
+    dout = torch.randn_like(q)
+
+    def grads(attention, tensors, dout, **more):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        result = attention(*leaves, **options, **more)
+        out = result[0] if isinstance(result, tuple) else result
+        return torch.autograd.grad(out, leaves, dout)
+
+    fused, ordered = (
+        grads(lk.landmark_attention, (q, k, v), dout, deterministic=d) for d in (False, True)
+    )
+    few = [x[:, :, heads].double() for x in (q, k, v, dout)]
+    exact = grads(reference.landmark_attention, few[:3], few[3])
+    for name, x, y, z in zip("qkv", fused, ordered, exact, strict=True):
+        x, y = x[:, :, heads], y[:, :, heads]
+        assert_close_to_reference(f"d{name}", x, z, errors(y, z))
 
 
 @deterministic
@@ -65,6 +93,20 @@ def test_irregular_landmarks(density, D, deterministic):
         check(*gpu_qkv(2, Tq, 4, D, Tk=Tk, Hkv=2), **options)
 
 
+@deterministic
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("block_size", [32, 51, 64])
+def test_scores_far_from_those_of_the_landmarks(block_size, D, deterministic):
+    q, k, v = far_scores(block_size, D)
+    check(q, k, v, block_size, scale=1.0, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_far_scores_of_several_blocks_in_a_tile(D):
+    """Rounding of the weights alone, in either order of sums, is beyond dense errors here."""
+    check_beside_ordered(*far_scores(16, D), block_size=16, scale=1.0)
+
+
 @pytest.mark.parametrize("D", [128, 256])
 def test_rows_of_landmarks_and_long_gaps(D):
     check(*gpu_qkv(3, 1500, 2, D), is_landmark=rows_of_landmarks_and_long_gaps())
@@ -100,13 +142,21 @@ def test_heads_in_chunks():
     """The statistics of all heads together are beyond the bound on them."""
     q, k, v = (x.requires_grad_() for x in gpu_qkv(1, 16384, 48, 64, Hkv=12))
     dout = torch.randn_like(q)
-    out = lk.landmark_attention(q, k, v, block_size=64)
+    options = {"block_size": 64, "deterministic": True}
+    out = lk.landmark_attention(q, k, v, **options)
     together = torch.autograd.grad(out, (q, k, v), dout)
     for h in (0, 7, 11):
         own, heads = slice(h, h + 1), slice(4 * h, 4 * h + 4)
         few = q[:, :, heads], k[:, :, own], v[:, :, own]
-        alone = torch.autograd.grad(
-            lk.landmark_attention(*few, block_size=64), few, dout[:, :, heads]
-        )
+        alone = torch.autograd.grad(lk.landmark_attention(*few, **options), few, dout[:, :, heads])
         for x, y, part in zip(together, alone, (heads, own, own), strict=True):
             assert torch.equal(x[:, :, part], y)
+
+
+def test_blocks_in_chunks():
+    """More blocks than have statistics at a time, and a long one where the first chunk ends."""
+    is_landmark = torch.zeros(1, 4096, dtype=torch.bool, device="cuda")
+    is_landmark[0, 1:1361:2] = True
+    is_landmark[0, 2060::50] = True
+    q, k, v = gpu_qkv(1, 4096, 32, 64)
+    check_beside_ordered(q, k, v, slice(0, None, 31), is_landmark=is_landmark)
