@@ -11,6 +11,7 @@ from lctx_kernels.demo_plot import COLOURS, Curve, Panel, plot_panels
 from .machine import machine_line
 from .registry import BASELINES
 from .results import Document, Row, load
+from .ring_tables import RIVAL
 
 SOURCE_KEY = "Source-SHA256"
 
@@ -43,6 +44,43 @@ def plot_hopper(sources: Sequence[Path], path: Path) -> None:
         ]
     note = f"bf16, causal, 16 heads of 128, or of 64 (D 64). {machine_line(document.machine)}"
     plot_panels(panels, path, note, {SOURCE_KEY: source_hash(sources)})
+
+
+def plot_ring(sources: Sequence[Path], path: Path) -> None:
+    """Share of the ideal speed by length, and TFLOP/s of a GPU beside the rival's."""
+    (document,) = map(load, sources)
+    panels = []
+    for title, pass_ in (("forward", "fwd"), ("forward + backward", "fwd_bwd")):
+        ideal, rates = ring_curves(document, pass_)
+        panels += [
+            Panel(f"ring, {title}", "% of the ideal speed", ideal, False),
+            Panel(f"ring, {title}", "TFLOP/s of a GPU", rates, False,
+                  [name for name in rates if "FlashAttention" in name]),
+        ]  # fmt: skip
+    note = f"bf16, causal, heads of 128. {machine_line(document.machine)}"
+    plot_panels(panels, path, note, {SOURCE_KEY: source_hash(sources)})
+
+
+def ring_curves(document: Document, pass_: str) -> tuple[dict[str, Curve], dict[str, Curve]]:
+    """Percent of the ideal speed, and TFLOP/s of a GPU, by length, per number of heads."""
+    gpus = int(document.machine["kind"].rpartition("x")[2])
+    rows = [r for r in document.rows if r.op == "flash" and r.pass_ == pass_ and not r.options]
+    alone = {r.group: r.median_s for r in rows if r.candidate == "flash" and r.median_s}
+    first = next(r.candidate for r in document.rows if r.candidate[:5] == "ring-")
+    ideal: dict[str, list[tuple[int, float]]] = {}
+    rates: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row.status != "ok" or row.candidate not in (first, RIVAL) or row.group not in alone:
+            continue
+        assert row.median_s and row.flops_per_s
+        name = f"{row.shape['Hq']}/{row.shape['Hkv']} heads"
+        if row.candidate == RIVAL:
+            name = f"on FlashAttention-2, {name}"
+        else:
+            speed = alone[row.group] / row.median_s
+            ideal.setdefault(name, []).append((row.shape["T"], 100 * speed / gpus))
+        rates.setdefault(name, []).append((row.shape["T"], row.flops_per_s / gpus / 1e12))
+    return ideal, rates
 
 
 def hopper_curves(

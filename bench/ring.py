@@ -25,9 +25,11 @@ from lctx_kernels.cp.choose import choose
 from lctx_kernels.cp.device import KINDS
 from lctx_kernels.cp.transport import Hop
 
+from .fa2_ring import fa2_ring
 from .machine import clocks_now, describe_machine, measure_peak
 from .registry import PASSES, Goal, Group, Shape, flops, min_bytes
 from .results import Document, GoalResult, MemoryRow, Row, default_path, goal_results
+from .ring_tables import RIVAL
 from .run import show_goals, show_rows
 from .timing import FLUSH_BYTES, LAUNCH_AHEAD_CYCLES, describe_error
 
@@ -48,11 +50,12 @@ DOCUMENTS = (  # two batches of packed documents of 12k to 24k tokens
 )
 MILLION = Shape(2**20, Hq=4, Hkv=1, D=128, dtype="bf16")
 HOP_SECONDS = 12e-6  # of the host
-HOPS = 2000
+HOPS, HOPS_AHEAD = 2000, 100
+RIVAL_SPEED = 1.6  # FLOP/s of a GPU against those of FlashAttention-2's ring
 TOLERANCE = 1e-2  # relative RMS against one GPU: two results rounded to bf16
 
 
-def groups(transports: list[str], lengths: list[int], documents: bool) -> list[Group]:
+def groups(transports: list[str], lengths: list[int], documents: bool, rival: bool) -> list[Group]:
     """Every shape and pass, the longest last; the first transport has the goals."""
     names = tuple(f"ring-{transport}" for transport in transports)
     short, packed, long = [], [], []
@@ -62,10 +65,13 @@ def groups(transports: list[str], lengths: list[int], documents: bool) -> list[G
             for pass_, wanted in zip(PASSES, WANTED[T], strict=True):
                 if T > LONGEST_BACKWARD and pass_ != "fwd":
                     continue
-                goals = ()
+                goals: tuple[Goal, ...] = ()
                 if wanted is not None:
                     goals = (Goal(names[0], "flash", *wanted, label=f"ring, {pass_}"),)
                 rings = names if T < ONE_TRANSPORT else names[:1]
+                if rival and (T < ONE_TRANSPORT or (T == ONE_TRANSPORT and pass_ == "fwd")):
+                    rings += (RIVAL,)
+                    goals += (Goal(names[0], RIVAL, RIVAL_SPEED, label=f"rival, {pass_}"),)
                 group = Group(shape, pass_, ("flash", *rings), goals)
                 (short if T < ONE_TRANSPORT else long).append(group)
         if T < ONE_TRANSPORT:
@@ -144,6 +150,9 @@ def calls_of(group: Group, ranks: Ranks) -> dict[str, Callable[[], tuple[torch.T
     made = {"flash": call(flash_attention, [*qkv, dout], cu_seqlens=on_gpu, **options)}
     more = {"deterministic": False, **options}
     for name in group.candidates[1:]:
+        if name == RIVAL:
+            made[name] = call(fa2_ring, local)
+            continue
         transport = name.removeprefix("ring-")
         made[name] = call(ring_attention, local, plan=plan, transport=transport, **more)
     return made
@@ -222,11 +231,12 @@ def hop_row(ranks: Ranks, transport: str) -> tuple[Row, GoalResult]:
     after, before = (ranks.rank + 1) % ranks.world_size, (ranks.rank - 1) % ranks.world_size
     hop = Hop("forward kv", 0, 0, ((after, memory[:size]),), ((before, memory[size:]),), (size,))
     times = []
-    for _ in range(HOPS):
+    for i in range(HOPS):
         begin = time.perf_counter()
         at.wait(at.post(hop))
         times.append(time.perf_counter() - begin)
-    cp.synchronize()
+        if i % HOPS_AHEAD == 0:
+            cp.synchronize()  # before the GPU's queue is full, and the host waits for the GPU
     quartiles = [max(q) for q in zip(*ranks.gather(statistics.quantiles(times, n=4)), strict=True)]
     shape = dataclasses.asdict(Shape(1))
     row = Row(f"hop-{transport}", "hop", "fwd", shape, "ok")
@@ -295,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of a shape")
     parser.add_argument("--no-documents", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-rival", action="store_true", help="FlashAttention-2's ring")
     options = parser.parse_args(arguments)
     ranks = Ranks()
     machine = describe_machine("cuda")
@@ -309,7 +320,8 @@ def main(arguments: list[str] | None = None) -> int:
         row, goal = hop_row(ranks, transport)
         document.rows.append(row)
         document.goals.append(goal)
-    for number, group in enumerate(groups(transports, lengths, not options.no_documents), 1):
+    wanted = groups(transports, lengths, not options.no_documents, not options.no_rival)
+    for number, group in enumerate(wanted, 1):
         if group.shape.T >= ONE_TRANSPORT and "documents" not in dict(group.options):
             measure_memory(document, ranks, options.no_memory, transports[0])
         rows = run_group(group, ranks, options.seconds, document.peak_flops["bf16"])

@@ -4,6 +4,7 @@ from lctx_kernels.demo_plot import short
 
 from .results import Document, Row
 
+RIVAL = "fa2-ring"
 PASSES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward + backward"}
 
 
@@ -25,9 +26,10 @@ def ring_goals_table(document: Document) -> list[str]:
     first = [r for (_, name), r in rows.items() if name == "flash"]
     for alone in first:
         ring = next(
-            r for (group, name), r in rows.items() if group == alone.group and name != "flash"
+            r for (group, name), r in rows.items() if group == alone.group and name[:5] == "ring-"
         )
-        goal = next((g for g in document.goals if g.group == alone.group), None)
+        of_group = [g for g in document.goals if g.group == alone.group]
+        goal = next((g for g in of_group if g.versus == "flash"), None)
         assert alone.median_s and ring.median_s and ring.flops_per_s
         wanted = "-"
         if goal is not None:
@@ -67,4 +69,25 @@ def ring_transports_table(document: Document) -> list[str]:
             for name in names
         )
         lines.append(f"| {_work(alone)} | {speeds} |")
+    return lines
+
+
+def ring_rival_table(document: Document) -> list[str]:
+    """TFLOP/s of a GPU of the ring and of FlashAttention-2's ring, and their ratio."""
+    lines = [
+        "| tokens | Hq / Hkv | pass | ring, TFLOP/s a GPU | on FlashAttention-2 | ratio | goal |",
+        "| --- | --- | --- | --: | --: | --: | --: |",
+    ]
+    gpus = int(document.machine["kind"].rpartition("x")[2])
+    for rival in [r for r in document.rows if r.candidate == RIVAL and r.flops_per_s]:
+        of_group = [r for r in document.rows if r.group == rival.group]
+        ring = next(r for r in of_group if r.candidate[:5] == "ring-")
+        goal = next(g for g in document.goals if g.group == rival.group and g.versus == RIVAL)
+        assert ring.flops_per_s and rival.flops_per_s
+        lines.append(
+            f"| {_work(ring)} | {ring.flops_per_s / gpus / 1e12:.0f} "
+            f"| {rival.flops_per_s / gpus / 1e12:.0f} "
+            f"| **{ring.flops_per_s / rival.flops_per_s:.2f}x** "
+            f"| {goal.wanted:g}x{'' if goal.reached else ' (missed)'} |"
+        )
     return lines

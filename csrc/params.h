@@ -69,6 +69,14 @@ struct CarryParams : FlashParams {
   int64_t final_rows = 0;  // 0 or Tq on the CPU
 };
 
+// The first two steps of a ring in one: own keys, and other ones that rows from first_row on see
+// all of. Rows below own_row have had their own keys: from first_row on they continue from
+// carry_out.
+struct CarryTwoParams : CarryParams {
+  TensorView far_k, far_v;  // (B, far_rows, Hkv, Dk), (B, far_rows, Hkv, Dv)
+  int64_t far_rows = 0, first_row = 0, own_row = 0;
+};
+
 // The backward of one step, where lse and delta are those of all keys. dq, dk and dv are stat, and
 // the step's gradients are added to what they hold; dlse is not used.
 struct CarryGrads : AttnGrads {

@@ -124,8 +124,6 @@ def _available(call: Call) -> None:
         call.refuse(NotImplementedError, text)
     elif call.op in HOPPER_OPS and _backend.resolve(backend, device.type) == "cuda":
         _hopper_limits(call)
-        if needs_grad:
-            _hopper_gradient_limits(call)
 
 
 def _hopper_limits(call: Call) -> None:
@@ -162,17 +160,6 @@ def _hopper_limits(call: Call) -> None:
                 f"{name} has strides {tuple(x.stride())} on a GPU; expected multiples of 8 "
                 f"elements (16 bytes) in the outer dimensions; nearest is {name}.contiguous()",
             )
-
-
-def _hopper_gradient_limits(call: Call) -> None:
-    """What the backward kernels do not have yet."""
-    nearest = 'nearest is backend="reference" (plain PyTorch)'
-    Dk, narrow = call.size("Dk"), call.op in ("landmark_attention", "infini_attention")
-    if Dk is not None and Dk > 128 and narrow:
-        call.refuse(
-            NotImplementedError,
-            f"gradients at head dimension {Dk} on a GPU; expected at most 128; {nearest}",
-        )
 
 
 HOPPER_OPS = (

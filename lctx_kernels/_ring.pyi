@@ -17,6 +17,7 @@ class Ring:
         part: int,
         sends: Sequence[Message],
         recvs: Sequence[Message],
+        pieces: Sequence[tuple[int, int]],
         timeout: float,
     ) -> int: ...
     def wait(self, number: int, stream: int) -> None: ...

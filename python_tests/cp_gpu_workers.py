@@ -18,7 +18,7 @@ from lctx_kernels.cp import device
 from lctx_kernels.cp.choose import choose
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
-OUT_ERROR = 1.06  # times that of one device: a step with carry rounds its largest weight too
+OUT_ERROR = 1.02  # times that of one device
 MASKS = ({}, {"causal": False}, {"window": 300})
 
 
@@ -231,9 +231,10 @@ def host_seconds_of_a_hop(rank, n, transport, count):
     half, peer = 1 << 20, 1 - rank
     hop = Hop("forward kv", 0, 0, ((peer, memory[:half]),), ((peer, memory[half:]),), (half,))
     times = []
-    for _ in range(count):
+    for i in range(count):
         begin = time.perf_counter()
         at.wait(at.post(hop))
         times.append(time.perf_counter() - begin)
-    cp.synchronize(group)
+        if i % 100 == 0:
+            cp.synchronize(group)  # a full queue would make the host wait for the GPU
     return sorted(times)[count // 2]

@@ -17,10 +17,21 @@ sys.path.insert(0, str(ROOT))
 
 from bench.hopper_tables import goals_table, rivals_table, shapes_table  # noqa: E402
 from bench.machine import machine_line  # noqa: E402
-from bench.plot import SOURCE_KEY, hash_in_png, plot_cpu, plot_hopper, source_hash  # noqa: E402
+from bench.plot import (  # noqa: E402
+    SOURCE_KEY,
+    hash_in_png,
+    plot_cpu,
+    plot_hopper,
+    plot_ring,
+    source_hash,
+)
 from bench.proofs import tables as proofs  # noqa: E402
 from bench.results import Document, load  # noqa: E402
-from bench.ring_tables import ring_goals_table, ring_transports_table  # noqa: E402
+from bench.ring_tables import (  # noqa: E402
+    ring_goals_table,
+    ring_rival_table,
+    ring_transports_table,
+)
 
 # All but the first may be absent.
 PAGES = tuple(
@@ -54,13 +65,14 @@ class Plot(NamedTuple):
 CPU_SOURCES = tuple(RESULTS / "cpu" / f"{suite}.json" for suite in ("scaling", "reach", "memory"))
 CPU_PLOT = Plot(Path("docs/img/cpu.png"), CPU_SOURCES, plot_cpu)
 HOPPER_PLOT = Plot(Path("docs/img/h200.png"), (RESULTS / GPU / "scaling.json",), plot_hopper)
+RING_PLOT = Plot(Path("docs/img/ring.png"), (RESULTS / GPUS / "ring.json",), plot_ring)
 PROOFS = RESULTS / GPU / "proofs"
 PROOFS_PLOT = Plot(
     Path("docs/img/proofs.png"),
     tuple(PROOFS / f"train-{method}.json" for method in proofs.ORDER),
     lambda sources, path: proofs.plot(sources, path, {SOURCE_KEY: source_hash(sources)}),
 )
-PLOTS = (CPU_PLOT, HOPPER_PLOT, PROOFS_PLOT)
+PLOTS = (CPU_PLOT, HOPPER_PLOT, RING_PLOT, PROOFS_PLOT)
 MISSING = "_Not measured yet: `python -m bench.run --save` measures it._"
 NO_RING = "_Not measured yet: `torchrun --nproc-per-node 2 -m bench.ring --save` measures it._"
 PASS_NAMES = {"fwd": "forward", "fwd_bwd": "forward + backward", "bwd": "backward"}
@@ -195,6 +207,20 @@ def ring_transports(root: Path) -> str:
     return _with_conditions(ring_transports_table(document), document)
 
 
+def ring_rival(root: Path) -> str:
+    """The ring against one on FlashAttention-2."""
+    document = published(root / RESULTS, "ring", GPUS)
+    lines = [] if document is None else ring_rival_table(document)
+    if document is None or len(lines) == 2:
+        return NO_RING
+    return _with_conditions(lines, document)
+
+
+def ring_plot(root: Path) -> str:
+    """Share of the ideal speed by length."""
+    return _image(RING_PLOT, "share of the ideal speed of two GPUs by length", root)
+
+
 def _with_conditions(lines: list[str], document: Document) -> str:
     rates = [f"{dtype} matmul {x / 1e12:.0f} TFLOP/s" for dtype, x in document.peak_flops.items()]
     if document.copy_bytes_per_s is not None:
@@ -223,6 +249,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "proofs-generation": proofs_table(proofs.generation),
     "ring-goals": ring_goals,
     "ring-transports": ring_transports,
+    "ring-rival": ring_rival,
+    "ring-plot": ring_plot,
 }
 
 

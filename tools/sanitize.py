@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,8 +84,9 @@ def _landmark() -> None:
 
 def _landmark_bwd() -> None:
     places = (torch.arange(300) % 37 == 5)[None].cuda()
+    blocks = ((64, 64), (64, 100), (64, None), (128, 51), (128, 64), (128, 256))
     for fixed in (False, True):
-        for D, block_size in ((64, 64), (128, 51), (128, 64), (128, 256), (64, 100), (64, None)):
+        for D, block_size in (*blocks, (256, 64), (256, None)):
             where = {"block_size": block_size} if block_size else {"is_landmark": places}
             tensors = leaves(300, D)
             out = lk.landmark_attention(*tensors, deterministic=fixed, **where)
@@ -114,7 +115,7 @@ def _infini() -> None:
 
 
 def _infini_bwd() -> None:
-    for D in (64, 128):
+    for D in (64, 128, 256):
         for update in ("linear", "delta"):
             tensors = leaves(300, D)
             for fixed in (False, True):
@@ -189,10 +190,11 @@ def sanitize(tool: str, op: str) -> tuple[bool, str]:
 
 
 def results(tools: list[str], ops: list[str], jobs: int) -> Iterator[tuple[bool, str]]:
-    """What `sanitize` says of every pair, op by op, `jobs` processes at a time."""
+    """What `sanitize` says of every pair, as they end, `jobs` processes at a time."""
     with ThreadPoolExecutor(jobs) as pool:
         pairs = [(t, op) for op in ops for t in tools if op != PLANTED or t in FINDERS]
-        yield from pool.map(lambda pair: sanitize(*pair), pairs)
+        for done in as_completed([pool.submit(sanitize, *pair) for pair in pairs]):
+            yield done.result()
 
 
 def main() -> int:

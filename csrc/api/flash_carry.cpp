@@ -35,10 +35,7 @@ CarryParams carry_params(const Call& call, const Tensor& q, const Tensor& k, con
   return params;
 }
 
-namespace {
-
 #ifdef LCTX_WITH_CUDA
-// The CUDA kernel takes rows [a, b) of contiguous tensors (B, rows, Hq, Dv) and (B, Hq, rows).
 void set_state_rows(const Call& call, CarryParams& params) {
   const AttnShape& s = params.shape;
   const int64_t from_batch = s.B > 1 ? params.lse_stride_b / s.Hq : s.Tq;
@@ -55,6 +52,8 @@ void set_state_rows(const Call& call, CarryParams& params) {
              "x[:, a:b] and lse[:, :, a:b] of such tensors on a GPU");
 }
 #endif
+
+namespace {
 
 Tensor flash_carry(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& carry_out,
                    const Tensor& lse, bool causal, double scale, int64_t window,

@@ -14,4 +14,9 @@ CarryParams carry_params(const Call& call, const Tensor& q, const Tensor& k, con
                          const Tensor& lse, bool causal, double scale, int64_t window,
                          int64_t query_start, int64_t key_start);
 
+#ifdef LCTX_WITH_CUDA
+// The CUDA kernels take rows [a, b) of contiguous tensors (B, rows, Hq, Dv) and (B, Hq, rows).
+void set_state_rows(const Call& call, CarryParams& params);
+#endif
+
 }  // namespace lctx::api

@@ -25,7 +25,10 @@ void launch(const Call& call, const InfiniParams& params, const InfiniGrads& gra
   Tensor retrieved = call.new_stat({s.B, s.Hq, s.Tq});
   Tensor rows = call.new_stat({2, s.B, s.Hq, cuda::bwd_pitch(s)});
   Tensor dgate_parts = call.new_stat({s.Hq, s.B, plan.row_blocks});
-  Tensor dq_sum = call.new_stat({own_q || !deterministic ? cuda::flash_dq_sum_floats(s) : 0});
+  const bool sums = s.Dk <= 128 && (own_q || !deterministic);
+  Tensor dq_sum = call.new_stat({sums ? cuda::flash_dq_sum_floats(s) : 0});
+  Tensor wide_halves = call.new_rows({cuda::infini_wide_halves(params)});
+  Tensor wide_floats = call.new_stat({cuda::infini_wide_floats(params)});
   if (!own_q) torch::stable::zero_(dq_sum);
   Tensor counters = call.new_plain(ScalarType::Int, {2});
   const auto stat = [](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
@@ -41,6 +44,8 @@ void launch(const Call& call, const InfiniParams& params, const InfiniGrads& gra
   scratch.dgate_parts = stat(dgate_parts);
   scratch.dq_sum = stat(dq_sum);
   scratch.counters = static_cast<int*>(counters.mutable_data_ptr());
+  scratch.wide_halves = wide_halves.mutable_data_ptr();
+  scratch.wide_floats = stat(wide_floats);
   if (own_k) scratch.dk_add = grads.dk;
   scratch.dv_add = grads.dv;
   cuda::launch_infini_memory_bwd(params, grads, plan, scratch, gpu.num_sms(), gpu.stream());
@@ -88,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infin
   if (call.is_cuda()) {
     AttnParams local = params;
     local.out = params.out_local;
-    check_bwd(call, local, grads);
+    check_bwd(call, local, grads, /*widest=*/256);
     check_limits(call, params);
   }
   if (call.is_cuda() && !empty) {

@@ -52,7 +52,7 @@ void landmark_bwd_cuda(const Call& call, const LandmarkParams& params, const Att
                        bool deterministic) {
   const CudaCall gpu(call);
   if (zero_if_empty(params, grads, gpu.stream())) return;
-  check_bwd(call, params, grads);
+  check_bwd(call, params, grads, /*widest=*/256);
   const bool fused = !deterministic && cuda::landmark_fuses(params);
   BwdBuffers buffers(call, params.shape, fused ? cuda::flash_dq_sum_floats(params.shape) : 0);
   if (!fused) buffers.scratch.dq_sum = nullptr;

@@ -25,6 +25,14 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "flash_carry(Tensor q, Tensor k, Tensor v, Tensor(a!) carry_out, Tensor(b!) lse, bool "
       "causal, float scale, int window, int query_start, int key_start, bool last, "
       "bool first=False, Tensor(c!)? out=None, int final_rows=0) -> Tensor result");
+  // The first two steps of a ring in one, on a GPU: own keys k, v, causal or all of them, and far
+  // ones, all of which rows from first_row on see. Rows below own_row have had their own keys; from
+  // first_row on they continue from carry_out and lse. Rows [0, final_rows) go to `out`, the others
+  // to carry_out.
+  m.def(
+      "flash_carry_two(Tensor q, Tensor k, Tensor v, Tensor far_k, Tensor far_v, Tensor(a!) "
+      "carry_out, Tensor(b!) lse, Tensor(c!) out, bool causal, float scale, int first_row, int "
+      "own_row, int final_rows) -> ()");
   // Its backward: lse and delta are those of all keys of the ring; the step's gradients are added
   // to dq, dk and dv, which are fp32 too; the first call for some keys takes nothing from dk and
   // dv. All of carry_out, lse, delta, dq, dk and dv may be slices of larger tensors.

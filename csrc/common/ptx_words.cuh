@@ -40,6 +40,11 @@ __device__ __forceinline__ void store_shared_2(uint32_t address, uint16_t x) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(x) : "memory");
 }
 
+// Lets the threads that wait at the barrier go on, without waiting.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // ---- words in global memory that other blocks wait for ----
 
 __device__ __forceinline__ int load_acquire(const int* flag) {
@@ -65,6 +70,12 @@ __device__ __forceinline__ void tma_prefetch_5d(const CUtensorMap* map, int c0, 
 }
 
 // ---- arithmetic ----
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // The nearest TF32 number (10 bits of mantissa), as its fp32 bits. wgmma itself would cut them off.
 __device__ __forceinline__ uint32_t round_tf32(float x) {

@@ -61,13 +61,14 @@ struct StoreGroupKeys {
                                                 const KeyWork& work, const float (&dk)[N],
                                                 const float (&dv)[N]) {
     const auto& p = kernel.p;
-    const auto piece = p.tiles[work.piece + warpgroup];
+    const auto piece = p.tiles[work.piece + kernel.first_key(warpgroup) / 64];
+    const int column = kernel.first_column(warpgroup);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int key = piece.row0 + fragment_row(warpgroup_thread()) + 8 * i;
       const bool exists = key >= piece.begin() && key < work.key_end;
-      StoreKeys::store_row(kernel, work, key, exists, dv, i, 1.f, p.dv);
-      StoreKeys::store_row(kernel, work, key, exists, dk, i, p.scale, p.dk);
+      StoreKeys::store_row(kernel, work, key, exists, dv, i, 1.f, p.dv, column);
+      StoreKeys::store_row(kernel, work, key, exists, dk, i, p.scale, p.dk, column);
     }
   }
 };

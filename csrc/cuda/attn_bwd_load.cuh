@@ -18,8 +18,8 @@ namespace lctx::cuda {
 // Statistics of rows that no key of a group is seen by.
 static __device__ __align__(16) float zero_statistics[64];
 
-// kGroups_: each warpgroup has statistics of its own, those of the group of keys that its keys are
-// in (LandmarkKeys).
+// kGroups_: every 64 keys have statistics of their own, those of the group of keys that they are in
+// (LandmarkKeys).
 template <class T_, int kHeadDim_, bool kFused_, bool kGroups_ = false>
 struct BwdTile {
   using T = T_;
@@ -40,7 +40,8 @@ struct BwdTile {
   static constexpr int kDs = kDout + kStages * kQueryBytes;
   static constexpr int kWeights = kDs;  // kWide: P^T and dS^T
   static constexpr int kLse2 = kDs + (kFused ? kDsBuffers : kWide ? 2 : 0) * kDsBytes;
-  static constexpr int kVectors = kGroups ? 2 : 1, kVectorBytes = kStages * kVectors * kBlockM * 4;
+  static constexpr int kVectors = kGroups ? kBlockN / 64 : 1;  // a piece of 64 keys has its own
+  static constexpr int kVectorBytes = kStages * kVectors * kBlockM * 4;
   static constexpr int kDelta = kLse2 + kVectorBytes;
   static constexpr int kLandmark = kDelta + kVectorBytes;  // gradients of the landmark's scores
   static constexpr int kSeen = kLandmark + (kGroups ? kVectorBytes : 0);
@@ -150,7 +151,7 @@ struct BwdLoads {
     const uint32_t dst = smem + (kOfQ ? Traits::kK : Traits::kV);
     if constexpr (Traits::kGroups) {
 #pragma unroll 1
-      for (int i = 0; i < 2 * kChunks; ++i) {
+      for (int i = 0; i < Traits::kVectors * kChunks; ++i) {
         const int chunk = i % kChunks, piece = i / kChunks;
         ptx::tma_load_5d(dst + chunk * chunk_bytes(kBlockN) + piece * chunk_bytes(64),
                          &(kOfQ ? p.k : p.v)[0], full, chunk * kChunkColumns,
@@ -217,17 +218,19 @@ struct BwdLoads {
     }
   }
 
-  // The statistics of the groups of both warpgroups (landmark_bwd.h), 64 rows at a time, by a
-  // thread of their own. What is not written, since none of 64 rows sees the group, is 0.
+  // The statistics of the groups of all pieces (landmark_bwd.h), 64 rows at a time, by a thread of
+  // their own. What is not written, since none of 64 rows sees the group, is 0.
   template <bool kOfQ>
   __device__ __forceinline__ void load_group_statistics(const QueryState& state,
                                                         const KeyWork& work, int head,
                                                         int m) const {
-    constexpr int kLoads = 2 * kHalves * (kOfQ ? 1 : 2);  // lam; dsum and w
+    constexpr int kPerVector = Traits::kVectors * kHalves;
+    constexpr int kLoads = kPerVector * (kOfQ ? 1 : 2);  // lam; dsum and w
     const uint32_t full = (kOfQ ? q_pipe : dout_pipe).acquire(state, kLoads * 256);
 #pragma unroll 1
     for (int i = 0; i < kLoads; ++i) {
-      const int piece = work.piece + i / kHalves % 2, row = m * kBlockM + i % kHalves * 64;
+      const int piece = work.piece + i / kHalves % Traits::kVectors,
+                row = m * kBlockM + i % kHalves * 64;
       const int first = p.tiles[piece].begin() - work.shift;  // that sees the group
       const float* from = zero_statistics;
       if (min(row + 63, p.Tq - 1) >= max(first, row)) {
@@ -235,11 +238,11 @@ struct BwdLoads {
                static_cast<int64_t>((work.batch * p.Hq + head) * p.vectors.num_groups +
                                     p.groups[piece]) *
                    p.vectors.pitch;
-        if (i >= 2 * kHalves) from += p.vectors.to_w;
+        if (i >= kPerVector) from += p.vectors.to_w;
       }
       const uint32_t dst = smem + (kOfQ ? Traits::kLse2 : Traits::kDelta) +
                            state.stage() * (Traits::kVectors * kBlockM * 4) +
-                           i / (2 * kHalves) * Traits::kVectorBytes + i % (2 * kHalves) * 256;
+                           i / kPerVector * Traits::kVectorBytes + i % kPerVector * 256;
       ptx::bulk_load(dst, from, full, 256);
     }
   }

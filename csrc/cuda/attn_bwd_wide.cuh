@@ -66,7 +66,12 @@ struct WideBwdKernel : BwdLoads<Traits_> {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int key = static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane;
     if (lane < 16) {
-      const int2 range = queries_of<Traits::kWindowed>(p, work, work.key0 + key);
+      int2 range;
+      if constexpr (Traits::kGroups) {
+        range = Tiles::queries_of_row(p, work, key);
+      } else {
+        range = queries_of<Traits::kWindowed>(p, work, work.key0 + key);
+      }
       ptx::store_shared_int2(seen(warpgroup, key),
                              make_int2(range.x - work.origin, range.y - work.origin));
     }
@@ -86,6 +91,21 @@ struct WideBwdKernel : BwdLoads<Traits_> {
     return ptx::load_shared_float2(smem + offset +
                                    (state.stage() * kBlockM + warpgroup * kHalfM) * 4 + 32 * j +
                                    fragment_column(threadIdx.x % 128) * 4);
+  }
+  // The landmark of a group is the last key of its last piece: it carries nothing, and the gradient
+  // of its scores is a statistic.
+  __device__ __forceinline__ void set_landmark(int warpgroup, const QueryState& state,
+                                               float (&s)[kHalfM / 2],
+                                               float (&dp)[kHalfM / 2]) const {
+    const bool own = threadIdx.x % 128 >= 124;
+#pragma unroll
+    for (int j = 0; j < kHalfM / 8; ++j) {
+      const float2 w = stat(Traits::kLandmark, warpgroup, state, j);
+      s[4 * j + 2] = own ? 0.f : s[4 * j + 2];
+      s[4 * j + 3] = own ? 0.f : s[4 * j + 3];
+      dp[4 * j + 2] = own ? w.x : dp[4 * j + 2];
+      dp[4 * j + 3] = own ? w.y : dp[4 * j + 3];
+    }
   }
   // A half of P^T or dS^T to shared memory.
   __device__ __forceinline__ void share(int tile, int warpgroup,
@@ -108,6 +128,8 @@ struct WideBwdKernel : BwdLoads<Traits_> {
       float dk[kHalfColumns / 2], dv[kHalfColumns / 2];
       const KeyWork work = Tiles::find(p, index);
       const QueryRange range = queries(work, 0, kBlockN);
+      bool has_landmark = false;
+      if constexpr (Traits::kGroups) has_landmark = Tiles::has_landmark(p, work, 0);
       k_pipe.wait(key_state());
       v_pipe.wait(key_state());
       if (range.end <= range.begin) {
@@ -119,7 +141,11 @@ struct WideBwdKernel : BwdLoads<Traits_> {
         continue;
       }
       note_seen(warpgroup, work);
-      sum_up(warpgroup, range, num_steps(work, range), state, dk, dv);
+      if constexpr (Traits::Keys::kPrefetches) Traits::Keys::prefetch(*this, warpgroup, work);
+      sum_up(warpgroup, range, num_steps(work, range), has_landmark, state, dk, dv);
+      if constexpr (Traits::Keys::kReadsKeys) {
+        Traits::Keys::read_keys(*this, warpgroup, find_work_again(index), dk);
+      }
       k_pipe.release(key_state());
       v_pipe.release(key_state());
       Traits::Keys::finish(*this, warpgroup, find_work_again(index), dk, dv);
@@ -127,7 +153,8 @@ struct WideBwdKernel : BwdLoads<Traits_> {
   }
 
   __device__ __forceinline__ void sum_up(int warpgroup, const QueryRange& range, int steps,
-                                         QueryState& state, float (&dk)[kHalfColumns / 2],
+                                         bool has_landmark, QueryState& state,
+                                         float (&dk)[kHalfColumns / 2],
                                          float (&dv)[kHalfColumns / 2]) const {
     float s[kHalfM / 2], dp[kHalfM / 2];
     bool started = false;
@@ -150,6 +177,7 @@ struct WideBwdKernel : BwdLoads<Traits_> {
           dp[4 * j + i] = x * (dp[4 * j + i] - (i % 2 == 0 ? delta.x : delta.y));
         }
       }
+      if (Traits::kGroups && has_landmark) set_landmark(warpgroup, state, s, dp);
       ptx::named_barrier_sync(kFree, 256);  // the products of the block before have ended
       share(Traits::kWeights, warpgroup, s);
       share(Traits::kWeights + Traits::kDsBytes, warpgroup, dp);

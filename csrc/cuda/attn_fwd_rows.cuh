@@ -20,12 +20,24 @@
 
 namespace lctx::cuda {
 
+// The second, or the first.
+template <bool kSecond, class A, class B>
+__device__ __forceinline__ auto& choose(A& a, B& b) {
+  if constexpr (kSecond) {
+    return b;
+  } else {
+    return a;
+  }
+}
+
 struct StoreRows {
   struct Params {};
   static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
 
   template <class Kernel>
   struct Query {};  // of a memory
+  template <class Kernel>
+  static constexpr bool kEarly = false;  // it is read under the last product
 
   // Whether the tile's row `row` is one to keep, and where its lse goes.
   template <class P>
@@ -157,6 +169,10 @@ struct CarryRows : StoreRows {
     bool sparse;  // most rows carry nothing: look before reading them
   };
   static constexpr bool kCarries = true, kRetrieves = false, kMakesStates = false;
+  // The carried weight counts as kGain at exp(lse) / kGain, below the scores to come: these then
+  // have their own maximum as 1, and weights as exact in 16 bits as those of a first step. Not
+  // further below: the way up is rounded in every step of a ring.
+  static constexpr float kGain = 1 << 10, kLogGain = 6.931472f;
 
   // First element of row `row` of the tile in tensors (B, T, H, D).
   template <class Kernel>
@@ -173,6 +189,11 @@ struct CarryRows : StoreRows {
     return (static_cast<int64_t>(work.batch) * p.Hq + work.head) * p.state_rows +
            kernel.position(work, row);
   }
+  // Whether the rows of a tile continue from something.
+  template <class P>
+  static __device__ __forceinline__ bool carries(const P& p, const Work&) {
+    return p.carry_out != nullptr;
+  }
 
   // Puts the carried rows into the accumulators and the row state.
   template <class Kernel>
@@ -181,10 +202,11 @@ struct CarryRows : StoreRows {
                                                RowState& state) {
     const auto& p = kernel.p;
     const int thread = warpgroup_thread();
+    const bool carries = Kernel::Rows::carries(p, work);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
-      const bool inside = p.carry_out != nullptr && row < work.row_end;
+      const bool inside = carries && row < work.row_end;
       const float lse = inside ? p.carry_lse[lse_offset(kernel, work, row)] : -INFINITY;
       const float* from =
           p.carry_out + (inside ? element(kernel, work, row) : 0) + fragment_column(thread);
@@ -195,8 +217,8 @@ struct CarryRows : StoreRows {
         read_row(p, from, inside, i, o);
       }
       const bool carried = lse > -INFINITY;
-      state.m[i] = carried ? lse * p.inverse_scale : kEmptyRowMax;  // of the raw scores
-      state.l[i] = carried && thread % 4 == 0 ? 1.f : 0.f;          // shares of one
+      state.m[i] = carried ? (lse - kLogGain) * p.inverse_scale : kEmptyRowMax;  // of raw scores
+      state.l[i] = carried && thread % 4 == 0 ? kGain : 0.f;                     // shares of one
     }
   }
 
@@ -209,10 +231,11 @@ struct CarryRows : StoreRows {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const bool carried = factor[row] != 0.f && state.m[row] != kEmptyRowMax;
+      const float weight = factor[row] * kGain;
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) {
-        o[4 * i + 2 * row] = carried ? o[4 * i + 2 * row] * factor[row] : 0.f;
-        o[4 * i + 2 * row + 1] = carried ? o[4 * i + 2 * row + 1] * factor[row] : 0.f;
+        o[4 * i + 2 * row] = carried ? o[4 * i + 2 * row] * weight : 0.f;
+        o[4 * i + 2 * row + 1] = carried ? o[4 * i + 2 * row + 1] * weight : 0.f;
       }
     }
   }
@@ -267,6 +290,8 @@ struct SplitRows {
   static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
   template <class Kernel>
   struct Query {};
+  template <class Kernel>
+  static constexpr bool kEarly = false;
 
   template <class P>
   static __device__ __forceinline__ int head_in_group(const P& p, const Work& work, int row) {

@@ -297,17 +297,10 @@ struct FwdKernel {
     wgmma_wait<0>();
   }
 
-  template <int N, int M>
-  static __device__ __forceinline__ auto& choose_o(float (&own)[N], float (&shared)[M]) {
-    if constexpr (Rows::kMakesStates) {
-      return shared;
-    } else {
-      return own;
-    }
-  }
-
   __device__ __forceinline__ void consume(int warpgroup) {
     constexpr bool kPrefetch = Traits::kQStages > 1;
+    // The retrieval comes before the next tile's first scores, under which its rows then leave.
+    constexpr bool kRetrievesFirst = kPrefetch && Rows::template kEarly<FwdKernel>;
     KVState k_state, v_state;
     QState q_state;
     float s[kBlockN / 2];
@@ -323,6 +316,7 @@ struct FwdKernel {
           using States = typename Rows::template States<FwdKernel>;
           States(*this, warpgroup, turn.index).run(q_state, k_state, v_state, shared_o, s);
           forget(s);
+          prefetched = false;  // as it is; but it need not be kept meanwhile
           turn = next_turn(warpgroup);
           continue;
         }
@@ -335,7 +329,7 @@ struct FwdKernel {
       const int index = turn.index;
       const KeyRange keys = turn.keys;
       float own_o[Rows::kMakesStates ? 1 : kValueDim / 2];
-      auto& o = choose_o(own_o, shared_o);
+      auto& o = choose<Rows::kMakesStates>(own_o, shared_o);
       float alpha[2], inverse[2], lse[2];
       State state;
       uint32_t weights[kBlockN / 16][4];
@@ -421,14 +415,25 @@ struct FwdKernel {
       typename Rows::template Query<FwdKernel> query;
       if constexpr (Rows::kRetrieves) {
         retrieves = Rows::plan(*this, work, q_state, v_state);
-        Rows::prepare(*this, warpgroup, index, q_state, v_state, query);
+        Rows::prepare(*this, warpgroup, work, retrieves, q_state, v_state, query, inverse);
       }
+      const auto complete = [&] {  // P V has ended
+        v_pipe.release(last);
+        skip(left, k_state, v_state);
+        if constexpr (Scores::kFolds) Scores::complete(*this, warpgroup, o, state);
+        if constexpr (Rows::kRetrieves) {
+          Rows::retrieve(*this, warpgroup, index, retrieves, q_state, v_state, query, o, inverse);
+        }
+      };
       if constexpr (kPrefetch) {
         turn = next_turn(warpgroup);
-        // One block may pass unread while this tile still holds a stage, none while its memory
-        // holds the other. Otherwise the product is on stale data and ignored: a branch around it
-        // would serialise.
+        // One block may pass unread while this tile holds a stage, none while its memory holds the
+        // other. Else the product is on stale data and ignored: a branch around it would serialise.
         prefetched = left == 0 && !turn.empty && turn.right <= (retrieves ? 0 : 1);
+        if constexpr (kRetrievesFirst) {
+          wgmma_wait<0>();
+          complete();
+        }
         if (prefetched) {
           skip(turn.right, k_state, v_state);
           wait_first(q_state, k_state);
@@ -438,11 +443,10 @@ struct FwdKernel {
       } else {
         wgmma_wait<0>();
       }
-      v_pipe.release(last);
-      skip(left, k_state, v_state);
-      if constexpr (Scores::kFolds) Scores::complete(*this, warpgroup, o, state);
-      if constexpr (Rows::kRetrieves) {
-        Rows::retrieve(*this, warpgroup, index, q_state, v_state, query, o, inverse);
+      if constexpr (!kRetrievesFirst) {
+        complete();
+      } else if (retrieves) {
+        v_pipe.release(KVState{v_state.step - 1});
       }
       Rows::finish(*this, warpgroup, find_work_again(index), o, inverse);
       if constexpr (kPrefetch) {
@@ -471,9 +475,8 @@ __device__ __forceinline__ void run_tiles(const typename Kernel::Traits::Params&
     ptx::prefetch_tensor_map(&p.k[0]);
     ptx::prefetch_tensor_map(&p.q[0]);
     ptx::prefetch_tensor_map(&p.v[0]);
-    if constexpr (Traits::kStagesO && !Traits::Tiles::kSplitsKeys) {
+    if constexpr (Traits::kStagesO && !Traits::Tiles::kSplitsKeys)
       ptx::prefetch_tensor_map(&p.out[0]);
-    }
   }
   __syncthreads();
   if (threadIdx.x < 128) {

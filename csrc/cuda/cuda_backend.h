@@ -48,6 +48,7 @@ void launch_flash_dq(const FlashParams& params, const AttnGrads& grads, const fl
 
 // `counter` is an int on the device that the launch zeroes and uses.
 void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, Stream stream);
+void launch_flash_carry_two(const CarryTwoParams& params, int* counter, int num_sms, Stream stream);
 
 // Its backward; dq, dk and dv are fp32, and added to. Not fused: bitwise reproducible.
 void launch_flash_carry_bwd(const CarryParams& params, const CarryGrads& grads,
@@ -135,6 +136,9 @@ struct InfiniBwdPlan {
   int64_t row_blocks = 0;
 };
 InfiniBwdPlan plan_infini_bwd(const InfiniParams& params, int num_sms);
+// Elements of wide_halves and wide_floats.
+int64_t infini_wide_halves(const InfiniParams& params);
+int64_t infini_wide_floats(const InfiniParams& params);
 
 // Scratch memory of the backward, on the device. Sizes are counted in elements.
 struct InfiniBwdScratch {
@@ -150,10 +154,12 @@ struct InfiniBwdScratch {
   float* dq_sum = nullptr;       // dq_sum_floats
   int* counters = nullptr;       // 2
   TensorView dk_add, dv_add;     // what the memory adds to dk and dv: in their own place
+  void* wide_halves = nullptr;   // infini_wide_halves, D > 128 only, as the next
+  float* wide_floats = nullptr;  // infini_wide_floats
 };
 
 // What the memory contributes to all gradients, and what the local part's backward reads: lse2,
-// delta; dq_sum starts with the memory's part (zero where q_mem is given).
+// delta; dq_sum, or above D = 128 dq, starts with the memory's part (zero where q_mem is given).
 void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& grads,
                               const InfiniBwdPlan& plan, const InfiniBwdScratch& scratch,
                               int num_sms, Stream stream);

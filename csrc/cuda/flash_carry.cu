@@ -24,7 +24,8 @@ void launch_step(const CarryParams& params, int* counter, int num_sms, Stream st
   p.carry_lse = p.lse;
   p.state_rows = static_cast<int>(params.state_rows);
   p.inverse_scale = static_cast<float>(1 / params.scale);
-  p.partial_out = params.out.data == nullptr ? static_cast<float*>(params.carry_out.data) : nullptr;
+  p.final_rows = static_cast<int>(params.final_rows);
+  p.partial_out = params.final_rows < s.Tq ? static_cast<float*>(params.carry_out.data) : nullptr;
   p.row_shift = row_shift<Tile>(s.Tq);
   p.order = make_order("lctx::flash_carry", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
                        heads_per_section(s, s.Tk, 16));

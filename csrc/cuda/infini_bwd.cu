@@ -1,14 +1,17 @@
 // Math: the backward of infini_fwd.cu: the memory's part here and in infini_*_bwd.cu.
 // Tile map: that of its parts.
 // Pipeline: gradients of the rows through retrieval, and its share of dM and dz of every segment
-//       (infini_retrieve_bwd.cu); row statistics and the gate (infini_stats_bwd.cu); the scans from
-//       the last segment to the first (infini_scan_bwd.cu, infini_delta_scan.cu); gradients of keys
-//       and values (infini_update_bwd.cu), for the delta rule before the scan of dz.
-// Memory: D x D floats per segment and key/value head for dM, as many for the delta rule's decays.
+//       (infini_retrieve_bwd.cu); row statistics and the gate (infini_stats_bwd.cu), by the delta
+//       rule beside the next; the scans from the last segment to the first (infini_scan_bwd.cu,
+//       infini_delta_scan.cu); gradients of keys and values (infini_update_bwd.cu), for the delta
+//       rule before the scan of dz. Above D = 128 infini_wide_*.cu take the place of retrieval and
+//       update.
+// Memory: D x D floats per segment and key/value head for dM, as many for the delta rule's decays,
+//       above D = 128 twice as many for the terms of M and dM.
 // Limits: those of its parts.
 #include <algorithm>
 
-#include "infini_grads.h"
+#include "infini_wide.h"
 
 namespace lctx::cuda {
 namespace {
@@ -58,11 +61,12 @@ InfiniBwdPlan plan_infini_bwd(const InfiniParams& params, int num_sms) {
   const AttnShape& s = params.shape;
   const int64_t units = s.B * s.Hkv * ceil_div(s.Tq, params.segment_len);
   const int64_t blocks = ceil_div(std::min(params.segment_len, s.Tq), kGradRows);
-  const auto splits = [&](int64_t most) {
-    return static_cast<int>(
-        std::clamp<int64_t>(num_sms / std::max<int64_t>(units, 1), 1, std::max<int64_t>(most, 1)));
+  const auto splits = [&](int64_t most, int64_t parts) {
+    return static_cast<int>(std::clamp<int64_t>(num_sms / std::max<int64_t>(units * parts, 1), 1,
+                                                std::max<int64_t>(most, 1)));
   };
-  return {splits(blocks * (s.Hq / s.Hkv)), splits(blocks), infini_row_blocks(s)};
+  const int64_t parts = s.Dk > 128 ? 4 : 1;  // of dM, by blocks of their own
+  return {splits(blocks * (s.Hq / s.Hkv), parts), splits(blocks, 1), infini_row_blocks(s)};
 }
 
 void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& grads,
@@ -74,21 +78,40 @@ void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& gra
   again.norms = scratch.norms;
   InfiniPlan key_plan;
   key_plan.splits = plan.key_splits;
-  const InfiniStates forward(params, key_plan, again);
-  const bool delta = params.update == InfiniUpdate::kDelta;
+  InfiniStates forward(params, key_plan, again);
+  const bool delta = params.update == InfiniUpdate::kDelta, is_wide = params.shape.Dk > 128;
+  const InfiniWide wide = make_infini_wide(params, scratch);
   launch_infini_norms(forward, stream);
-  launch_infini_retrieve_bwd(params, grads, states, scratch.dq_sum, num_sms, stream);
-  launch_infini_row_stats(params, grads, states, stream);
+  if (is_wide) {
+    const TensorView& dq = grads.dq_mem.data != nullptr ? grads.dq_mem : grads.dq;
+    launch_infini_split(params, states, wide, /*gradients=*/false, stream);
+    launch_infini_wide_retrieve_bwd(params, grads, states, wide, dq, num_sms, stream);
+    launch_infini_wide_sums_bwd(params, grads, states, wide, num_sms, stream);
+  } else {
+    launch_infini_retrieve_bwd(params, grads, states, scratch.dq_sum, num_sms, stream);
+  }
   if (delta) {
     launch_infini_decays(params, forward, /*tf32=*/false, num_sms, stream);
+    if (is_wide) {
+      launch_infini_add_decays(forward, stream);
+      forward.splits = 1;
+    }
     launch_infini_delta_scan_bwd(states, forward, stream);
+    // The scan is a chain of steps that leaves most of a multiprocessor idle.
+    launch_infini_row_stats(params, grads, states, /*overlap=*/!is_wide, stream);
   } else {
+    launch_infini_row_stats(params, grads, states, /*overlap=*/false, stream);
     launch_infini_linear_scan_bwd(states, stream);
     launch_infini_z_scan_bwd(states, stream);
   }
   const bool own_k = grads.dk_mem.data == nullptr;
   const TensorView& dk = own_k ? scratch.dk_add : grads.dk_mem;
-  launch_infini_update_bwd(params, states, dk, scratch.dv_add, num_sms, stream);
+  if (is_wide) {
+    launch_infini_split(params, states, wide, /*gradients=*/true, stream);
+    launch_infini_wide_update_bwd(params, states, wide, dk, scratch.dv_add, num_sms, stream);
+  } else {
+    launch_infini_update_bwd(params, states, dk, scratch.dv_add, num_sms, stream);
+  }
   if (!delta) return;
   launch_infini_z_scan_bwd(states, stream);
   if (!own_k) launch_infini_add_dz(params, scratch.dz, params.k_mem, dk, stream);

@@ -9,7 +9,7 @@
 //       holds rows 64 w .. of M as the accumulator of the product. A producer warp loads T.
 // Pipeline: T arrives in stages of 32 of its columns. Per segment: the warpgroups write -M
 //       transposed into one of two tiles (B), meet once, add A B = T (-M) onto M, then G, which was
-//       loaded a segment ahead.
+//       loaded a segment ahead. Two terms of 256 rows leave room for one tile: they meet twice.
 // Memory: per segment and head reads T (each of D / 32 blocks, once from HBM) and G, writes M and
 //       its 16-bit copy: 14 D^2 bytes. A chain of S dependent steps of under 1 us each.
 // Limits: used by infini_fwd and infini_bwd; D a multiple of 8 up to 256.
@@ -33,12 +33,14 @@ struct DeltaTraits {
   static constexpr int kConsumerThreads = 2 * kHeadDim;
   static constexpr int kThreads = kConsumerThreads + 32;
   static constexpr int kTerms = Walk::kTerms;
-  static constexpr int kStages = kTerms == 2 ? 4 : kHeadDim == 256 ? 5 : 8;
+  static constexpr bool kLarge = kTerms == 2 && kHeadDim == 256;
+  static constexpr int kStages = kLarge ? 2 : kTerms == 2 ? 4 : kHeadDim == 256 ? 5 : 8;
   static constexpr int kStageBytes = kHeadDim * kChunkRowBytes;
   static constexpr int kTileBytes = kColumns * kHeadDim * 4;
   static constexpr int kLow = kStages * kStageBytes;  // second terms of T
   static constexpr int kTiles = kTerms * kLow;
-  static constexpr int kBarriers = kTiles + 2 * kTerms * kTileBytes;
+  static constexpr int kBuffers = kLarge ? 1 : 2;  // of -M
+  static constexpr int kBarriers = kTiles + kBuffers * kTerms * kTileBytes;
   static constexpr int kSharedBytes = kBarriers + Pipeline<kStages>::kBytes + 1024;
 };
 
@@ -310,7 +312,10 @@ struct DeltaKernel {
     }
     load_gain(0, next);
     for (int s = 0; s < x.S; ++s) {
-      const uint32_t tile = smem + Traits::kTiles + s % 2 * (Traits::kTerms * Traits::kTileBytes);
+      const uint32_t tile =
+          smem + Traits::kTiles + s % Traits::kBuffers * (Traits::kTerms * Traits::kTileBytes);
+      // With one tile all products with the last must have ended.
+      if (Traits::kBuffers == 1) ptx::named_barrier_sync(1, Traits::kConsumerThreads);
       store_operand(tile, M);
       ptx::fence_async_proxy();
       ptx::named_barrier_sync(1, Traits::kConsumerThreads);
@@ -337,6 +342,8 @@ struct DeltaKernel {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
     infini_delta_scan_kernel(const __grid_constant__ DeltaParams p) {
+  // The backward's row statistics, which read nothing of it.
+  if constexpr (Traits::kTerms == 2) ptx::grid_dependents_launch();
   run_pipelined<DeltaKernel<Traits>>(p);
 }
 
@@ -359,7 +366,7 @@ void choose(const InfiniStates& states, const InfiniGradStates& grads, Stream st
     launch<DeltaTraits<Walk, 64>>(states, grads, stream);
   } else if (states.D <= 128) {
     launch<DeltaTraits<Walk, 128>>(states, grads, stream);
-  } else if constexpr (Walk::kTerms == 1) {
+  } else {
     launch<DeltaTraits<Walk, 256>>(states, grads, stream);
   }
 }

@@ -52,15 +52,16 @@ struct InfiniGradStates {
   }
 };
 
-// In this order: rows' gradients through retrieval and its part of dM and dz; statistics of the
-// local part, and dgate; (delta) decays again; scan of dM; (linear) scan of dz; gradients of keys
-// and values; (delta) scan of dz, and what it adds to dk.
+// In this order: rows' gradients through retrieval and its part of dM and dz; (delta) decays again;
+// statistics of the local part, and dgate, (delta) beside the scan; scan of dM; (linear) scan of
+// dz; gradients of keys and values; (delta) scan of dz, and what it adds to dk.
 void launch_infini_retrieve_bwd(const InfiniParams& params, const InfiniGrads& grads,
                                 const InfiniGradStates& states, float* dq_sum, int num_sms,
                                 Stream stream);
 int64_t infini_row_blocks(const AttnShape& shape);  // shares of dgate a batch and head
+// overlap: it runs beside the kernel before it in the stream, which lets it (delta scan).
 void launch_infini_row_stats(const InfiniParams& params, const InfiniGrads& grads,
-                             const InfiniGradStates& states, Stream stream);
+                             const InfiniGradStates& states, bool overlap, Stream stream);
 void launch_infini_linear_scan_bwd(const InfiniGradStates& states, Stream stream);
 void launch_infini_delta_scan_bwd(const InfiniGradStates& states, const InfiniStates& forward,
                                   Stream stream);

@@ -30,6 +30,27 @@ struct KeyUnit {
   }
 };
 
+// 1 / max(norm, least) of four rows, whose norms are the sums of x over kLanes neighbouring lanes.
+template <int kLanes>
+struct RowFactors {
+  float own;  // lanes i kLanes / 4 .. of a row have that of x[i]
+
+  __device__ __forceinline__ RowFactors(const float (&x)[4], float least) {
+    const bool upper = threadIdx.x & (kLanes / 2), odd = threadIdx.x & (kLanes / 4);
+    float a = upper ? x[2] : x[0], b = upper ? x[3] : x[1];
+    a += __shfl_xor_sync(~0u, upper ? x[0] : x[2], kLanes / 2);
+    b += __shfl_xor_sync(~0u, upper ? x[1] : x[3], kLanes / 2);
+    float sum = odd ? b : a;
+    sum += __shfl_xor_sync(~0u, odd ? a : b, kLanes / 4);
+#pragma unroll
+    for (int step = kLanes / 8; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    own = ptx::reciprocal(fmaxf(sum, least));
+  }
+  __device__ __forceinline__ float operator[](int i) const {
+    return __shfl_sync(~0u, own, i * (kLanes / 4), kLanes);
+  }
+};
+
 // How kThreads threads share a tile of kRows x kColumns: a thread has the same eight columns in
 // every kRowsAtOnce-th row.
 template <class T, int kRows, int kColumns, int kThreads>
@@ -65,6 +86,42 @@ struct KeyTile {
         }
         ptx::store_shared_16(tile + swizzled_unit(kRows, row, unit()), key.template pack<T>());
         use(row, key);
+      }
+    }
+  }
+
+  // The same with rows over their norms, max(z . row, least), too: use(row, sigma, 1 / norm).
+  template <class Use>
+  static __device__ __forceinline__ void transform(uint32_t tile, int rows, const float (&z)[8],
+                                                   float least, Use&& use) {
+#pragma unroll 1
+    for (int first = first_row(); first < kRows; first += kBatch * kRowsAtOnce) {
+      uint4 in[2];  // no registers for all four
+      KeyUnit key[kBatch];
+      float norm[kBatch];
+      const auto load = [&](int i) {
+        return ptx::load_shared_16(tile + swizzled_unit(kRows, first + i * kRowsAtOnce, unit()));
+      };
+      in[0] = load(0);
+      in[1] = load(1);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const uint32_t words[4] = {in[i % 2].x, in[i % 2].y, in[i % 2].z, in[i % 2].w};
+        if (i + 2 < kBatch) in[i % 2] = load(i + 2);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float2 x = unpack2<T>(words[j]);
+          key[i].x[j] = {elu_plus_one(x.x), elu_plus_one(x.y)};
+          if (first + i * kRowsAtOnce >= rows) key[i].x[j] = {0.f, 0.f};
+        }
+        norm[i] = key[i].dot(z);
+      }
+      const RowFactors<kUnits> factors(norm, least);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int row = first + i * kRowsAtOnce;
+        ptx::store_shared_16(tile + swizzled_unit(kRows, row, unit()), key[i].template pack<T>());
+        use(row, key[i], factors[i]);
       }
     }
   }

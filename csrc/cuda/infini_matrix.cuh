@@ -20,6 +20,25 @@ struct SplitPair {
   }
 };
 
+// factor times an accumulator of N columns, as A operand of two bf16 terms.
+template <int N>
+struct SplitOperand {
+  uint32_t terms[2][N / 16][4];
+
+  __device__ __forceinline__ SplitOperand(const float (&x)[N / 2], float factor) {
+#pragma unroll
+    for (int t = 0; t < N / 16; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 8 * t + 2 * i;
+        const SplitPair<__nv_bfloat16> pair(factor * x[at], factor * x[at + 1]);
+        terms[0][t][i] = pair.high;
+        terms[1][t][i] = pair.low;
+      }
+    }
+  }
+};
+
 // kThreads threads share a matrix of up to kDim x kDim: kUnits units of eight columns each.
 template <class T, int kDim, int kThreads>
 struct MatrixUnits {

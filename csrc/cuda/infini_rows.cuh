@@ -225,8 +225,8 @@ struct MemoryRows : StoreRows {
   }
 
   template <class Kernel>
-  static __device__ __forceinline__ float gate(const Kernel& kernel, int index) {
-    return kernel.p.gate != nullptr ? kernel.p.gate[kernel.find_work_again(index).head] : 0.f;
+  static __device__ __forceinline__ float gate(const Kernel& kernel, int head) {
+    return kernel.p.gate != nullptr ? kernel.p.gate[head] : 0.f;
   }
 
   template <class Kernel>
@@ -238,14 +238,16 @@ struct MemoryRows : StoreRows {
   template <class Kernel>
   struct Query {
     Operand<Kernel> a;
-    float norm[2], logit;
+    float norm[2];
+    float weight[2], memory[2];  // of A_dot before the product, and of all after it
   };
   template <class Kernel>
-  static __device__ __forceinline__ void read_query(const Kernel& kernel, int warpgroup, int index,
+  static __device__ __forceinline__ void read_query(const Kernel& kernel, int warpgroup, int head,
                                                     const typename Kernel::QState& queries,
                                                     const typename Kernel::KVState& blocks,
+                                                    const float (&factor)[2],
                                                     Query<Kernel>& query) {
-    query.logit = gate(kernel, index);
+    const float logit = gate(kernel, head);
     query.norm[0] = query.norm[1] = 0.f;
     if (kernel.p.has_q_mem) kernel.q_pipe.wait(queries);
     kernel.v_pipe.wait(blocks);
@@ -254,77 +256,82 @@ struct MemoryRows : StoreRows {
       read_queries(kernel, warpgroup, queries.stage(), block, query.a, query.norm);
     }
     if constexpr (!kWide<Kernel>) kernel.q_pipe.release(queries);
+    const float rest = ptx::reciprocal(1.f + __expf(logit));
+    const float g = fmaxf(ptx::reciprocal(1.f + __expf(-logit)), 1e-20f);
+    const float open = rest * ptx::reciprocal(g);
+    const float least =
+        ptx::load_shared_float2(kernel.smem + Kernel::Traits::kNorms).x * kMemoryEps;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float norm = fmaxf(quad_sum(query.norm[row]), least);
+      query.memory[row] = g * ptx::reciprocal(norm);
+      query.weight[row] = factor[row] * open * norm;
+    }
   }
 
   // While the last P V runs, where there are registers for it.
   template <class Kernel>
-  static __device__ __forceinline__ void prepare(const Kernel& kernel, int warpgroup, int index,
+  static __device__ __forceinline__ void prepare(const Kernel& kernel, int warpgroup,
+                                                 const Work& work, bool retrieves,
                                                  const typename Kernel::QState& q_state,
                                                  const typename Kernel::KVState& v_state,
-                                                 Query<Kernel>& query) {
+                                                 Query<Kernel>& query, const float (&factor)[2]) {
     const typename Kernel::QState queries{q_state.step - 1};
     if constexpr (kEarly<Kernel>) {
       query = {};  // or ptxas takes it for alive from the beginning of the kernel
     }
-    if (!reads(kernel.p, kernel.find_work_again(index))) {
+    if (!retrieves) {
       kernel.q_pipe.release(queries);
     } else if constexpr (kEarly<Kernel>) {
       const typename Kernel::KVState blocks{v_state.step - 1};
-      read_query(kernel, warpgroup, index, queries, blocks, query);
+      read_query(kernel, warpgroup, work.head, queries, blocks, factor, query);
     }
   }
 
-  // Leaves in o and `factor` what is to be stored: factor * o.
+  // Leaves in o and `factor` what is to be stored: factor * o. kEarly: when its product, which runs
+  // on, has ended.
   template <class Kernel>
-  static __device__ __forceinline__ void retrieve(const Kernel& kernel, int warpgroup, int index,
-                                                  const typename Kernel::QState& q_state,
-                                                  const typename Kernel::KVState& v_state,
-                                                  Query<Kernel>& query,
-                                                  float (&o)[Kernel::kHeadDim / 2],
-                                                  float (&factor)[2]) {
+  static __device__ __forceinline__ void retrieve(
+      const Kernel& kernel, int warpgroup, int index, bool retrieves,
+      const typename Kernel::QState& q_state, const typename Kernel::KVState& v_state,
+      Query<Kernel>& query, float (&o)[Kernel::kHeadDim / 2], float (&factor)[2]) {
     using Traits = typename Kernel::Traits;
     constexpr int kRows = kBlockRows<Kernel>;
     const auto& p = kernel.p;
     const typename Kernel::QState queries{q_state.step - 1};
     store_local(kernel, warpgroup, index, o, factor);
-    if (!reads(p, kernel.find_work_again(index))) {
+    if (!retrieves) {
       if (p.first_bypass) return;
-      const float rest = 1.f / (1.f + __expf(gate(kernel, index)));  // 1 - g
+      const float logit = gate(kernel, kernel.find_work_again(index).head);
+      const float rest = ptx::reciprocal(1.f + __expf(logit));  // 1 - g
       factor[0] *= rest;
       factor[1] *= rest;
       return;
     }
     typename Kernel::KVState blocks{v_state.step - kBlocks<Kernel>};
     if constexpr (!kEarly<Kernel>) {
-      read_query(kernel, warpgroup, index, queries, blocks, query);
+      read_query(kernel, warpgroup, kernel.find_work_again(index).head, queries, blocks, factor,
+                 query);
     }
-    Operand<Kernel>& a = query.a;
-    float (&norm)[2] = query.norm;
-    const float logit = query.logit, rest = 1.f / (1.f + __expf(logit));
-    const float g = fmaxf(1.f / (1.f + __expf(-logit)), 1e-20f);
-    const float least = ptx::load_shared_float2(kernel.smem + Traits::kNorms).x * kMemoryEps;
-    float weight[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float memory = g / fmaxf(quad_sum(norm[row]), least);
-      weight[row] = factor[row] * rest / memory;
-      factor[row] = memory;
-    }
-    scale_rows<Kernel::kHeadDim>(o, weight);
+    factor[0] = query.memory[0];
+    factor[1] = query.memory[1];
+    scale_rows<Kernel::kHeadDim>(o, query.weight);
 #pragma unroll
     for (int block = 0; block < kBlocks<Kernel>; ++block) {
       if constexpr (kWide<Kernel>) {
         kernel.v_pipe.wait(blocks);
-        read_queries(kernel, warpgroup, queries.stage(), block, a, norm);
+        read_queries(kernel, warpgroup, queries.stage(), block, query.a, query.norm);
         if (block + 1 == kBlocks<Kernel>) kernel.q_pipe.release(queries);
       }
       wgmma_fence();
       gemm_rn<typename Kernel::T, Kernel::kHeadDim, kRows>(
-          o, a, kernel.smem + Traits::kV + blocks.stage() * Traits::kVBytes, kRows, true);
+          o, query.a, kernel.smem + Traits::kV + blocks.stage() * Traits::kVBytes, kRows, true);
       wgmma_commit();
-      wgmma_wait<0>();
-      kernel.v_pipe.release(blocks);
-      blocks.advance();
+      if constexpr (!kEarly<Kernel>) {
+        wgmma_wait<0>();
+        kernel.v_pipe.release(blocks);
+        blocks.advance();
+      }
     }
   }
 };

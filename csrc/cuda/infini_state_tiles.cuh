@@ -1,50 +1,30 @@
 // Math: the step of a chain's memory from the state that a segment reads to the next one
 //       (arXiv 2404.07143, eq. 4 and 5), as tiles of attn_fwd_sm90.cuh among those of attention:
-//         linear  M += sigma(K)^T V,                               z += sum_n sigma(k_n)
-//         delta   M += sigma(K)^T V - sigma(K)^T (sigma(K) M / max(sigma(K) z, eps)), the same z
-//       Operands are rounded to the inputs' type: sigma, the M that sigma(K) meets, and what the
-//       delta rule takes back. M, z and all sums stay fp32.
-// Tile map: a tile is (batch, key/value head, segment); warpgroup w has rows 64 w .. of M as
-//       accumulators.
-// Pipeline: keys and values come through those of attention. A operands of sigma(K)^T are made by
-//       ldmatrix.trans while the product of the block before runs. Delta: sigma replaces K in
-//       shared memory, M comes in place of queries, R = sigma(K) M / norm goes through the memory
-//       of O; sigma of the next block is applied under the product with R.
+//         linear  M += sigma(K)^T V,            z += sum_n sigma(k_n)
+//         delta   M += sigma(K)^T V - T M, T = sigma(K)^T diag(1 / max(sigma(K) z, eps)) sigma(K),
+//                 the same z
+//       Operands are rounded to the inputs' type: sigma and its rows over their norms. T M takes
+//       both as sums of two bf16 terms. M, z and all sums stay fp32.
+// Tile map: a tile is (batch, key/value head, segment); warpgroup w has rows 64 w .. of M and of T
+//       as accumulators.
+// Pipeline: keys and values come through those of attention; sigma is applied to 64 rows under the
+//       product of the rows before. Linear: in registers, as A operand, which ldmatrix.trans reads.
+//       Delta: in place; the rows over their norms go through the memory of O.
 // Memory: K and V once, which attention reads soon after from the L2 cache; per tile M twice in
 //       fp32, once in 16 bits.
 // Limits: D from 72 to 128: at 64 the kernel spills registers. A tile waits for the state before
-//       it, at its end (linear) or at its start (delta); the tile that makes that one has a lower
-//       number: a block has taken it that waits for still lower ones only.
+//       it, at its end (linear) or for its z at its start (delta); the tile that makes that one has
+//       a lower number: a block has taken it that waits for still lower ones only.
 #pragma once
 
 #include "infini_keys.cuh"
-#include "infini_states.h"
+#include "infini_matrix.cuh"
+#include "infini_state_loads.cuh"
 
 namespace lctx::cuda {
 
-// What such a tile works on.
-struct StateWork {
-  int batch, head, chain, segment;
-  int row0, rows;
-};
-
-template <class P>
-__device__ __forceinline__ StateWork find_state_work(const P& p, int index) {
-  const InfiniStates& x = p.states;
-  const int section = p.per_section.divide(index);
-  const int flat = section * p.states_per_section + index - section * p.per_section.divisor;
-  StateWork work;
-  work.batch = flat / (x.S * x.Hkv);
-  work.head = flat % x.Hkv;
-  work.chain = work.batch * x.Hkv + work.head;
-  work.segment = flat / x.Hkv % x.S;
-  work.row0 = work.segment * x.segment_len;
-  work.rows = x.segment_rows(work.segment);
-  return work;
-}
-
 template <class Kernel, bool kDelta>
-struct StateTile {
+struct StateTile : StateLoads<Kernel, kDelta> {
   using Traits = typename Kernel::Traits;
   using T = typename Kernel::T;
   using QState = typename Kernel::QState;
@@ -54,9 +34,14 @@ struct StateTile {
   static constexpr int kBarrier = 4;  // attention uses 1 + warpgroup
   static_assert(kHeadDim == 64 * Traits::kConsumers && kHeadDim == kBlockN,
                 "every consumer has rows of M; sigma(K) and M share a shape");
-  static constexpr int kAhead = 6;  // blocks that are asked for in the L2 cache beforehand
-  using Operand = uint32_t[kBlockN / 16][4];
+  // Sigma is applied to a part of a block under the products of the part before.
+  static constexpr int kPartRows = 64, kParts = kBlockN / kPartRows;
+  static constexpr int kPartBytes = kPartRows * kChunkRowBytes;
+  static constexpr int kRowsAtOnce = 16, kBatch = kPartRows / kRowsAtOnce;
+  static constexpr int kBatchBytes = kRowsAtOnce * kChunkRowBytes;
   using Sums = float[kHeadDim / 2];
+  using ColumnSums = float[kDelta ? 8 : 2];  // delta: of the columns of unit(); of the rows of M
+  static constexpr int kSums = kDelta ? 16 : 1;  // shares of a column
 
   const Kernel& kernel;
   const InfiniStates& x;
@@ -77,54 +62,22 @@ struct StateTile {
   __device__ __forceinline__ uint32_t values(const KVState& state) const {
     return kernel.smem + Traits::kV + state.stage() * Traits::kVBytes;
   }
-  // A row of norms and z of the state the segment reads (delta), then z of the next one.
+  __device__ __forceinline__ uint32_t queries(const QState& state) const {
+    return kernel.smem + state.stage() * Traits::kQBytes;
+  }
+  // z of the next state.
   __device__ __forceinline__ uint32_t row() const { return kernel.smem + Traits::kStateRow; }
-
-  // ---- producer ----
-
-  static __device__ __forceinline__ void load(const Kernel& kernel, int index, QState& q_state,
-                                              KVState& k_state, KVState& v_state) {
-    const StateWork work = find_state_work(kernel.p, index);
-    Work place;
-    place.batch = work.batch;
-    place.head = work.head;
-    const auto fetch = [&](int at) {
-      if (at >= work.rows) return;
-      for (int c = 0; c < kHeadDim; c += kChunkColumns) {
-        ptx::tma_prefetch_5d(&kernel.p.k_mem, c, work.row0 + at, 0, work.head, work.batch);
-        ptx::tma_prefetch_5d(&kernel.p.v[0], c, work.row0 + at, 0, work.head, work.batch);
-      }
-    };
-    for (int i = Traits::kStages; i < kAhead; ++i) fetch(i * kBlockN);
-    for (int at = 0; at < work.rows; at += kBlockN) {
-      fetch(at + kAhead * kBlockN);
-      const KeyBlock block{&kernel.p.k_mem, &kernel.p.v[0], work.row0 + at, 0};
-      kernel.template load_block<kHeadDim>(kernel.k_pipe, k_state, Traits::kK, block.k, place,
-                                           block, 0);
-      if (kDelta && at == 0) load_memory(kernel, work, q_state);
-      kernel.template load_block<kHeadDim>(kernel.v_pipe, v_state, Traits::kV, block.v, place,
-                                           block, 0);
-    }
-  }
-
-  static __device__ __forceinline__ void load_memory(const Kernel& kernel, const StateWork& work,
-                                                     QState& q_state) {
-    const auto& p = kernel.p;
-    const uint32_t full = kernel.q_pipe.acquire(q_state, Traits::kQBytes);
-    while (ptx::load_acquire(p.states.ready + work.chain) <= work.segment) __nanosleep(100);
-    ptx::fence_async_proxy_global();
-    for (int c = 0; c < kHeadDim / kChunkColumns; ++c) {
-      ptx::tma_load_5d(kernel.smem + q_state.stage() * Traits::kQBytes + c * chunk_bytes(kHeadDim),
-                       &p.memory, full, c * kChunkColumns, 0, 0,
-                       static_cast<int>(p.states.state(work.chain, work.segment)), 0);
-    }
-    q_state.advance();
-  }
 
   // ---- states ----
 
   __device__ __forceinline__ void wait_for_state(const StateWork& work) const {
     while (ptx::load_acquire(x.ready + work.chain) <= work.segment) __nanosleep(100);
+  }
+
+  // The same in the whole warp.
+  __device__ __forceinline__ bool is_there() const {
+    const StateWork work = find();
+    return __all_sync(~0u, ptx::load_acquire(x.ready + work.chain) > work.segment);
   }
 
   // Of the consumers.
@@ -168,17 +121,36 @@ struct StateTile {
   }
 
   // The z that the segment leaves, and its scale. sums: over this thread's rows of the segment.
-  __device__ __forceinline__ float store_z(const StateWork& work, float (&sums)[2]) const {
-    const int s = work.segment + 1, row0 = fragment_row0(), lane = warpgroup_thread() % 32;
-    const float* last = x.z(work.chain, work.segment);
-    sync();  // what was in the row of numbers has been read
+  __device__ __forceinline__ float store_z(const ColumnSums& sums) const {
+    const StateWork work = find();
+    const int s = work.segment + 1, column = thread(), lane = thread() % 32;
+    const uint32_t buffer = kernel.smem + Traits::kO;
+    sync();  // all products are done
+    if constexpr (kDelta) {
+      const uint32_t mine = buffer + (first_row() * kHeadDim + unit() * 8) * 4;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int at = row0 + 8 * i;
-      sums[i] = quad_sum(sums[i]);
-      sums[i] = at < x.D ? sums[i] + last[at] : 0.f;
-      if (lane % 4 == 0) ptx::store_shared_4(row() + at * 4, __float_as_uint(sums[i]));
+      for (int i = 0; i < 8; i += 4) {
+        ptx::store_shared_16(mine + 4 * i,
+                             {__float_as_uint(sums[i]), __float_as_uint(sums[i + 1]),
+                              __float_as_uint(sums[i + 2]), __float_as_uint(sums[i + 3])});
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float sum = quad_sum(sums[i]);
+        if (lane % 4 != 0) continue;
+        ptx::store_shared_4(buffer + (fragment_row0() + 8 * i) * 4, __float_as_uint(sum));
+      }
     }
+    sync();
+    float total = 0.f;
+    if (column < x.D) {
+      for (int i = 0; i < kSums; ++i) {
+        total += __int_as_float(ptx::load_shared_4(buffer + (i * kHeadDim + column) * 4));
+      }
+      total += x.z(work.chain, work.segment)[column];
+    }
+    if (column < kHeadDim) ptx::store_shared_4(row() + column * 4, __float_as_uint(total));
     sync();
     float sum = 0.f;
 #pragma unroll
@@ -186,37 +158,38 @@ struct StateTile {
       sum += fabsf(__int_as_float(ptx::load_shared_4(row() + (lane + 32 * i) * 4)));
     }
     const float scale = memory_scale(sum_over_lanes(sum, 32) / static_cast<float>(x.D));
-    float *z = x.z(work.chain, s), *norm = x.norm(work.chain, s);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int at = row0 + 8 * i;
-      if (lane % 4 != 0 || at >= x.D) continue;
-      z[at] = sums[i];
-      if (s < x.S) norm[kNormOffset + at] = sums[i] * scale;
+    if (column < x.D) x.z(work.chain, s)[column] = total;
+    if (s < x.S) {
+      float* norm = x.norm(work.chain, s);
+      if (column < x.D) norm[kNormOffset + column] = total * scale;
+      if (column < kNormOffset) norm[column] = scale;
     }
-    if (s < x.S && thread() < kNormOffset) norm[thread()] = scale;
     return scale;
   }
 
-  // The next state. `M` and `sums` are what the segment adds; `last`: registers.
-  __device__ __forceinline__ void store_next(Sums& M, Sums& last, float (&sums)[2]) const {
+  // This thread's part of the state that the segment reads, zero outside.
+  __device__ __forceinline__ void load_last(Sums& last) const {
     const StateWork work = find();
-    const int s = work.segment + 1;
     wait_for_state(work);
-    const int64_t at = int64_t{fragment_row0()} * x.D + fragment_column(warpgroup_thread());
-    const float* from = x.M(work.chain, work.segment) + at;
+    const float* from = x.M(work.chain, work.segment) + int64_t{fragment_row0()} * x.D +
+                        fragment_column(warpgroup_thread());
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
-        if (fragment_row0() + 8 * i < x.D && 8 * j < x.D) {
-          const float2 pair = *reinterpret_cast<const float2*>(from + 8 * i * x.D + 8 * j);
-          last[4 * j + 2 * i] = pair.x;
-          last[4 * j + 2 * i + 1] = pair.y;
-        }
+        const bool inside = fragment_row0() + 8 * i < x.D && 8 * j < x.D;
+        const float2 pair = inside ? *reinterpret_cast<const float2*>(from + 8 * i * x.D + 8 * j)
+                                   : float2{0.f, 0.f};
+        last[4 * j + 2 * i] = pair.x;
+        last[4 * j + 2 * i + 1] = pair.y;
       }
     }
-    const float scale = store_z(work, sums);
+  }
+
+  __device__ __forceinline__ void store_next(const Sums& M, float scale) const {
+    const StateWork work = find();
+    const int s = work.segment + 1;
+    const int64_t at = int64_t{fragment_row0()} * x.D + fragment_column(warpgroup_thread());
     float* full = x.M(work.chain, s) + at;
     T* half = static_cast<T*>(x.half) + x.state(work.chain, s) * x.matrix() + at;
 #pragma unroll
@@ -225,8 +198,7 @@ struct StateTile {
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
         if (8 * j >= x.D) continue;
-        const float2 pair{M[4 * j + 2 * i] + last[4 * j + 2 * i],
-                          M[4 * j + 2 * i + 1] + last[4 * j + 2 * i + 1]};
+        const float2 pair{M[4 * j + 2 * i], M[4 * j + 2 * i + 1]};
         *reinterpret_cast<float2*>(full + 8 * i * x.D + 8 * j) = pair;
         if (s == x.S) continue;
         *reinterpret_cast<uint32_t*>(half + 8 * i * x.D + 8 * j) =
@@ -236,38 +208,9 @@ struct StateTile {
     publish(work, s);
   }
 
-  // ---- operands ----
+  // ---- sigma ----
 
   static constexpr uint32_t kMinusInfinity = std::is_same_v<T, __half> ? 0xfc00u : 0xff80u;
-
-  // The transpose of this warpgroup's columns of K, kSteps x 16 rows from the one at `tile` on.
-  template <int kSteps>
-  __device__ __forceinline__ void load_transposed(uint32_t tile, uint32_t (&a)[kSteps][4]) const {
-    const int thread = warpgroup_thread(), lane = thread % 32;
-    const uint32_t unit = static_cast<uint32_t>(thread / 32 * 2 + lane / 8 % 2 ^ lane % 8);
-    const uint32_t address = tile + warpgroup * chunk_bytes(kBlockN) +
-                             (lane / 16 * 8 + lane % 8) * kChunkRowBytes + unit * 16;
-#pragma unroll
-    for (int t = 0; t < kSteps; ++t) {
-      ptx::ldmatrix_x4_trans(address + t * 16 * kChunkRowBytes, a[t]);
-    }
-  }
-
-  // The same of sigma(K). Adds to `sums` this thread's share of the sums over the rows.
-  template <int kSteps>
-  __device__ __forceinline__ void read_transposed(uint32_t tile, uint32_t (&a)[kSteps][4],
-                                                  float (&sums)[2]) const {
-    load_transposed(tile, a);
-#pragma unroll
-    for (int t = 0; t < kSteps; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 key = elu_plus_one2_here<T>(a[t][i]);
-        sums[i % 2] += key.x + key.y;
-        a[t][i] = pack2<T>(key.x, key.y);
-      }
-    }
-  }
 
   // Rows of a tile from `rows` on become `word`. Keys: sigma(-infinity) = 0. Values: 0 times what
   // they hold could be NaN.
@@ -281,6 +224,77 @@ struct StateTile {
     ptx::fence_async_proxy();
     sync();
   }
+
+  // Delta: the 16 bytes that a thread has in every kRowsAtOnce-th row of a part.
+  __device__ __forceinline__ int unit() const { return thread() % 16; }
+  __device__ __forceinline__ int first_row() const { return thread() / 16; }
+  // Of it in a tile of kBlockN rows.
+  __device__ __forceinline__ uint32_t own_unit() const {
+    return swizzled_unit(kBlockN, first_row(), unit());
+  }
+
+  struct Scaling {
+    float z[8];   // scale z of the thread's columns
+    float least;  // of a norm
+  };
+
+  // sigma in place on a part of the keys, whose first unit of this thread is at `at`, and added to
+  // `sums`; over the rows' norms to `scaled`.
+  __device__ __forceinline__ void apply_sigma(uint32_t at, uint32_t scaled, const Scaling& scaling,
+                                              ColumnSums& sums) const {
+    uint4 words[kBatch];
+    KeyUnit key[kBatch];
+    float norm[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) words[i] = ptx::load_shared_16(at + i * kBatchBytes);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const uint32_t in[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        key[i].x[j] = elu_plus_one2_here<T>(in[j]);
+      }
+      norm[i] = key[i].dot(scaling.z);
+    }
+    const RowFactors<kHeadDim / 8> factors(norm, scaling.least);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      ptx::store_shared_16(at + i * kBatchBytes, key[i].template pack<T>());
+      key[i].add_to(sums);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      ptx::store_shared_16(scaled + i * kBatchBytes, key[i].template pack<T>(factors[i]));
+    }
+  }
+
+  // ---- linear rule ----
+
+  using Transposed = uint32_t[kPartRows / 16][4];
+
+  // The transpose of sigma of this warpgroup's columns of a part of K, as A operand. Adds to `sums`
+  // this thread's share of the sums over the rows.
+  __device__ __forceinline__ void read_transposed(uint32_t tile, Transposed& a,
+                                                  ColumnSums& sums) const {
+    const int thread = warpgroup_thread(), lane = thread % 32;
+    const uint32_t unit = static_cast<uint32_t>(thread / 32 * 2 + lane / 8 % 2 ^ lane % 8);
+    const uint32_t address = tile + warpgroup * chunk_bytes(kBlockN) +
+                             (lane / 16 * 8 + lane % 8) * kChunkRowBytes + unit * 16;
+#pragma unroll
+    for (int t = 0; t < kPartRows / 16; ++t) {
+      ptx::ldmatrix_x4_trans(address + t * 16 * kChunkRowBytes, a[t]);
+    }
+#pragma unroll
+    for (int t = 0; t < kPartRows / 16; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 key = elu_plus_one2_here<T>(a[t][i]);
+        sums[i % 2] += key.x + key.y;
+        a[t][i] = pack2<T>(key.x, key.y);
+      }
+    }
+  }
+
   __device__ __forceinline__ void wait_for_keys(const KVState& state, int rows) const {
     kernel.k_pipe.wait(state);
     fill(keys(state), rows, kMinusInfinity * 0x10001u);
@@ -290,14 +304,10 @@ struct StateTile {
     fill(values(state), rows, 0);
   }
 
-  // ---- linear rule ----
-
-  // In parts of a block: sigma is applied to one under the product of the last one.
+  // Sigma is applied to a part of a block under the product of the last one.
   __device__ __forceinline__ void add_linear(KVState& k_state, KVState& v_state, Sums& M,
-                                             float (&sums)[2]) const {
-    constexpr int kParts = 2;
-    constexpr int kRows = kBlockN / kParts, kPartBytes = kRows * kChunkRowBytes;
-    uint32_t a[2][kRows / 16][4];
+                                             ColumnSums& sums) const {
+    Transposed a[kParts];
     int rows = find().rows;
     bool started = false;
     wait_for_keys(k_state, rows);
@@ -308,173 +318,127 @@ struct StateTile {
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         wgmma_fence();
-        gemm_rn<T, kHeadDim, kRows>(M, a[part % 2], values(v_state) + part * kPartBytes, kBlockN,
-                                    started || part != 0);
+        gemm_rn<T, kHeadDim, kPartRows>(M, a[part], values(v_state) + part * kPartBytes, kBlockN,
+                                        started || part != 0);
         wgmma_commit();
         if (part + 1 < kParts) {
-          read_transposed(keys(k_state) + (part + 1) * kPartBytes, a[(part + 1) % 2], sums);
+          read_transposed(keys(k_state) + (part + 1) * kPartBytes, a[part + 1], sums);
         } else {
           kernel.k_pipe.release(k_state);
-          k_state.advance();
+          const KVState next{k_state.step + 1};
           if (rows > kBlockN) {
-            wait_for_keys(k_state, rows - kBlockN);
-            read_transposed(keys(k_state), a[0], sums);
+            wait_for_keys(next, rows - kBlockN);
+            read_transposed(keys(next), a[0], sums);
           }
         }
         wgmma_wait<0>();
       }
       started = true;
       kernel.v_pipe.release(v_state);
+      k_state.advance();
       v_state.advance();
     }
   }
 
   // ---- delta rule ----
 
-  // This thread's columns of K in a sum over rows, one per 16: see add_columns.
-  using ColumnSums = float[kHeadDim / 16];
-
-  // Adds the 16 columns of a step over the eight threads that hold them, which halve their columns
-  // before they exchange: sum gets column 8 (lane / 16) + 2 (lane % 4) + lane / 8 % 2. x: columns
-  // 0, 1, 8, 9 of fragment_column.
-  static __device__ __forceinline__ void add_columns(const float (&x)[4], float& sum) {
-    const bool half = threadIdx.x & 16, odd = threadIdx.x & 8;
-    float a = half ? x[2] : x[0], b = half ? x[3] : x[1];
-    a += __shfl_xor_sync(~0u, half ? x[0] : x[2], 16);
-    b += __shfl_xor_sync(~0u, half ? x[1] : x[3], 16);
-    float c = odd ? b : a;
-    c += __shfl_xor_sync(~0u, odd ? a : b, 8);
-    sum += c + __shfl_xor_sync(~0u, c, 4);
-  }
-
-  // sigma in place on this warpgroup's 64 keys of a block, and as operand `a`; factor: -1 / norm of
-  // this thread's two keys.
-  __device__ __forceinline__ void apply_sigma(uint32_t tile, Operand& a, float (&factor)[2],
-                                              ColumnSums& sums) const {
-    const int thread = warpgroup_thread();
-    const FragmentAddress<kBlockN> address(tile, warpgroup * 64, thread);
-    const uint32_t z = row() + (kNormOffset + fragment_column(thread)) * 4;
-    float norm[2] = {0.f, 0.f};
-#pragma unroll
-    for (int t = 0; t < kHeadDim / 16; ++t) {
-      ptx::ldmatrix_x4(address(t), a[t]);
-      float columns[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 weight = ptx::load_shared_float2(z + (16 * t + 8 * half) * 4);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint32_t& pair = a[t][2 * half + i];
-          const float2 key = elu_plus_one2_here<T>(pair);
-          norm[i] += key.x * weight.x + key.y * weight.y;
-          columns[2 * half] += key.x;
-          columns[2 * half + 1] += key.y;
-          pair = pack2<T>(key.x, key.y);
-        }
-      }
-      add_columns(columns, sums[t]);
-      ptx::stmatrix_x4(address(t), a[t][0], a[t][1], a[t][2], a[t][3]);
-    }
-    const float least = ptx::load_shared_float2(row()).x * kMemoryEps;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) factor[i] = -1.f / fmaxf(quad_sum(norm[i]), least);
-  }
-
-  // The row of norms that the state came with, and the memory of O, are this tile's.
-  __device__ __forceinline__ void begin_delta() const {
+  // The memory of O is this tile's; z of the state that the segment reads.
+  __device__ __forceinline__ Scaling begin_delta() const {
     const StateWork work = find();
-    if (warpgroup_thread() == 0) ptx::tma_store_wait_read<0>();
     wait_for_state(work);
     const float* norm = x.norm(work.chain, work.segment);
-    sync();
-    for (int i = thread(); i < kNormOffset + kHeadDim; i += kThreads) {
-      ptx::store_shared_4(row() + i * 4, i < kNormOffset + x.D ? __float_as_uint(norm[i]) : 0);
+    Scaling scaling;
+    scaling.least = norm[0] * kMemoryEps;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      scaling.z[i] = 8 * unit() < x.D ? norm[kNormOffset + 8 * unit() + i] : 0.f;
     }
-    sync();
+    return scaling;
   }
 
-  __device__ __forceinline__ void add_delta(QState& q_state, KVState& k_state, KVState& v_state,
-                                            Sums& M, float (&r)[kBlockN / 2],
-                                            float (&sums)[2]) const {
-    begin_delta();
-    const uint32_t removed = kernel.smem + Traits::kO;
-    const FragmentAddress<kBlockN> address(removed, warpgroup * 64, warpgroup_thread());
+  // M: sigma(K)^T V, decay: sigma(K)^T diag(1 / norm) sigma(K), its transpose.
+  __device__ __forceinline__ void add_delta(KVState& k_state, KVState& v_state, Sums& M,
+                                            Sums& decay, ColumnSums& sums) const {
+    const Scaling scaling = begin_delta();
+    const uint32_t scaled = kernel.smem + Traits::kO;
+    const uint32_t own = own_unit(), half = own / chunk_bytes(kBlockN);
     int rows = find().rows;
     bool started = false;
-    Operand a, transposed;
-    float factor[2];
-    ColumnSums columns = {};
-    wait_for_keys(k_state, rows);
-    apply_sigma(keys(k_state), a, factor, columns);
-    kernel.q_pipe.wait(q_state);
-    const uint32_t memory = kernel.smem + q_state.stage() * Traits::kQBytes;
+    const auto release = [&] {
+      kernel.k_pipe.release(KVState{k_state.step - 1});
+      kernel.v_pipe.release(KVState{v_state.step - 1});
+    };
 #pragma unroll 1
     for (; rows > 0; rows -= kBlockN) {
-      sync();
-      wgmma_fence();
-      gemm_rn<T, kHeadDim, kHeadDim>(r, a, memory, kHeadDim, false);
-      wgmma_commit();
-      load_transposed(keys(k_state), transposed);
-      ptx::fence_async_proxy();  // what sigma wrote there, before the next keys
-      kernel.k_pipe.release(k_state);
-      k_state.advance();
-      wait_for_values(v_state, rows);
-      wgmma_fence();
-      gemm_rn<T, kHeadDim, kBlockN>(M, transposed, values(v_state), kBlockN, started);
-      started = true;
-      wgmma_commit();
-      wgmma_wait<1>();
+      wait_for_keys(k_state, rows);
 #pragma unroll
-      for (int t = 0; t < kHeadDim / 16; ++t) {
-        uint32_t pairs[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          pairs[i] =
-              pack2<T>(r[8 * t + 2 * i] * factor[i % 2], r[8 * t + 2 * i + 1] * factor[i % 2]);
+      for (int part = 0; part < kParts; ++part) {
+        const uint32_t tile = scaled + part * tile_bytes(kPartRows, kHeadDim);
+        const uint32_t k_part = keys(k_state) + part * kPartBytes;
+        // There already: ptxas does not move sigma across, in between the products.
+        if (part != 0) kernel.k_pipe.wait(k_state);
+        apply_sigma(k_part + own, tile + own - half * chunk_bytes(kBlockN - kPartRows), scaling,
+                    sums);
+        ptx::fence_async_proxy();
+        wgmma_wait<0>();
+        if (part == 0) {
+          if (started) release();
+          wait_for_values(v_state, rows);
         }
-        ptx::stmatrix_x4(address(t), pairs[0], pairs[1], pairs[2], pairs[3]);
+        sync();
+        wgmma_fence();
+        gemm_tn<T, kHeadDim, kPartRows>(M, k_part + warpgroup * chunk_bytes(kBlockN), kBlockN,
+                                        values(v_state) + part * kPartBytes, kBlockN,
+                                        started || part != 0);
+        gemm_tn<T, kHeadDim, kPartRows>(decay, tile + warpgroup * chunk_bytes(kPartRows), kPartRows,
+                                        k_part, kBlockN, started || part != 0);
+        wgmma_commit();
       }
-      ptx::fence_async_proxy();
-      sync();
-      wgmma_fence();
-      gemm_rn<T, kHeadDim, kBlockN>(M, transposed, removed, kBlockN, true);
-      wgmma_commit();
-      if (rows > kBlockN) {
-        wait_for_keys(k_state, rows - kBlockN);
-        apply_sigma(keys(k_state), a, factor, columns);
-      }
-      wgmma_wait<0>();
-      kernel.v_pipe.release(v_state);
+      started = true;
+      k_state.advance();
       v_state.advance();
     }
-    kernel.q_pipe.release(q_state);
-    q_state.advance();
-    add_warps(removed, columns, sums);
+    wgmma_wait<0>();
+    release();
   }
 
-  // Of the columns' sums of all warps those of this thread's two rows of M, where it is the first
-  // of the four that share them.
-  __device__ __forceinline__ void add_warps(uint32_t buffer, const ColumnSums& columns,
-                                            float (&sums)[2]) const {
-    const int lane = thread() % 32;
-    const int column = lane / 16 * 8 + lane % 4 * 2 + lane / 8 % 2;
+  // M -= decay (scale last), both as sums of two bf16 terms: fp16 would not hold every decay.
+  // `last` is of the state read, and becomes free.
+  __device__ __forceinline__ void subtract(QState& q_state, const SplitOperand<kHeadDim>& decay,
+                                           Sums& last, Sums& M) const {
+    const StateWork work = find();
+    const float scale = x.norm(work.chain, work.segment)[0];
+    const uint32_t high = kernel.smem + Traits::kO, low = queries(q_state);
+    const FragmentAddress<kHeadDim> address(high, warpgroup * 64, warpgroup_thread());
+    kernel.q_pipe.wait(q_state);
     sync();
 #pragma unroll
     for (int t = 0; t < kHeadDim / 16; ++t) {
-      if (lane & 4) continue;
-      ptx::store_shared_4(buffer + (thread() / 32 * kHeadDim + 16 * t + column) * 4,
-                          __float_as_uint(columns[t]));
-    }
-    sync();
-    if (lane % 4 != 0) return;
+      uint32_t h[4], l[4];
 #pragma unroll
-    for (int warp = 0; warp < kThreads / 32; ++warp) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int at = warp * kHeadDim + fragment_row0() + 8 * i;
-        sums[i] += __int_as_float(ptx::load_shared_4(buffer + at * 4));
+      for (int i = 0; i < 4; ++i) {
+        const int at = 8 * t + 2 * i;
+        const SplitPair<__nv_bfloat16> pair(last[at] * scale, last[at + 1] * scale);
+        h[i] = pair.high;
+        l[i] = pair.low;
+        M[at] += last[at];
+        M[at + 1] += last[at + 1];
       }
+      ptx::stmatrix_x4(address(t), h[0], h[1], h[2], h[3]);
+      ptx::stmatrix_x4(address(t) + (low - high), l[0], l[1], l[2], l[3]);
     }
+    ptx::fence_async_proxy();
+    sync();
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      gemm_rn<__nv_bfloat16, kHeadDim, kHeadDim>(M, decay.terms[i], high, kHeadDim, true);
+    }
+    gemm_rn<__nv_bfloat16, kHeadDim, kHeadDim>(M, decay.terms[0], low, kHeadDim, true);
+    wgmma_commit();
+    wgmma_wait<0>();
+    kernel.q_pipe.release(q_state);
+    q_state.advance();
   }
 
   // ---- consumers ----
@@ -482,13 +446,26 @@ struct StateTile {
   __device__ __forceinline__ void run(QState& q_state, KVState& k_state, KVState& v_state, Sums& M,
                                       float (&r)[kBlockN / 2]) const {
     store_first();
-    float sums[2] = {0.f, 0.f};
+    if (warpgroup_thread() == 0) ptx::tma_store_wait_read<0>();
+    sync();  // the memory of O is this tile's
+    ColumnSums sums = {};
+    float scale;
     if constexpr (kDelta) {
-      add_delta(q_state, k_state, v_state, M, r, sums);
+      add_delta(k_state, v_state, M, r, sums);
+      const SplitOperand<kHeadDim> decay(r, -1.f);
+      load_last(r);
+      scale = store_z(sums);
+      subtract(q_state, decay, r, M);
     } else {
+      const bool there = is_there();
+      if (there) load_last(r);
       add_linear(k_state, v_state, M, sums);
+      if (!there) load_last(r);
+      scale = store_z(sums);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) M[i] += r[i];
     }
-    store_next(M, r, sums);
+    store_next(M, scale);
   }
 };
 

@@ -4,7 +4,8 @@
 //         delta = dout . A_dot,
 //         dgate = g (1 - g) sum (dout . A_mem - delta) over the rows that the gate weighs.
 // Tile map: a block has 64 rows of one query head, a few threads a row, 16 bytes each.
-// Pipeline: the blocks' shares of dgate are added by a second kernel, always in the same order.
+// Pipeline: the blocks' shares of dgate are added by a second kernel, always in the same order. May
+//       run beside the kernel before it in the stream, of which it reads nothing.
 // Memory: dout and A_dot once; 12 bytes a row and head.
 // Limits: used by infini_bwd; D a multiple of 8 up to 256.
 #include "../common/dtype.cuh"
@@ -41,7 +42,7 @@ __device__ __forceinline__ float log2_rest(float logit) {
   return -1.4426950408889634f * (fmaxf(logit, 0.f) + log1pf(__expf(-fabsf(logit))));
 }
 
-template <class T, int kLanes>
+template <class T, int kLanes, bool kOverlaps>
 __global__ void __launch_bounds__(kThreads)
     infini_row_stats_kernel(const __grid_constant__ StatsParams p) {
   constexpr int kAtOnce = kThreads / kLanes, kSteps = kRows / kAtOnce;
@@ -80,6 +81,10 @@ __global__ void __launch_bounds__(kThreads)
     x.delta[stats + row] = delta;
     if (row < x.T && !past) share += retrieved[i] - delta;
   }
+  // The kernel that this one overlaps with has ended when it ends; its last blocks come last.
+  if constexpr (kOverlaps) {
+    if (blockIdx.x + 1 == gridDim.x && blockIdx.y + 1 == gridDim.y) ptx::grid_dependency_wait();
+  }
   if (x.dgate == nullptr) return;
   __shared__ float shares[kThreads / 32];
   share = sum_over_lanes(share, 32);
@@ -108,14 +113,23 @@ __global__ void __launch_bounds__(kThreads)
   x.dgate[blockIdx.x] = share * e / ((1.f + e) * (1.f + e));
 }
 
-template <class T>
+template <class T, bool kOverlaps>
 void choose(const StatsParams& p, Stream stream) {
   const InfiniGradStates& x = p.states;
   const dim3 grid(x.Hq * p.row_blocks, x.B), block(kThreads);
-  const auto kernel = x.D <= 64    ? infini_row_stats_kernel<T, 8>
-                      : x.D <= 128 ? infini_row_stats_kernel<T, 16>
-                                   : infini_row_stats_kernel<T, 32>;
-  kernel<<<grid, block, 0, stream>>>(p);
+  const auto kernel = x.D <= 64    ? infini_row_stats_kernel<T, 8, kOverlaps>
+                      : x.D <= 128 ? infini_row_stats_kernel<T, 16, kOverlaps>
+                                   : infini_row_stats_kernel<T, 32, kOverlaps>;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = kOverlaps ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, p);
   check_launch("infini_row_stats_kernel", grid, block, stream);
 }
 
@@ -124,13 +138,13 @@ void choose(const StatsParams& p, Stream stream) {
 int64_t infini_row_blocks(const AttnShape& shape) { return ceil_div(bwd_pitch(shape), kRows); }
 
 void launch_infini_row_stats(const InfiniParams& params, const InfiniGrads& grads,
-                             const InfiniGradStates& states, Stream stream) {
+                             const InfiniGradStates& states, bool overlap, Stream stream) {
   const StatsParams p{states, grads.dout, params.out_local, static_cast<const float*>(params.lse),
                       static_cast<int>(infini_row_blocks(params.shape))};
   if (params.shape.dtype == DType::kBFloat16) {
-    choose<__nv_bfloat16>(p, stream);
+    overlap ? choose<__nv_bfloat16, true>(p, stream) : choose<__nv_bfloat16, false>(p, stream);
   } else {
-    choose<__half>(p, stream);
+    overlap ? choose<__half, true>(p, stream) : choose<__half, false>(p, stream);
   }
   if (states.dgate == nullptr) return;
   const dim3 grid(states.Hq), block(kThreads);

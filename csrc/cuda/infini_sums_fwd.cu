@@ -5,10 +5,11 @@
 //       Both are products A^T B over rows; sigma is rounded to the inputs' type as an operand, sums
 //       and g stay fp32. The rows of A for the decay are scaled to be near 1, which fp16 needs.
 // Tile map: a unit is (batch, key/value head, segment, part of it, tile of up to 128 x 128 of the
-//       product); persistent blocks of one or two consumer warpgroups, 64 rows of the tile each,
-//       and a producer warp. Few units: a segment is cut into parts, which the scan adds in order.
-// Pipeline: stages of 64 rows of K (and V). sigma is applied in place in shared memory, to the next
-//       stage while the product of this one runs.
+//       product); persistent blocks of one or two warpgroups, 64 rows of the tile each, two of them
+//       a multiprocessor where they fit. Few units: a segment is cut into parts, which the scan
+//       adds in order.
+// Pipeline: stages of 64 rows of K (and V), which one thread asks for as they become free. sigma is
+//       applied in place in shared memory, to the next stage while the product of this one runs.
 // Memory: reads K and V (gain) or K (decay) once (D 256: twice, out of L2), writes D^2 floats a
 //       unit: memory's speed. Floor at D 128, segment 2048: 4 N D bytes a head for the gain, 2 N D
 //       for the decay.
@@ -28,19 +29,21 @@ struct SumTraits {
   static constexpr int kTile = kHeadDim_ < 128 ? kHeadDim_ : 128;  // of the product, both sides
   static constexpr int kTiles = kHeadDim_ / kTile;                 // per side
   static constexpr int kConsumerThreads = 2 * kTile;
-  static constexpr int kThreads = kConsumerThreads + 32;
   static constexpr int kRows = 64;
   // A stage holds K and V of the tile; for the decay all of K, of which every norm is made.
   static constexpr int kColumns = kDecay ? kHeadDim_ : kTile;
   static constexpr int kKBytes = tile_bytes(kRows, kColumns);
   static constexpr int kStageBytes = kKBytes + (kDecay ? 0 : tile_bytes(kRows, kTile));
   static constexpr int kScaledBytes = kDecay ? tile_bytes(kRows, kTile) : 0;
-  static constexpr int kStages = kDecay && kHeadDim_ == 256 ? 4 : 6;
+  static constexpr int kStages = kDecay && kHeadDim_ >= 128 ? 4 : 6;
+  static constexpr int kThreads = kConsumerThreads;
   using Keys = KeyTile<T, kRows, kColumns, kConsumerThreads>;
   static constexpr int kScaled = kStages * kStageBytes;
   static constexpr int kSums = kScaled + 2 * kScaledBytes;
-  static constexpr int kBarriers = kSums + (kDecay ? 0 : Keys::kRowsAtOnce * kColumns * 4);
-  static constexpr int kSharedBytes = kBarriers + Pipeline<kStages>::kBytes + 1024;
+  static constexpr int kBarriers = kSums + (kDecay ? 1 : Keys::kRowsAtOnce) * kColumns * 4 + 16;
+  static constexpr int kCursor = kBarriers + Pipeline<kStages>::kBytes;
+  static constexpr int kSharedBytes = kCursor + 64 + 1024;
+  static constexpr int kBlocks = kSharedBytes <= 113 * 1024 ? 2 : 1;  // of a multiprocessor
 };
 
 struct SumParams {
@@ -83,62 +86,73 @@ struct SumKernel {
   using StagePipeline = Pipeline<Traits::kStages>;
   using State = PipelineState<Traits::kStages>;
 
+  // What is loaded next, in shared memory: one thread's.
+  struct Cursor {
+    int index, block, rows, row0, head, batch, k_column, v_column;
+  };
+
   const SumParams& p;
   const uint32_t smem;
-  float* sums;
+  float* const sums;
   StagePipeline pipe;
   State state;
+  Cursor* const cursor;
 
   __device__ __forceinline__ SumKernel(const SumParams& params, char* base)
       : p(params),
         smem(ptx::smem_address(base)),
         sums(reinterpret_cast<float*>(base + Traits::kSums)),
-        pipe(smem + Traits::kBarriers) {}
+        pipe(smem + Traits::kBarriers),
+        cursor(reinterpret_cast<Cursor*>(base + Traits::kCursor)) {}
 
-  __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t dst, int columns,
-                                       int column0, const Unit& unit, int block,
-                                       uint32_t full) const {
-    for (int c = 0; c < columns; c += kChunkColumns) {
-      ptx::tma_load_5d(dst + c / kChunkColumns * chunk_bytes(kRows), &map, full, column0 + c,
-                       unit.row0 + block * kRows, 0, unit.head, unit.batch);
-    }
-  }
-
-  __device__ __forceinline__ void produce() {
-    for (int index = blockIdx.x; index < p.num_units; index += gridDim.x) {
+  __device__ __forceinline__ void begin_unit(int index) const {
+    for (; index < p.num_units; index += gridDim.x) {
       const Unit unit(p.states, Traits::kTiles, index);
-      for (int block = 0; block * kRows < unit.rows; ++block) {
-        const uint32_t full = pipe.acquire(state, Traits::kStageBytes);
-        const uint32_t stage = smem + state.stage() * Traits::kStageBytes;
-        const int k_column = Traits::kDecay ? 0 : unit.m_tile * kTile;
-        load(p.k, stage, Traits::kColumns, k_column, unit, block, full);
-        if (!Traits::kDecay) {
-          load(p.v, stage + Traits::kKBytes, kTile, unit.n_tile * kTile, unit, block, full);
-        }
-        state.advance();
+      if (unit.rows == 0) continue;
+      *cursor = {index,     0,          unit.rows,           unit.row0,
+                 unit.head, unit.batch, unit.m_tile * kTile, unit.n_tile * kTile};
+      return;
+    }
+    cursor->index = index;
+  }
+
+  // The next stage in the order of the blocks; `into`: free.
+  __device__ __forceinline__ void load_next(int into) const {
+    const Cursor at = *cursor;
+    if (at.index >= p.num_units) return;
+    const uint32_t full = pipe.full + into * 8, stage = smem + into * Traits::kStageBytes;
+    ptx::mbarrier_arrive_expect(full, Traits::kStageBytes);
+    const auto load = [&](const CUtensorMap& map, uint32_t dst, int columns, int column0) {
+      for (int c = 0; c < columns; c += kChunkColumns) {
+        ptx::tma_load_5d(dst + c / kChunkColumns * chunk_bytes(kRows), &map, full, column0 + c,
+                         at.row0 + at.block * kRows, 0, at.head, at.batch);
       }
+    };
+    load(p.k, stage, Traits::kColumns, Traits::kDecay ? 0 : at.k_column);
+    if (!Traits::kDecay) load(p.v, stage + Traits::kKBytes, kTile, at.v_column);
+    if ((at.block + 1) * kRows < at.rows) {
+      cursor->block = at.block + 1;
+    } else {
+      begin_unit(at.index + gridDim.x);
     }
   }
 
-  // This thread's part of what runs over all rows of a unit: eight columns of K.
+  // What runs over all rows of a unit.
   struct Columns {
-    float x[8];   // gain: running sums of sigma(K); decay: scale * z
-    float scale;  // decay: brings z near 1
+    float x[8];  // gain: sums of this thread's columns of sigma(K)
   };
 
   __device__ __forceinline__ Columns begin(const Unit& unit) const {
-    Columns columns;
-    if constexpr (!Traits::kDecay) {
-#pragma unroll
-      for (float& x : columns.x) x = 0.f;
-    } else {
-      const int column = Keys::unit() * 8;
+    Columns columns = {};
+    if constexpr (Traits::kDecay) {
       const int chain = unit.batch * p.states.Hkv + unit.head;
       const float* norm = p.states.norm(chain, unit.segment);
-      columns.scale = norm[0];
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        columns.x[i] = column < p.states.D ? norm[kNormOffset + column + i] : 0.f;
+      __syncthreads();  // scale * z, and the scale, which brings z near 1
+      for (int i = threadIdx.x; i < Traits::kColumns; i += Traits::kThreads) {
+        sums[i] = i < p.states.D ? norm[kNormOffset + i] : 0.f;
+      }
+      if (threadIdx.x == 0) sums[Traits::kColumns] = norm[0];
+      __syncthreads();
     }
     return columns;
   }
@@ -147,24 +161,35 @@ struct SumKernel {
   __device__ __forceinline__ void transform(int stage_index, int parity, int m_tile, int rows,
                                             Columns& columns) const {
     const uint32_t stage = smem + stage_index * Traits::kStageBytes;
-    Keys::transform(stage, rows, [&](int row, const KeyUnit& key) {
-      if constexpr (!Traits::kDecay) {
-        key.add_to(columns.x);
-      } else {
-        const float dot = sum_over_lanes(key.dot(columns.x), Keys::kUnits);
-        const float norm = fmaxf(dot, kMemoryEps * columns.scale);
+    if constexpr (Traits::kDecay) {
+      const auto store = [&](int row, const KeyUnit& key, float factor) {
         const int unit = Keys::unit() - m_tile * (kTile / 8);
         if (Traits::kTiles == 1 || (unit >= 0 && unit < kTile / 8)) {
           ptx::store_shared_16(scaled_tile(parity) + swizzled_unit(kRows, row, unit),
-                               key.template pack<T>(1.f / norm));
+                               key.template pack<T>(factor));
         }
+      };
+      float z[8];  // anew every time: there are no registers for it
+#pragma unroll
+      for (int i = 0; i < 8; i += 4) {
+        const uint4 four =
+            ptx::load_shared_16(ptx::smem_address(sums) + (Keys::unit() * 8 + i) * 4);
+        z[i] = __uint_as_float(four.x);
+        z[i + 1] = __uint_as_float(four.y);
+        z[i + 2] = __uint_as_float(four.z);
+        z[i + 3] = __uint_as_float(four.w);
       }
-    });
+      Keys::transform(stage, rows, z, kMemoryEps * scale(), store);
+    } else {
+      Keys::transform(stage, rows, [&](int, const KeyUnit& key) { key.add_to(columns.x); });
+    }
     if constexpr (!Traits::kDecay) {
       if (rows < kRows) Keys::clear_rows(stage + Traits::kKBytes, rows);
     }
     ptx::fence_async_proxy();
   }
+
+  __device__ __forceinline__ float scale() const { return sums[Traits::kColumns]; }
 
   __device__ __forceinline__ uint32_t scaled_tile(int parity) const {
     return smem + Traits::kScaled + parity * Traits::kScaledBytes;
@@ -199,8 +224,8 @@ struct SumKernel {
         if (row >= x.D || column0 + 8 * j >= x.D) continue;
         float2 pair{acc[4 * j + 2 * i], acc[4 * j + 2 * i + 1]};
         if constexpr (Traits::kDecay) {
-          pair.x *= columns.scale;
-          pair.y *= columns.scale;
+          pair.x *= scale();
+          pair.y *= scale();
           if (p.tf32) {
             pair.x = __uint_as_float(ptx::round_tf32(pair.x));
             pair.y = __uint_as_float(ptx::round_tf32(pair.y));
@@ -224,7 +249,15 @@ struct SumKernel {
     sync();
   }
 
-  __device__ __forceinline__ void consume() {
+  __device__ __forceinline__ void run() {
+    if (threadIdx.x == 0) {
+      pipe.init(1);
+      ptx::fence_mbarrier_init();
+      begin_unit(blockIdx.x);
+      for (int i = 0; i < Traits::kStages; ++i) load_next(i);
+    }
+    __syncthreads();
+    bool started = false;
     for (int index = blockIdx.x; index < p.num_units; index += gridDim.x) {
       const Unit unit(p.states, Traits::kTiles, index);
       Columns columns = begin(unit);
@@ -238,16 +271,16 @@ struct SumKernel {
       pipe.wait(state);
       transform(state.stage(), 0, unit.m_tile, unit.rows, columns);
       for (int block = 0; block * kRows < unit.rows; ++block) {
-        ptx::named_barrier_sync(1, Traits::kConsumerThreads);
+        __syncthreads();  // nobody works on the stage before any more
+        if (started && threadIdx.x == 0) load_next(State{state.step + Traits::kStages - 1}.stage());
+        started = true;
         multiply(state.stage(), block % 2, unit.n_tile, block != 0, acc);
-        const State current = state;
         state.advance();
         if (const int rest = unit.rows - (block + 1) * kRows; rest > 0) {
           pipe.wait(state);
           transform(state.stage(), (block + 1) % 2, unit.m_tile, rest, columns);
         }
         wgmma_wait<0>();
-        pipe.release(current);
       }
       store(unit, columns, acc);
     }
@@ -255,9 +288,9 @@ struct SumKernel {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     infini_sums_kernel(const __grid_constant__ SumParams p) {
-  run_pipelined<SumKernel<Traits>>(p);
+  SumKernel<Traits>(p, aligned_shared()).run();
 }
 
 template <class Traits>
@@ -272,7 +305,7 @@ void launch(const InfiniParams& params, const InfiniStates& states, bool tf32, i
   const SumParams p{make_rows_map(k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, Traits::kRows),
                     make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, Traits::kRows), states,
                     static_cast<int>(units), tf32};
-  const int64_t blocks = (Traits::kTile == 64 ? 2 : 1) * int64_t{num_sms};
+  const int64_t blocks = Traits::kBlocks * int64_t{num_sms};
   launch_memory<Traits>("infini_sums_kernel", infini_sums_kernel<Traits>, p,
                         dim3(static_cast<unsigned>(std::min(blocks, units))), stream);
 }

@@ -11,8 +11,10 @@
 //       type. dM comes scaled by a power of two that brings its largest element near 1, M and z as
 //       in infini_states.h.
 // Tile map: a unit is (batch, key/value head, segment, part of its rows); persistent blocks of two
-//       warpgroups of 64 rows each, which do not meet, and a producer warp.
-// Pipeline: stages of 128 rows of K and V. Rows leave from registers.
+//       warpgroups of 64 rows each, and a producer warp.
+// Pipeline: stages of 128 rows of K and V. The warpgroups take turns at the tensor cores. Rows
+// leave
+//       from registers.
 // Memory: k and v once, dM (and M) once a unit, dk and dv once.
 // Limits: used by infini_bwd; bf16, fp16; D a multiple of 8 up to 128.
 #include "../common/epilogue.cuh"
@@ -76,6 +78,7 @@ struct UpdateKernel {
   using T = typename Traits::T;
   static constexpr int kHeadDim = Traits::kHeadDim, kRows = Traits::kRows;
   static constexpr int kSteps = kHeadDim / 16, kChunks = kHeadDim / kChunkColumns;
+  static constexpr int kTurn = 2;  // barrier of the first warpgroup
   using Fragments = RowFragments<T, kSteps>;
   using Sums = float[kHeadDim / 2];
   using NormSums = float[kHeadDim / 32];  // of columns own_column() of every 32
@@ -122,6 +125,14 @@ struct UpdateKernel {
   }
   static __device__ __forceinline__ void sync_all() {
     ptx::named_barrier_sync(1, Traits::kConsumerThreads);
+  }
+  // The warpgroups issue their products in turns, so that one has the tensor cores while the other
+  // one applies sigma.
+  static __device__ __forceinline__ void take_turn() {
+    ptx::named_barrier_sync(kTurn + warpgroup(), Traits::kConsumerThreads);
+  }
+  static __device__ __forceinline__ void pass_turn() {
+    ptx::named_barrier_arrive(kTurn + 1 - warpgroup(), Traits::kConsumerThreads);
   }
 
   // dM, and where it is read the state; the inverse of dM's scale.
@@ -237,6 +248,7 @@ struct UpdateKernel {
     Sums dk, dv;
     Fragments R;
     float norm[2];
+    take_turn();
     wgmma_fence();
 #pragma unroll
     for (int term = 0; term < 2; ++term) {
@@ -247,6 +259,7 @@ struct UpdateKernel {
     wgmma_fence();
     issue_dv(R, dv);
     wgmma_commit();
+    pass_turn();
     wgmma_wait<0>();
     store(unit, first, dv, inverse, p.dv);
     finish_keys(unit, first, address, inverse, {0.f, 0.f}, dk, norms);
@@ -260,10 +273,12 @@ struct UpdateKernel {
     Fragments R;
     float norm[2];
     read_keys(address, R, norm);
+    take_turn();
     wgmma_fence();
     issue_dv(R, dU);
     gemm_rn<T, kHeadDim, kHeadDim>(W, R.x, smem + Traits::kState, kHeadDim, false);
     wgmma_commit();
+    pass_turn();
     const float least = ptx::load_shared_float2(smem + Traits::kNorms).x * kMemoryEps;
     const bool empty = x.empty(unit.segment);
     bool clamped[2];
@@ -308,6 +323,7 @@ struct UpdateKernel {
         dn[t][i] = pack2<T>(-dU[at] * inverse_norm[i % 2], -dU[at + 1] * inverse_norm[i % 2]);
       }
     }
+    take_turn();
     wgmma_fence();
 #pragma unroll
     for (int term = 0; term < 2; ++term) {
@@ -315,6 +331,7 @@ struct UpdateKernel {
     }
     gemm_rs<T, kHeadDim, kHeadDim, kMajorK>(W, dn, smem + Traits::kState, kHeadDim, true);
     wgmma_commit();
+    pass_turn();
     wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -346,6 +363,7 @@ struct UpdateKernel {
   }
 
   __device__ __forceinline__ void consume() {
+    if (warpgroup() == 1) pass_turn();  // the first one begins
     for (int index = blockIdx.x; index < p.num_units; index += gridDim.x) {
       const UpdateUnit unit(x, index);
       const float inverse = load_state(unit);
@@ -362,6 +380,7 @@ struct UpdateKernel {
       }
       if constexpr (Traits::kUpdate == Update::kDelta) store_norms(unit, inverse, norms);
     }
+    if (warpgroup() == 0) take_turn();
   }
 };
 

@@ -7,7 +7,7 @@
 // Pipeline: chunks of heads one after the other, in each of them the two kernels. Fused: the first
 //       writes vectors alone, seven products instead of nine.
 // Memory: vectors of 12 bytes a group and row, for as many heads as kVectorBytes allow.
-// Limits: as flash_fwd.cu, lctx::landmark_fwd's; D <= 128.
+// Limits: as flash_fwd.cu, lctx::landmark_fwd's.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -113,8 +113,10 @@ int64_t landmark_bwd_ints(const LandmarkParams& params) {
 }
 
 // Pieces of irregular places and of other blocks have only been checked with a fixed order of sums.
+// Above D = 128 there are no registers for dQ.
 bool landmark_fuses(const LandmarkParams& params) {
-  return !in_groups(params) && params.is_landmark == nullptr && params.block_size % 64 == 0;
+  return head_dim(params.shape) <= 128 && !in_groups(params) && params.is_landmark == nullptr &&
+         params.block_size % 64 == 0;
 }
 
 void launch_landmark_bwd(const LandmarkParams& params, const AttnGrads& grads,

@@ -22,7 +22,8 @@ int64_t num_pieces(const LandmarkParams& params) {
 template <class Tile>
 void launch_pieces(const LandmarkDqParams& params, const AttnGrads& grads, int num_sms,
                    Stream stream) {
-  using Traits = BwdTraits<Tile, LandmarkKeys, StoreGroupKeys, false>;
+  constexpr int kPieces = Tile::kVectors;
+  using Traits = BwdTraits<Tile, LandmarkKeys<kPieces>, StoreGroupKeys, false>;
   const AttnShape& s = params.shape;
   typename Traits::Params p{};
   BwdScratch scratch;
@@ -39,8 +40,8 @@ void launch_pieces(const LandmarkDqParams& params, const AttnGrads& grads, int n
   p.groups = tables.groups;
   p.max_tiles = tables.max_tiles;
   p.vectors = params.vectors;
-  p.order =
-      KeyOrder(make_order("lctx::landmark_bwd", p.max_tiles / 2, s.Hkv, s.B, bwd_section(s, s.Tq)));
+  p.order = KeyOrder(
+      make_order("lctx::landmark_bwd", p.max_tiles / kPieces, s.Hkv, s.B, bwd_section(s, s.Tq)));
   launch_bwd<Traits>(p, num_sms, stream);
 }
 
@@ -60,8 +61,10 @@ void launch_landmark_dkv(const LandmarkDqParams& params, const AttnGrads& grads,
     const auto with_tile = [&](auto fused) {
       if (s.Dk <= 64) {
         launch_pieces<BwdTile<T, 64, fused.value, true>>(params, grads, num_sms, stream);
-      } else {
+      } else if (s.Dk <= 128) {
         launch_pieces<BwdTile<T, 128, fused.value, true>>(params, grads, num_sms, stream);
+      } else if constexpr (!fused.value) {
+        launch_pieces<BwdTile<T, 256, false, true>>(params, grads, num_sms, stream);
       }
     };
     if (params.dq_sum != nullptr) {

@@ -1,7 +1,8 @@
 // Math: none; which keys a tile of the key-stationary backward of landmark attention works on.
-// Tile map: the tiles of landmark_tables.h of 64 keys, one a warpgroup: its keys are in one group,
-//       whose statistics (landmark_bwd.h) take the place of the rows'. A group's landmark is the
-//       last key of its last piece. A query sees a key if it is not before it.
+// Tile map: the tiles of landmark_tables.h of 64 keys, one a warpgroup (attn_bwd_wide.cuh: one for
+//       both): its keys are in one group, whose statistics (landmark_bwd.h) take the place of the
+//       rows'. A group's landmark is the last key of its last piece. A query sees a key if it is
+//       not before it.
 // Pipeline: as attn_bwd_sm90.cuh; statistics are loaded 16 bytes at a time.
 // Memory: 12 bytes a group and row, once for each 64 keys (L2).
 // Limits: as attn_bwd_sm90.cuh.
@@ -13,6 +14,8 @@
 
 namespace lctx::cuda {
 
+// kPieces: 64 keys each, of a tile.
+template <int kPieces>
 struct LandmarkKeys {
   struct Params {
     const LandmarkTile* tiles;  // (B, max_tiles), those not used beyond all keys
@@ -29,7 +32,7 @@ struct LandmarkKeys {
     work.head = tile.head;
     work.batch = tile.batch;
     set_heads(p, work);
-    work.piece = tile.batch * p.max_tiles + tile.m_block * 2;
+    work.piece = tile.batch * p.max_tiles + tile.m_block * kPieces;
     const LandmarkTile first = p.tiles[work.piece];
     work.key0 = max(first.row0, first.begin());
     work.key_end = p.Tk;

@@ -90,8 +90,14 @@ void CopyRing::tell(CUstream stream, Word kind, int channel, int peer, uint32_t 
 }
 
 void CopyRing::copy(const Message& m, CUstream stream) {
-  LCTX_CU(cuMemcpyDtoDAsync, peer_memory_[m.peer] + m.place, m.data, static_cast<size_t>(m.bytes),
-          stream);
+  CUdeviceptr to = peer_memory_[m.peer] + m.place;
+  if (m.pieces.empty()) {
+    LCTX_CU(cuMemcpyDtoDAsync, to, m.data, static_cast<size_t>(m.bytes), stream);
+  }
+  for (const auto& [data, bytes] : m.pieces) {
+    if (bytes > 0) LCTX_CU(cuMemcpyDtoDAsync, to, data, static_cast<size_t>(bytes), stream);
+    to += static_cast<CUdeviceptr>(bytes);
+  }
 }
 
 void CopyRing::enqueue(Hop& hop, CUstream stream) {

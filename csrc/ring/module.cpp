@@ -57,7 +57,7 @@ using Sent = std::tuple<int, uint64_t, int64_t, int64_t>;
 std::vector<Message> messages(const std::vector<Sent>& given) {
   std::vector<Message> found;
   for (const auto& [peer, data, bytes, place] : given) {
-    if (bytes > 0) found.push_back({peer, data, bytes, place});
+    if (bytes > 0) found.push_back({peer, data, bytes, place, {}});
   }
   return found;
 }
@@ -65,7 +65,8 @@ std::vector<Message> messages(const std::vector<Sent>& given) {
 CUstream stream_of(uint64_t stream) { return reinterpret_cast<CUstream>(stream); }
 
 int64_t post(Ring& ring, uint64_t stream, int64_t call, int phase, int step, int part,
-             const std::vector<Sent>& sends, const std::vector<Sent>& recvs, double timeout) {
+             const std::vector<Sent>& sends, const std::vector<Sent>& recvs,
+             const std::vector<std::pair<uint64_t, int64_t>>& pieces, double timeout) {
   Hop hop;
   hop.call = call;
   hop.phase = phase;
@@ -73,6 +74,14 @@ int64_t post(Ring& ring, uint64_t stream, int64_t call, int phase, int step, int
   hop.part = part;
   hop.sends = messages(sends);
   hop.recvs = messages(recvs);
+  if (!pieces.empty()) {
+    int64_t bytes = 0;
+    for (const auto& piece : pieces) bytes += piece.second;
+    if (hop.sends.size() != 1 || hop.sends[0].bytes != bytes) {
+      throw std::runtime_error("the pieces are not those of the only message");
+    }
+    hop.sends[0].pieces.assign(pieces.begin(), pieces.end());
+  }
   hop.timeout = timeout;
   const py::gil_scoped_release release;
   return ring.post(stream_of(stream), std::move(hop));

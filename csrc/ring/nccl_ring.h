@@ -2,8 +2,9 @@
 // channel, on streams of the highest priority.
 //
 // The memory that hops use comes from NCCL and is registered with both communicators on every rank,
-// or on none: with one side registered a hop hangs. Few blocks take part (max_ctas, no clusters):
-// registered, two move 80 GB/s each way, and every one takes a multiprocessor from the attention.
+// or on none: with one side registered a hop hangs. Not all blocks take part (max_ctas, no
+// clusters): registered, each moves 40 GB/s each way, and takes a multiprocessor from the
+// attention.
 #pragma once
 
 #include "nccl_api.h"
@@ -27,9 +28,11 @@ class NcclRing : public Ring {
   CUdeviceptr memory() const { return reinterpret_cast<CUdeviceptr>(memory_); }
   // A first hop to and from both neighbours, which makes the connections.
   void warm_up();
+  void close() override;
 
  protected:
   void enqueue(Hop& hop, CUstream stream) override;
+  bool starts_first() const override { return true; }
   void release(const std::vector<Hop*>& pending) override;
   std::string missing(const Hop& hop) override;
   std::string asynchronous_error() override;
@@ -40,6 +43,8 @@ class NcclRing : public Ring {
   void* memory_ = nullptr;
   std::timed_mutex using_;  // the communicators: none may be given up while a hop is enqueued
   bool aborted_ = false;
+  // Communicators that are not yet given up.
+  std::shared_ptr<std::atomic<int>> ending_ = std::make_shared<std::atomic<int>>(kChannels);
 };
 
 }  // namespace lctx::ring

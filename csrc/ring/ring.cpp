@@ -63,7 +63,9 @@ int64_t Ring::post(CUstream stream, Hop posted) {
   // Without the lock: a full queue blocks here until the watchdog has let the stream go on.
   LCTX_CU(cuEventRecord, pending.ready, stream);
   LCTX_CU(cuStreamWaitEvent, channels_[channel], pending.ready, 0);
+  if (starts_first()) LCTX_CU(cuEventRecord, pending.ready, channels_[channel]);
   enqueue(*hop, channels_[channel]);
+  if (starts_first()) LCTX_CU(cuStreamWaitEvent, stream, pending.ready, 0);
   LCTX_CU(cuEventRecord, pending.done, channels_[channel]);
   const std::lock_guard<std::mutex> lock(mutex_);
   tickets_[hop->number] = pending.done;

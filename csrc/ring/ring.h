@@ -16,6 +16,7 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "driver.h"
@@ -30,6 +31,8 @@ struct Message {
   CUdeviceptr data;
   int64_t bytes;
   int64_t place;  // offset in the peer's memory; of a receive: in one's own
+  // Addresses and bytes that it is made of, if not of the bytes at `data`; the copy engine's only.
+  std::vector<std::pair<CUdeviceptr, int64_t>> pieces;
 };
 
 // A hop as the log keeps it. Times are seconds since 1970, 0 before they are known.
@@ -64,7 +67,7 @@ class Ring {
   void abort(const std::string& reason);
   // Ends the watchdog; a hop under way is given up. Every subclass calls it in its destructor,
   // where its release() still is.
-  void close();
+  virtual void close();
 
   std::vector<Hop> log();
   // The hop that failed first, and how; its error is empty before a failure.
@@ -73,6 +76,9 @@ class Ring {
  protected:
   // Puts the exchange into `stream`, of the hop's channel.
   virtual void enqueue(Hop& hop, CUstream stream) = 0;
+  // Whether what the caller's stream is given later waits until the exchange may begin: a kernel
+  // that takes all multiprocessors would else begin before it, and keep it from starting.
+  virtual bool starts_first() const { return false; }
   // Lets the channels' streams go on without their peers; called again while they do not.
   virtual void release(const std::vector<Hop*>& pending) = 0;
   // Which messages of a hop have not come, as text.

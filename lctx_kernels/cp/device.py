@@ -17,7 +17,7 @@ import time
 import weakref
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from .transport import Hop, RingError
 
 PHASES = ("forward kv", "backward kv", "backward dkv")
 CODES = {phase: code for code, phase in enumerate(PHASES)}
-CHANNELS_WANTED = 2  # NCCL's blocks for a hop; registered, each moves 40 GB/s both ways
+CHANNELS_WANTED = 8  # NCCL's blocks for a hop; registered, each moves 40 GB/s both ways
 
 
 def library() -> ModuleType:
@@ -163,7 +163,7 @@ class DeviceTransport(GroupTransport):
         try:
             return self._post(
                 self.stream, self.call_number, CODES[hop.phase], hop.step, hop.part, sends, recvs,
-                self.timeout,
+                [(x.data_ptr(), x.nbytes) for x in hop.pieces], self.timeout,
             )  # fmt: skip
         except RuntimeError as error:
             raise self._failed(error) from error
@@ -247,6 +247,7 @@ class CopyTransport(DeviceTransport):
     """Between processes of one host, by the copy engine."""
 
     kind = "p2p"
+    gathers: ClassVar[bool] = True
 
     def __init__(self, group: Any, device: torch.device, timeout: float = 0.0) -> None:
         super().__init__(group, device, timeout)

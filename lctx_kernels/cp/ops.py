@@ -17,6 +17,7 @@ from .._dtypes import dtype_name
 from . import steps
 from .choose import choose
 from .groups import SIM
+from .keys import Rank
 from .plan import plan_of
 from .schedule import Schedule, schedule_of
 from .transport import Simulator, run_alone
@@ -57,23 +58,22 @@ def _split(x: Tensor, lengths: tuple[int, ...], dim: int = 1) -> list[Tensor]:
     return list(x.split(list(lengths), dim))
 
 
-def _ranks(o: _Options) -> tuple[Simulator, list[steps.Rank]]:
+def _ranks(o: _Options) -> tuple[Simulator, list[Rank]]:
     schedule, n = o.schedule, plan_of(o.plan).world_size
     simulator = Simulator(n)
     ranks = [
-        steps.Rank(rank, schedule, simulator.rank(rank), o.scale, o.deterministic)
-        for rank in range(n)
+        Rank(rank, schedule, simulator.rank(rank), o.scale, o.deterministic) for rank in range(n)
     ]
     return simulator, ranks
 
 
-def _alone(o: _Options, q: Tensor, note: dict[str, Any], agree: bool) -> steps.Rank:
+def _alone(o: _Options, q: Tensor, note: dict[str, Any], agree: bool) -> Rank:
     from torch.distributed import distributed_c10d as c10d
 
     group = c10d._resolve_process_group(o.group)  # type: ignore[attr-defined,arg-type]
     transport = choose(group, q.device, o.transport, o.timeout)
     transport.begin(note, o.timeout, agree)
-    return steps.Rank(transport.rank, o.schedule, transport, o.scale, o.deterministic)
+    return Rank(transport.rank, o.schedule, transport, o.scale, o.deterministic)
 
 
 def _ring_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class Ticket:
 
 class GroupTransport:
     """The hops of one rank of a process group. One for each group, made at its first call."""
+
+    gathers: ClassVar[bool] = False
 
     def __init__(self, group: Any, device: torch.device) -> None:
         import torch.distributed as dist

@@ -91,19 +91,25 @@ def _local_triangles(runs: Sequence[Run], stride: int) -> list[Call] | None:
     return calls
 
 
+def _join(a: Call, b: Call) -> Call | None:
+    """Both as one call, where they have no mask, share rows or keys, and are neighbours."""
+    if a.causal or b.causal:
+        return None
+    if a[:2] == b[:2] and a.k1 == b.k0:
+        return a._replace(k1=b.k1)
+    if a[2:4] == b[2:4] and a.q1 == b.q0:
+        return a._replace(q1=b.q1)
+    return None
+
+
 def _joined(calls: Iterable[Call]) -> list[Call]:
-    """Calls without a mask that share rows or keys and are neighbours become one."""
+    """The calls in their order, each joined with those before it as far as that goes."""
     joined: list[Call] = []
     for call in calls:
-        last = joined[-1] if joined else None
-        if last is None or call.causal or last.causal:
-            joined.append(call)
-        elif last[:2] == call[:2] and last.k1 == call.k0:
-            joined[-1] = last._replace(k1=call.k1)
-        elif last[2:4] == call[2:4] and last.q1 == call.q0:
-            joined[-1] = last._replace(q1=call.q1)
-        else:
-            joined.append(call)
+        while joined and (both := _join(joined[-1], call)) is not None:
+            joined.pop()
+            call = both
+        joined.append(call)
     return joined
 
 

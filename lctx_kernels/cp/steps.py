@@ -9,139 +9,25 @@ Source: Liu et al. 2023 (arXiv 2310.01889), algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._dtypes import stat_dtype
-from .layout import Layout, head_groups, home_slot, layout_of, memory_of
-from .schedule import Call, Schedule
-from .transport import Hop, Steps, Transport
-
-
-class Rank(NamedTuple):
-    """One rank's view of a ring."""
-
-    rank: int
-    schedule: Schedule
-    transport: Transport
-    scale: float
-    deterministic: bool = True
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.schedule.plan.world_size
-
-    @property
-    def next(self) -> int:
-        """Where keys go."""
-        return (self.rank + 1) % self.world_size
-
-    @property
-    def previous(self) -> int:
-        """Where keys come from."""
-        return (self.rank - 1) % self.world_size
-
-
-class Wire(NamedTuple):
-    """A flat buffer that holds the travelling rows of k and v, or of dk and dv."""
-
-    flat: Tensor
-    k: Tensor
-    v: Tensor
-
-
-def _row_size(k: Tensor, v: Tensor) -> int:
-    """Elements of one row of k and of v."""
-    return k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3])
-
-
-class Memory:
-    """A rank's part of the memory that hops read and write, and the layout of every rank's."""
-
-    def __init__(self, at: Rank, k: Tensor, v: Tensor, sums: Sequence[tuple[Tensor, Tensor]] = ()):
-        self.at = at
-        self.sizes = (
-            _row_size(k, v) * k.element_size(),
-            tuple(_row_size(dk, dv) * dk.element_size() for dk, dv in sums),
-        )
-        size = memory_of(at.schedule, *self.sizes)
-        self.bytes = at.transport.memory(size, k.device) if size else k.new_empty(0).view(-1)
-        self.own = self.of(at.rank)
-
-    def of(self, rank: int) -> Layout:
-        """The layout of `rank`'s memory."""
-        return layout_of(self.at.schedule, rank, *self.sizes)
-
-    def wire(self, offset: int, rows: int, k: Tensor, v: Tensor) -> Wire:
-        """Views at `offset` for `rows` rows shaped like those of k and v."""
-        shapes = [(x.shape[0], rows, *x.shape[2:]) for x in (k, v)]
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        end = offset + sum(sizes) * k.element_size()
-        flat = self.bytes[offset:end].view(k.dtype)
-        parts = flat.split(sizes)
-        return Wire(flat, *(p.view(s) for p, s in zip(parts, shapes, strict=True)))
-
-
-def _intervals(wire: Iterable[tuple[int, int]]) -> list[tuple[slice, slice]]:
-    """Rows of the source and where they stand on the wire."""
-    pairs, row = [], 0
-    for begin, end in wire:
-        pairs.append((slice(begin, end), slice(row, row + end - begin)))
-        row += end - begin
-    return pairs
-
-
-class KeyRing:
-    """The keys and values that a rank holds, step by step: two slots and the packed own rows."""
-
-    def __init__(self, at: Rank, phase: str, memory: Memory, k: Tensor, v: Tensor) -> None:
-        self.at, self.phase, self.memory, self.k, self.v = at, phase, memory, k, v
-        self.held: Wire | None = None
-        if at.schedule.last[at.rank] > 0:
-            self.held = memory.wire(memory.own.own, at.schedule.wire_rows(at.rank), k, v)
-            for own, packed in _intervals(at.schedule.wire[at.rank]):
-                self.held.k[:, packed] = k[:, own]
-                self.held.v[:, packed] = v[:, own]
-        self.arriving: Wire | None = None
-
-    def _place(self, rank: int, step: int) -> int:
-        """Where keys lie that arrive at `rank` in `step`."""
-        slots = self.memory.of(rank).keys
-        return slots[step % len(slots)]
-
-    def post(self, step: int) -> Any:
-        """Send on what is held in `step` and receive what the next step needs; its ticket."""
-        at, schedule = self.at, self.at.schedule
-        sends: tuple[tuple[int, Tensor], ...] = ()
-        recvs: tuple[tuple[int, Tensor], ...] = ()
-        places: tuple[int, ...] = ()
-        coming = schedule.source(at.rank, step + 1)
-        if self.held is not None and schedule.last[schedule.source(at.rank, step)] > step:
-            sends = ((at.next, self.held.flat),)
-            places = (self._place(at.next, step + 1),)
-        self.arriving = None
-        if schedule.last[coming] > step and step + 1 < at.world_size:
-            rows = schedule.wire_rows(coming)
-            place = self._place(at.rank, step + 1)
-            self.arriving = self.memory.wire(place, rows, self.k, self.v)
-            recvs = ((at.previous, self.arriving.flat),)
-        if not sends and not recvs:
-            return None
-        return at.transport.post(Hop(self.phase, step, 0, sends, recvs, places))
-
-    def turn(self) -> None:
-        """What has arrived is held now."""
-        self.held = self.arriving
+from .keys import KeyRing, Memory, Rank, Wire, intervals
+from .layout import head_groups, home_slot
+from .schedule import Call
+from .together import forward_before, forward_together, own_calls, two_steps
+from .transport import Hop, Steps
 
 
 def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Tensor]]:
     """out (B, L, Hq, Dv) and lse (B, Hq, L) of one rank's queries over the keys of all."""
     stat = stat_dtype(q.dtype)
     (B, L, Hq, _), Dv = q.shape, v.shape[-1]
+    two = two_steps(at, q, k, v)
     carry, out = q.new_empty(B, L, Hq, Dv, dtype=stat), q.new_empty(B, L, Hq, Dv)
     lse = q.new_empty(B, Hq, L, dtype=stat)
     first = at.schedule.first_step_fills(at.rank)
@@ -152,7 +38,12 @@ def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Te
     for step in range(at.world_size):
         source = at.schedule.source(at.rank, step)
         ticket = ring.post(step)
-        if step == 0:
+        if two is not None and step == 0:
+            forward_before(at, two, q, k, v, carry, lse, out)
+        elif two is not None and step == 1:
+            assert ring.held is not None
+            forward_together(at, two, q, k, v, ring.held.k, ring.held.v, carry, lse, out)
+        elif step == 0:
             calls: Sequence[Call] = at.schedule.calls[at.rank][source]
             _forward_calls(at, calls, counts[0], q, k, v, carry, lse, out, first)
         elif ring.held is not None:
@@ -300,7 +191,7 @@ class GradientRing:
         self.ticket, self.held, self.arriving = None, self.arriving, None
         if self.home is None or self.home_is_last:
             return
-        for own, packed in _intervals(self.at.schedule.wire[self.at.rank]):
+        for own, packed in intervals(self.at.schedule.wire[self.at.rank]):
             self.dk[:, own] += self.home.k[:, packed]
             self.dv[:, own] += self.home.v[:, packed]
         self.home = None
@@ -309,7 +200,7 @@ class GradientRing:
         """The results in their dtype, rounded once."""
         row = 0
         wire = self.at.schedule.wire[self.at.rank] if self.home is not None else ()
-        for own, packed in _intervals(wire):
+        for own, packed in intervals(wire):
             assert self.home is not None
             for sums, home, out in ((self.dk, self.home.k, dk), (self.dv, self.home.v, dv)):
                 out[:, row : own.start] = sums[:, row : own.start]
@@ -371,6 +262,9 @@ def backward(
     ring = KeyRing(at, "backward kv", memory, k, v)
     ticket = ring.post(0)
     own = _save(at, dout, dlse, q, out, lse)
+    early, late = own_calls(at, q, k, v)
+    for call in early:
+        own.add(at, call, k, v, dk, dv, once)
     for step in range(1, at.world_size):
         if ticket is not None:
             yield ticket
@@ -390,7 +284,7 @@ def backward(
             part.post(step)
     if ticket is not None:
         yield ticket
-    for call in at.schedule.calls[at.rank][at.rank]:
+    for call in late:
         own.add(at, call, k, v, dk, dv, once)
     dk_out, dv_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     for part in parts:

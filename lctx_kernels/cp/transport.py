@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class Hop:
         part: Which group of key/value heads.
         sends, recvs: (peer, contiguous buffer); peers are ranks of the group.
         places: Of every send, where in the peer's memory it is received, in bytes.
+        pieces: Contiguous tensors that the only send is made of; its buffer is then not filled.
+            For transports that gather.
     """
 
     phase: str
@@ -36,6 +38,7 @@ class Hop:
     sends: tuple[tuple[int, Tensor], ...]
     recvs: tuple[tuple[int, Tensor], ...]
     places: tuple[int, ...] = ()
+    pieces: tuple[Tensor, ...] = ()
 
     @property
     def bytes_sent(self) -> int:
@@ -49,7 +52,13 @@ class Hop:
 
 
 class Transport(Protocol):
-    """Buffers of a posted hop belong to the transport until `wait` returns or `done` is true."""
+    """Buffers of a posted hop belong to the transport until `wait` returns or `done` is true.
+
+    Attributes:
+        gathers: Whether a send may consist of pieces anywhere in the device's memory.
+    """
+
+    gathers: ClassVar[bool]
 
     def memory(self, size: int, device: torch.device) -> Tensor:
         """(size,) uint8, which all buffers of a call's hops are parts of; every rank asks."""
@@ -166,6 +175,7 @@ class SimulatedRank:
 
     simulator: Simulator
     own: int
+    gathers: ClassVar[bool] = False
 
     def memory(self, size: int, device: torch.device) -> Tensor:
         """As Transport."""

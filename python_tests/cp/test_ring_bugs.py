@@ -16,7 +16,7 @@ from helpers import assert_fp64_equal, random_tensor, run
 
 import lctx_kernels as lk
 from lctx_kernels import cp, reference
-from lctx_kernels.cp import layout, ops, schedule, steps
+from lctx_kernels.cp import keys, layout, ops, schedule, steps
 
 BUGS = {
     "stale keys in the backward": (
@@ -26,7 +26,7 @@ BUGS = {
         "                keys, values = held.k[:, :, rows], held.v[:, :, rows]",
     ),
     "stale keys in the forward": (
-        steps,
+        keys,
         "self.held = self.arriving\n",
         "self.held = self.arriving if self.at.world_size < 3 else self.held\n",
     ),
@@ -64,12 +64,11 @@ BUGS = {
         "steps = [t for t in range(1, n) if",
         "steps = [t for t in range(1, max(n - 1, 2)) if",
     ),
-    "joined across a gap": (schedule, "last[2:4] == call[2:4] and last.q1 == call.q0",
-                            "last[2:4] == call[2:4]"),
+    "joined across a gap": (schedule, "a[2:4] == b[2:4] and a.q1 == b.q0", "a[2:4] == b[2:4]"),
     "keys and values swapped on the wire": (
-        steps,
-        "self.held.k[:, packed] = k[:, own]",
-        "self.held.k[:, packed] = v[:, own]",
+        keys,
+        "wire.k[:, packed] = self.k[:, own]",
+        "wire.k[:, packed] = self.v[:, own]",
     ),
     "gradients never come home": (
         steps,
@@ -142,7 +141,7 @@ BUGS = {
         "        if self.ticket is not None:\n",
         "        if self.ticket is not None and self.home is not None:\n",
     ),
-    "one slot for keys": (steps, "slots[step % len(slots)]", "slots[0]"),
+    "one slot for keys": (keys, "slots[step % len(slots)]", "slots[0]"),
     "one slot for gradients": (
         layout,
         "tuple(tuple(take(rows * size) for _ in range(slots)) for size in sum_bytes)",
@@ -150,7 +149,7 @@ BUGS = {
     ),
     "slots side by side overlap": (layout, "end += -(-size // ALIGNMENT) * ALIGNMENT", "end += 0"),
     "keys sent to the slot that is read": (
-        steps,
+        keys,
         "places = (self._place(at.next, step + 1),)",
         "places = (self._place(at.next, step),)",
     ),
@@ -171,9 +170,15 @@ BUGS = {
     ),
     "own keys without gradient": (
         steps,
-        "for call in at.schedule.calls[at.rank][at.rank]:\n        own",
-        "for call in ():\n        own",
+        "    for call in late:\n        own.add(at, call, k, v, dk, dv, once)\n",
+        "",
     ),
+    "own keys that come first are forgotten": (
+        steps,
+        "    for call in early:\n        own.add(at, call, k, v, dk, dv, once)\n",
+        "",
+    ),
+    "own keys twice": (steps, "for call in late:", "for call in [*early, *late]:"),
     "own keys without a home": (
         steps,
         "dk[:, row:], dv[:, row:] = self.dk[:, row:], self.dv[:, row:]",
@@ -197,6 +202,7 @@ def cases():
         yield cp.make_plan(24, n, layout="striped", cu_seqlens=int32([0, 7, 24])), {"window": 9}
         yield cp.make_plan(25, n, layout="striped"), {}
         yield cp.make_plan(24, n, layout="contiguous", cu_seqlens=int32([0, 7, 24])), {}
+    yield cp.make_plan(520, 2), {}  # own keys in two parts
     gap = [torch.tensor([0, 1, 4, 5]), torch.tensor([2, 3, 6, 7])]
     yield cp.make_plan(8, 2, positions=[gap[0][[0, 1, 2, 3]], gap[1][[2, 3, 0, 1]]]), {}
     yield cp.make_plan(8, 2, positions=[torch.tensor([4, 0, 5]), torch.tensor([1, 2, 3, 6, 7])]), {}
@@ -248,9 +254,11 @@ def test_planted_bug_is_found(bug, monkeypatch):
     changed = mutant(module, old, new)
     if module is steps:
         monkeypatch.setattr(ops, "steps", changed)
+    elif module is keys:
+        monkeypatch.setattr(steps, "KeyRing", changed.KeyRing)
     elif module is layout:
-        monkeypatch.setattr(steps, "layout_of", changed.layout_of)
-        monkeypatch.setattr(steps, "memory_of", changed.memory_of)
+        monkeypatch.setattr(keys, "layout_of", changed.layout_of)
+        monkeypatch.setattr(keys, "memory_of", changed.memory_of)
     else:
         monkeypatch.setattr(ops, "schedule_of", changed.schedule_of)
     errors = (AssertionError, RuntimeError, ValueError, IndexError, StopIteration)

@@ -3,11 +3,15 @@
 import pytest
 import torch
 from cp_plans import LAYOUTS, int32
-from gpu_checks import HALF, check_result, gpu_qkv, needs_kernel
+from gpu_checks import HALF, LSE_TOLERANCE, check_result, gpu_qkv, needs_kernel
 from helpers import errors
 
 import lctx_kernels as lk
 from lctx_kernels import _ops, cp, reference
+from lctx_kernels.cp.keys import Rank
+from lctx_kernels.cp.schedule import schedule_of
+from lctx_kernels.cp.together import two_steps
+from lctx_kernels.cp.transport import Simulator
 
 pytestmark = needs_kernel("ring_fwd")
 needs_backward = pytest.mark.skipif(
@@ -44,6 +48,39 @@ def test_documents(layout):
     q, k, v = gpu_qkv(1, 1100, 4, 128, Hkv=2)
     plan = cp.make_plan(1100, 4, layout=layout, cu_seqlens=int32([0, 1, 300, 300, 999, 1100]))
     check_result(simulated(plan, q, k, v), whole(plan, q, k, v), q, k, v)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("n", [2, 3, 8, 64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 300}], ids=str)
+def test_results_are_as_accurate_as_on_one_device(options, layout, n, dtype):
+    check_accuracy(cp.make_plan(1100, n, layout=layout), dtype, options)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("options", [{}, {"causal": False}], ids=str)
+def test_first_two_steps_in_one_kernel(options, n, dtype):
+    plan = cp.make_plan(4096 * n + 37, n)
+    schedule = schedule_of(plan, options.get("causal", True), 0)
+    for rank, length in enumerate(plan.lengths):
+        sizes = [(2, length, heads, 128) for heads in (4, 2, 2)]
+        x = [torch.empty(size, dtype=dtype, device="meta") for size in sizes]
+        at = Rank(rank, schedule, Simulator(n).rank(rank), 1.0)
+        assert two_steps(at, *x) is not None
+    check_accuracy(plan, dtype, options)
+
+
+def check_accuracy(plan, dtype, options):
+    """Error of out at most 1.02 times that of one device, the same in every call."""
+    q, k, v = gpu_qkv(2, plan.seq_len, 4, 128, Hkv=2, dtype=dtype)
+    exact, exact_lse = whole(plan, q, k, v, **options)
+    single = lk.flash_attention(q, k, v, **options)
+    (out, lse), (again, lse_again) = (simulated(plan, q, k, v, **options) for _ in range(2))
+    assert torch.equal(out, again) and torch.equal(lse, lse_again)
+    torch.testing.assert_close(lse.double(), exact_lse.double(), **LSE_TOLERANCE)
+    assert errors(out, exact).rms <= 1.02 * errors(single, exact).rms
 
 
 @needs_backward

@@ -22,9 +22,10 @@ WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 64, "initializ
 MORE = {
     "gemma3_text": {"layer_types": ["full_attention"] * LAYERS, "query_pre_attn_scalar": 64},
     "mistral": {"sliding_window": None},
+    "gemma": {"head_dim": 256, "num_key_value_heads": 1},
 }  # fmt: skip
 CASES = [("llama", method) for method in METHODS]
-CASES += [(family, method) for family in ("qwen3", "gemma3_text") for method in METHODS]
+CASES += [(family, method) for family in ("qwen3", "gemma3_text", "gemma") for method in METHODS]
 
 
 def base(family="llama"):

@@ -53,6 +53,46 @@ def test_window():
     check_result(result, exact, q, k, v)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T, far, first_row", [(500, 300, 0), (500, 176, 250), (640, 4500, 192)])
+@pytest.mark.parametrize("own_row, final", [(0, 1.0), (256, 1.0), (384, 0.5), (128, 0.0)])
+def test_own_and_far_keys_together(own_row, final, T, far, first_row, causal, D, dtype):
+    """Some rows continue, the others take both sets of keys; some rows are done, some carried."""
+    q, k, v = gpu_qkv(2, T, 4, D, Hkv=2, dtype=dtype)
+    far_k, far_v = gpu_qkv(2, far, 2, D, dtype=dtype, seed=7)[1:]
+    done = int(final * T)
+    carry = q.new_full(q.shape, torch.nan, dtype=torch.float32)
+    lse = q.new_full((2, 4, T), torch.nan, dtype=torch.float32)
+    out = torch.full_like(q, torch.nan)
+    if own_row:
+        rows, keys = slice(0, own_row), slice(0, own_row if causal else T)
+        torch.ops.lctx.flash_carry(
+            q[:, rows], k[:, keys], v[:, keys], carry[:, rows], lse[:, :, rows], causal, D**-0.5,
+            0, 0, 0, False, True, out[:, rows], min(first_row, own_row, done),
+        )  # fmt: skip
+    torch.ops.lctx.flash_carry_two(
+        q, k, v, far_k, far_v, carry, lse, out, causal, D**-0.5, first_row, own_row, done
+    )
+    out[:, done:] = carry[:, done:].to(dtype)
+    exact_out, exact_lse = [], []
+    for rows, keys, values in (
+        (slice(0, first_row), k, v),
+        (slice(first_row, T), torch.cat([far_k, k], 1), torch.cat([far_v, v], 1)),
+    ):
+        if rows.stop == rows.start:
+            continue
+        keys = keys[:, : keys.shape[1] - (T - rows.stop if causal else 0)]
+        values = values[:, : keys.shape[1]]
+        piece = (x.double() for x in (q[:, rows], keys, values))
+        result = reference.flash_attention(*piece, causal=causal)
+        exact_out.append(result[0])
+        exact_lse.append(result[1])
+    exact = torch.cat(exact_out, 1), torch.cat(exact_lse, 2)
+    check_result((out, lse), exact, q, torch.cat([far_k, k], 1), torch.cat([far_v, v], 1))
+
+
 def test_rows_without_keys_keep_nothing():
     q, k, v = gpu_qkv(1, 64, 2, 64)
     carry = q.new_full(q.shape, torch.nan, dtype=torch.float32)
@@ -73,3 +113,8 @@ def test_bad_arguments_are_refused():
         torch.ops.lctx.flash_carry(q, k, v, carry, lse[:, :1], True, 0.125, 0, 0, 0, True)
     with pytest.raises(ValueError, match="positions apart"):
         torch.ops.lctx.flash_carry(q, k, v, carry, lse, True, 0.125, 0, 2**40, 0, True)
+    two = (q, k, v, k, v, carry, lse, q, True, 0.125)
+    for numbers, message in (((64, 0, 64), "first_row"), ((0, 64, 64), "own_row"),
+                             ((0, 0, 65), "final_rows")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            torch.ops.lctx.flash_carry_two(*two, *numbers)

@@ -80,7 +80,7 @@ def check(q, k, v, *, given=("gate",), grads=None, **options):
 
 @deterministic
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("D", [8, 40, 64, 80, 128])
+@pytest.mark.parametrize("D", [8, 40, 64, 80, 128, 160, 256])
 @updates
 def test_head_dimensions(update, D, dtype, deterministic):
     q, k, v = gpu_qkv(2, 700, 4, D, Hkv=2, dtype=dtype)
@@ -88,7 +88,7 @@ def test_head_dimensions(update, D, dtype, deterministic):
 
 
 @deterministic
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @updates
 @pytest.mark.parametrize(
     ("T", "segment_len"),
@@ -101,7 +101,7 @@ def test_lengths(T, segment_len, update, D, deterministic):
 
 
 @deterministic
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @updates
 @pytest.mark.parametrize("first", ["gate", "bypass"])
 @pytest.mark.parametrize(
@@ -113,52 +113,58 @@ def test_optional_inputs(given, first, update, D, deterministic):
     check(q, k, v, given=given, deterministic=deterministic, **options)
 
 
+@pytest.mark.parametrize("D", [128, 256])
 @pytest.mark.parametrize("Hkv", [1, 2, 8])
 @updates
-def test_grouped_queries(update, Hkv):
-    q, k, v = gpu_qkv(2, 600, 8, 128, Hkv=Hkv)
+def test_grouped_queries(update, Hkv, D):
+    q, k, v = gpu_qkv(2, 600, 8, D, Hkv=Hkv)
     check(q, k, v, given=("gate", "mem", "q_mem"), segment_len=200, update=update)
 
 
+@pytest.mark.parametrize("D", [64, 256])
 @pytest.mark.parametrize("detach_every", [1, 2, 3])
 @updates
-def test_detached_states(update, detach_every):
-    q, k, v = gpu_qkv(1, 700, 4, 64, Hkv=2)
+def test_detached_states(update, detach_every, D):
+    q, k, v = gpu_qkv(1, 700, 4, D, Hkv=2)
     options = {"segment_len": 100, "update": update, "detach_every": detach_every}
     ours = check(q, k, v, given=("gate", "mem"), **options)
     if detach_every == 1:  # the returned state is detached too
         assert ours["dM"].abs().max() > 0
 
 
+@pytest.mark.parametrize("D", [128, 256])
 @updates
-def test_output_alone(update):
-    q, k, v = gpu_qkv(2, 600, 4, 128, Hkv=2)
+def test_output_alone(update, D):
+    q, k, v = gpu_qkv(2, 600, 4, D, Hkv=2)
     grads = {"out": random_cotangents(q, k)["out"]}
     check(q, k, v, given=("gate", "mem"), grads=grads, segment_len=128, update=update)
 
 
+@pytest.mark.parametrize("D", [128, 256])
 @pytest.mark.parametrize("dtype", HALF)
 @updates
-def test_long_memory(update, dtype):
+def test_long_memory(update, dtype, D):
     """Gradients of states shrink with the length: fp16 must not lose them."""
-    q, k, v = gpu_qkv(1, 1024 * 12 + 300, 2, 128, Hkv=1, dtype=dtype)
+    q, k, v = gpu_qkv(1, 1024 * 12 + 300, 2, D, Hkv=1, dtype=dtype)
     grads = {"out": random_cotangents(q, k)["out"]}
     check(q, k + 1, v, grads=grads, given=("gate", "k_mem"), segment_len=1024, update=update)
 
 
+@pytest.mark.parametrize("D", [64, 256])
 @pytest.mark.parametrize("logit", [-200.0, -60.0, 60.0, 200.0])
-def test_closed_and_open_gates(logit):
-    q, k, v = (x.requires_grad_() for x in gpu_qkv(1, 200, 2, 64))
+def test_closed_and_open_gates(logit, D):
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(1, 200, 2, D))
     gate = torch.full((2,), logit, device="cuda", requires_grad=True)
     out, _ = lk.infini_attention(q, k, v, gate=gate, segment_len=64)
     found = torch.autograd.grad(out.float().square().sum(), (q, k, v, gate))
     assert all(x.isfinite().all() for x in found)
 
 
+@pytest.mark.parametrize("D", [128, 256])
 @updates
-def test_pieces_equal_the_whole(update):
+def test_pieces_equal_the_whole(update, D):
     """Gradients flow from piece to piece through the memory that is passed along."""
-    q, k, v = (x.requires_grad_() for x in gpu_qkv(1, 640, 4, 128, Hkv=2))
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(1, 640, 4, D, Hkv=2))
     options = {"segment_len": 128, "update": update}
     dout = torch.randn_like(q)
     whole = torch.autograd.grad(lk.infini_attention(q, k, v, **options)[0], (q, k, v), dout)
@@ -169,9 +175,10 @@ def test_pieces_equal_the_whole(update):
         assert errors(a, b).rms < 4e-3
 
 
+@pytest.mark.parametrize("D", [128, 256])
 @updates
-def test_same_bits_from_run_to_run(update):
-    q, k, v = (x.requires_grad_() for x in gpu_qkv(2, 1500, 4, 128, Hkv=2))
+def test_same_bits_from_run_to_run(update, D):
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(2, 1500, 4, D, Hkv=2))
     gate = torch.zeros(4, device="cuda", requires_grad=True)
     out, _ = lk.infini_attention(
         q, k, v, gate=gate, segment_len=256, update=update, deterministic=True

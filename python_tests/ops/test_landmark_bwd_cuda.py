@@ -23,14 +23,14 @@ def check(q, k, v, block_size=None, is_landmark=None, **options):
 
 @deterministic
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("D", [8, 40, 64, 80, 128])
+@pytest.mark.parametrize("D", [8, 40, 64, 80, 128, 160, 256])
 @pytest.mark.parametrize("block_size", [16, 51, 64, 100, 256])
 def test_head_dimensions(block_size, D, dtype, deterministic):
     check(*gpu_qkv(2, 333, 4, D, Hkv=2, dtype=dtype), block_size, deterministic=deterministic)
 
 
 @deterministic
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("T", [900, 896, 1024])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_block_sizes(block_size, T, D, deterministic):
@@ -38,7 +38,7 @@ def test_block_sizes(block_size, T, D, deterministic):
 
 
 @deterministic
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize(
     ("Tq", "Tk"), [(1, 1), (1, 2), (1, 777), (63, 63), (129, 1000), (300, 129), (16, 1020)]
 )
@@ -49,13 +49,14 @@ def test_lengths(block_size, Tq, Tk, D, deterministic):
 
 @deterministic
 @pytest.mark.parametrize("Hkv", [1, 2, 8])
+@pytest.mark.parametrize("D", [128, 256])
 @pytest.mark.parametrize("block_size", [64, 200])
-def test_grouped_queries(block_size, Hkv, deterministic):
-    check(*gpu_qkv(2, 300, 8, 128, Hkv=Hkv), block_size, deterministic=deterministic)
+def test_grouped_queries(block_size, D, Hkv, deterministic):
+    check(*gpu_qkv(2, 300, 8, D, Hkv=Hkv), block_size, deterministic=deterministic)
 
 
 @deterministic
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("density", [0.0, 0.003, 0.02, 0.2, 0.7, 1.0])
 def test_irregular_landmarks(density, D, deterministic):
     for Tq, Tk in ((700, 700), (90, 500), (200, 150)):
@@ -64,8 +65,9 @@ def test_irregular_landmarks(density, D, deterministic):
         check(*gpu_qkv(2, Tq, 4, D, Tk=Tk, Hkv=2), **options)
 
 
-def test_rows_of_landmarks_and_long_gaps():
-    check(*gpu_qkv(3, 1500, 2, 128), is_landmark=rows_of_landmarks_and_long_gaps())
+@pytest.mark.parametrize("D", [128, 256])
+def test_rows_of_landmarks_and_long_gaps(D):
+    check(*gpu_qkv(3, 1500, 2, D), is_landmark=rows_of_landmarks_and_long_gaps())
 
 
 @pytest.mark.parametrize("irregular", [False, True])
@@ -79,9 +81,10 @@ def test_empty_tensors(irregular):
             assert x.grad.shape == x.shape and (x.grad == 0).all()
 
 
+@pytest.mark.parametrize("D", [128, 256])
 @pytest.mark.parametrize("block_size", [51, 64, 256])
-def test_same_bits_every_time(block_size):
-    q, k, v = (x.requires_grad_() for x in gpu_qkv(2, 1500, 8, 128, Hkv=2))
+def test_same_bits_every_time(block_size, D):
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(2, 1500, 8, D, Hkv=2))
     dout = torch.randn_like(q)
 
     def grads():

@@ -145,9 +145,6 @@ def test_refusals():
     q, k, v = gpu_qkv(1, 64, 2, 64)
     with pytest.raises(NotImplementedError, match="on a GPU; expected"):
         lk.landmark_attention(q.float(), k.float(), v.float(), block_size=16)
-    q, k, v = gpu_qkv(1, 64, 2, 256)
-    with pytest.raises(NotImplementedError, match="gradients at head dimension 256 on a GPU"):
-        lk.landmark_attention(q.requires_grad_(), k, v, block_size=16)
 
 
 def test_opcheck():

@@ -1,0 +1,132 @@
+"""What a rank computes while the first keys are on their way: the short rows of its own square.
+
+Forward, the first rows take their own keys then, and what they need of others later; all other rows
+take own and first foreign keys in one launch, so that nothing of theirs is carried. Backward, the
+last own keys come first, which few rows see. How many is arithmetic on shapes: every transport, and
+the simulation, computes the same. Source: this package.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .keys import Rank
+from .schedule import Call
+
+# Of an H200: a hop by the copy engine, and kernels on short rows.
+LINK, FORWARD_FLOPS, BACKWARD_FLOPS, STATISTICS = 370e9, 560e12, 430e12, 3e12
+HOP_SECONDS, MARGIN = 30e-6, 1.05
+CARRIED, WORTH = 8 / 4e12, 0.03  # seconds to carry an element; of a step's, that are worth saving
+ROWS, FEWEST_TILES = 128, 1000  # of a tile; of keys, that are worth two launches
+
+
+def _hop_seconds(at: Rank, k: Tensor, v: Tensor) -> float:
+    """Of the first hop."""
+    coming = at.schedule.wire_rows(at.schedule.source(at.rank, 1))
+    size = coming * k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
+    return MARGIN * (size / LINK + HOP_SECONDS) if size else 0.0
+
+
+def _own_square(at: Rank, rows: int) -> Call | None:
+    """The only call on own keys, if it is of all rows and has no window."""
+    calls = at.schedule.calls[at.rank][at.rank]
+    if at.world_size == 1 or len(calls) != 1 or calls[0][:4] != (0, rows, 0, rows):
+        return None
+    return calls[0] if calls[0][5:] == (0, 0) else None
+
+
+def _side(seconds: float, flops: float, per_pair: float, rows: int, causal: bool) -> int:
+    """Rows of a part of the own square that takes so long: of a triangle, or with all keys."""
+    pairs = seconds * flops / per_pair if per_pair else 0.0
+    side = math.sqrt(2 * pairs) if causal else pairs / max(rows, 1)
+    return math.ceil(side / ROWS) * ROWS
+
+
+def own_calls(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Call], list[Call]]:
+    """The backward's calls on own keys: before the first foreign keys are there, and at the end.
+
+    Nothing comes first where the statistics of the rows take about as long as the hop, and where
+    the rest would be too few tiles to keep all multiprocessors busy.
+    """
+    calls, rows = list(at.schedule.calls[at.rank][at.rank]), q.shape[1]
+    square = _own_square(at, rows)
+    uncovered = _hop_seconds(at, k, v) - 2 * q.numel() * q.element_size() / STATISTICS
+    if square is None or not square.causal or uncovered <= HOP_SECONDS:
+        return [], calls
+    per_pair = 5 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3])
+    whole, tiles = square.pairs * per_pair / BACKWARD_FLOPS, rows // ROWS * k.shape[2] * k.shape[0]
+    if uncovered < whole and (tiles < FEWEST_TILES or uncovered < whole / 50):
+        return [], calls
+    begin = rows - _side(uncovered, BACKWARD_FLOPS, per_pair, rows, True)
+    begin = max(begin // ROWS, rows // ROWS // 2) * ROWS
+    if begin <= 0:
+        return [], calls
+    return [Call(begin, rows, begin, rows, True)], [Call(0, rows, 0, begin, True)]
+
+
+class TwoSteps(NamedTuple):
+    """The first two steps, taken together.
+
+    Attributes:
+        own: The call on own keys, of all rows.
+        far: The call on the first foreign keys, of the last rows, without a mask.
+        rows: Rows [0, rows) take own keys alone, in a launch before.
+        final: Rows [0, final) that no later step has.
+        early: Of the rows before, those that only own keys have.
+    """
+
+    own: Call
+    far: Call
+    rows: int
+    final: int
+    early: int
+
+
+def two_steps(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> TwoSteps | None:
+    """How the first two steps go together; None where they do not, or where little is saved."""
+    rows = q.shape[1]
+    own = _own_square(at, rows)
+    if q.device.type == "cpu" or own is None:
+        return None
+    far = at.schedule.wire_calls(at.rank, at.schedule.source(at.rank, 1))
+    if len(far) != 1 or far[0].causal or far[0].q1 != rows:
+        return None
+    alone, late = (at.schedule.final_rows(at.rank)[0][step][0] for step in (0, 1))
+    if late and alone != far[0].q0:
+        return None
+    per_pair = 2 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3])
+    if CARRIED * q.numel() < WORTH * own.pairs * per_pair / FORWARD_FLOPS:
+        return None
+    first = _side(_hop_seconds(at, k, v), FORWARD_FLOPS, per_pair, rows, own.causal)
+    if first >= rows:
+        return None
+    final = far[0].q0 + late if late else alone
+    return TwoSteps(own, far[0], first, final, min(alone, first))
+
+
+def forward_before(
+    at: Rank, two: TwoSteps, q: Tensor, k: Tensor, v: Tensor, carry: Tensor, lse: Tensor,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """The first rows over own keys."""
+    rows, keys = slice(0, two.rows), slice(0, two.rows if two.own.causal else None)
+    torch.ops.lctx.flash_carry(
+        q[:, rows], k[:, keys], v[:, keys], carry[:, rows], lse[:, :, rows], two.own.causal,
+        at.scale, 0, 0, 0, False, True, out[:, rows], two.early,
+    )  # fmt: skip
+
+
+def forward_together(
+    at: Rank, two: TwoSteps, q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor,
+    carry: Tensor, lse: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    """Those rows over the first foreign keys, the others over both."""
+    keys = slice(two.far.k0, two.far.k1)
+    torch.ops.lctx.flash_carry_two(
+        q, k, v, far_k[:, keys], far_v[:, keys], carry, lse, out, two.own.causal, at.scale,
+        two.far.q0, two.rows, two.final,
+    )  # fmt: skip
