@@ -59,6 +59,7 @@ def _steps(device: str, log: Log, tiny: bool) -> Any:
 
 
 MEASURED: dict[str, Callable[[str, Log, bool], Any]] = {
-    "gemma-32k": _gemma, "gemma-32k-heads-of-256": _gemma_256, "stream": _stream, "histories": _histories, "prompt-32k": _prompt,
-    "steps": _steps, "llama-1m": _llama, "llama-1m-whole": _llama_whole,
+    "gemma-32k": _gemma, "gemma-32k-heads-of-256": _gemma_256, "stream": _stream,
+    "histories": _histories, "prompt-32k": _prompt, "steps": _steps, "llama-1m": _llama,
+    "llama-1m-whole": _llama_whole,
 }  # fmt: skip
