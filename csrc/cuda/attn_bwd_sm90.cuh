@@ -38,10 +38,10 @@ struct BwdKernel : BwdLoads<Traits_> {
   // Keys of a tile that a warpgroup has, and its first column of dK and dV.
   static __device__ __forceinline__ int first_key(int warpgroup) { return warpgroup * 64; }
   static __device__ __forceinline__ int first_column(int) { return 0; }
+  using Base::aside, Base::last_block, Base::next_block;
   using Base::k_pipe, Base::v_pipe, Base::q_pipe, Base::dout_pipe;
   using Base::kBlockM, Base::kBlockN, Base::kHalves, Base::kHeadDim;
   using Base::kDsBarrier;
-  using Base::aside, Base::last_block, Base::next_block;
   using Base::num_steps, Base::find_work_again, Base::key_state, Base::queries;
   using Base::p, Base::smem, Base::queue;
   using typename Base::QueryState;
