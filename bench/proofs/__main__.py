@@ -182,6 +182,7 @@ def measure(
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+    ranks.end()
 
 
 if __name__ == "__main__":

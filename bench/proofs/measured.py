@@ -14,6 +14,12 @@ def _gemma(device: str, log: Log, tiny: bool) -> Any:
     return long_training.segmentwise(shape, T, N, "adamw", device, steps=3, log=log)
 
 
+def _gemma_256(device: str, log: Log, tiny: bool) -> Any:
+    """The same with Gemma's own 8 heads of 256."""
+    shape, T, N = ("tiny", 256, 64) if tiny else ("gemma-2b", 32768, 2048)
+    return long_training.segmentwise(shape, T, N, "adamw", device, steps=3, log=log)
+
+
 def _llama(device: str, log: Log, tiny: bool) -> Any:
     """Llama-3-8B shape, Adafactor; as much of 1M tokens as 10 seconds hold."""
     shape, T, N = ("tiny", 512, 64) if tiny else ("llama-3-8b", 1 << 20, 2048)
@@ -53,6 +59,7 @@ def _steps(device: str, log: Log, tiny: bool) -> Any:
 
 
 MEASURED: dict[str, Callable[[str, Log, bool], Any]] = {
-    "gemma-32k": _gemma, "stream": _stream, "histories": _histories, "prompt-32k": _prompt,
-    "steps": _steps, "llama-1m": _llama, "llama-1m-whole": _llama_whole,
+    "gemma-32k": _gemma, "gemma-32k-heads-of-256": _gemma_256, "stream": _stream,
+    "histories": _histories, "prompt-32k": _prompt, "steps": _steps, "llama-1m": _llama,
+    "llama-1m-whole": _llama_whole,
 }  # fmt: skip

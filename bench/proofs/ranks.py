@@ -17,6 +17,12 @@ def start() -> int:
     return dist.get_rank()
 
 
+def end() -> None:
+    """Leave them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def count() -> int:
     """Processes, one a GPU."""
     return dist.get_world_size() if dist.is_initialized() else 1

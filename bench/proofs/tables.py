@@ -93,7 +93,11 @@ def headline(folder: Path) -> str:
     ]
     whole = "llama-1m-whole" if read(folder, "llama-1m-whole") else "llama-1m"
     results = []
-    for name in (f"{name}{gpus}" for name in ("gemma-32k", whole) for gpus in ("", "-2-gpus")):
+    for name in (
+        f"{name}{gpus}"
+        for name in ("gemma-32k-heads-of-256", "gemma-32k", whole)
+        for gpus in ("", "-2-gpus")
+    ):
         result = read(folder, name) or read(folder, name.replace("-whole", ""))
         if result is None or "error" in result["found"]:
             continue

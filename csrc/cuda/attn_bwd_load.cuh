@@ -131,6 +131,38 @@ struct BwdLoads {
   // there is one turn for each tile.
   __device__ __forceinline__ KeyState key_state() const { return {queue.state.step - 1}; }
 
+  // ---- consumers: what waits in shared memory, since registers are scarce ----
+
+  __device__ __forceinline__ uint32_t aside(int warpgroup) const {
+    return smem + Traits::kAside +
+           static_cast<uint32_t>(warpgroup * 128 + warpgroup_thread()) / 32 * Traits::kAsideBytes;
+  }
+
+  // From the end of a head's blocks [bounds.x, bounds.y) of dq_sum to the next head's first.
+  __device__ __forceinline__ int blocks_between(int2 bounds) const {
+    return p.head_step * p.blocks_per_head - (bounds.y - bounds.x);
+  }
+
+  // Blocks of dq_sum that this step belongs to, in shared memory, and the step before.
+  __device__ __forceinline__ int last_block(int warpgroup, int m) const {
+    const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
+    const int block = ptx::load_shared_4(aside(warpgroup) + 12);
+    return m > bounds.x ? block - 1 : block - 1 - blocks_between(bounds);
+  }
+  // The query block of the next step.
+  __device__ __forceinline__ int next_block(int warpgroup, int m) const {
+    const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
+    int block = ptx::load_shared_4(aside(warpgroup) + 12) + 1;
+    if (++m == bounds.y) {
+      m = bounds.x;
+      block += blocks_between(bounds);
+    }
+    __syncwarp();
+    ptx::store_shared_4(aside(warpgroup) + 12, block);
+    __syncwarp();
+    return m;
+  }
+
   // ---- producers ----
 
   // The place in the queue, while a tile is loaded: registers are scarce.
@@ -272,32 +304,5 @@ struct BwdLoads {
     }
   }
 };
-
-// The body of a kernel.
-template <class Kernel>
-__device__ __forceinline__ void run_bwd(const typename Kernel::Traits::Params& p, char* base) {
-  Kernel kernel(p, base);
-  if (threadIdx.x == 0) kernel.init();
-  if (threadIdx.x == 32) {  // meanwhile
-    ptx::prefetch_tensor_map(&p.q[0]);
-    ptx::prefetch_tensor_map(&p.k[0]);
-    ptx::prefetch_tensor_map(&p.dout[0]);
-    ptx::prefetch_tensor_map(&p.v[0]);
-  }
-  __syncthreads();
-  if (threadIdx.x < 128) {
-    ptx::setmaxnreg_dec<24>();
-    if (threadIdx.x == 0) kernel.template produce<true>();
-    if (threadIdx.x == 32) kernel.template produce<false>();
-    if constexpr (Kernel::Traits::kGroups) {
-      if (threadIdx.x == 64) kernel.template produce_group_statistics<true>();
-      if (threadIdx.x == 96) kernel.template produce_group_statistics<false>();
-    }
-  } else {
-    ptx::setmaxnreg_inc<240>();
-    // Through a shuffle, so that the compiler knows it is the same for the whole warp.
-    kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
-  }
-}
 
 }  // namespace lctx::cuda

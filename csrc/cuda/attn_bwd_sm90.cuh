@@ -38,6 +38,7 @@ struct BwdKernel : BwdLoads<Traits_> {
   // Keys of a tile that a warpgroup has, and its first column of dK and dV.
   static __device__ __forceinline__ int first_key(int warpgroup) { return warpgroup * 64; }
   static __device__ __forceinline__ int first_column(int) { return 0; }
+  using Base::aside, Base::last_block, Base::next_block;
   using Base::k_pipe, Base::v_pipe, Base::q_pipe, Base::dout_pipe;
   using Base::kBlockM, Base::kBlockN, Base::kHalves, Base::kHeadDim;
   using Base::kDsBarrier;
@@ -250,18 +251,8 @@ struct BwdKernel : BwdLoads<Traits_> {
     int first, steps;
   };
 
-  // From the end of a head's blocks [bounds.x, bounds.y) of dq_sum to the next head's first.
-  __device__ __forceinline__ int blocks_between(int2 bounds) const {
-    return p.head_step * p.blocks_per_head - (bounds.y - bounds.x);
-  }
-
   // Whether Ahead::place is what the end of a step needs to know, loaded under the products.
   static constexpr bool kPlaceAhead = false;
-
-  __device__ __forceinline__ uint32_t aside(int warpgroup) const {
-    return smem + Traits::kAside +
-           static_cast<uint32_t>(warpgroup * 128 + warpgroup_thread()) / 32 * Traits::kAsideBytes;
-  }
 
   __device__ __forceinline__ void consume(int warpgroup) {
     QueryState state;  // of Q, dO and dS^T
@@ -356,26 +347,6 @@ struct BwdKernel : BwdLoads<Traits_> {
     dout_pipe.release(last);
   }
 
-  // Blocks of dq_sum that this step belongs to, in shared memory, and the step before.
-  __device__ __forceinline__ int last_block(int warpgroup, int m) const {
-    const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
-    const int block = ptx::load_shared_4(aside(warpgroup) + 12);
-    return m > bounds.x ? block - 1 : block - 1 - blocks_between(bounds);
-  }
-  // The query block of the next step.
-  __device__ __forceinline__ int next_block(int warpgroup, int m) const {
-    const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
-    int block = ptx::load_shared_4(aside(warpgroup) + 12) + 1;
-    if (++m == bounds.y) {
-      m = bounds.x;
-      block += blocks_between(bounds);
-    }
-    __syncwarp();
-    ptx::store_shared_4(aside(warpgroup) + 12, block);
-    __syncwarp();
-    return m;
-  }
-
   __device__ __forceinline__ void fused_steps(int warpgroup, const Turn& turn, QueryState& state,
                                               float (&dk)[kHeadDim / 2],
                                               float (&dv)[kHeadDim / 2]) const {
@@ -466,6 +437,32 @@ struct BwdKernel : BwdLoads<Traits_> {
     }
   }
 };
+
+template <class Kernel>
+__device__ __forceinline__ void run_bwd(const typename Kernel::Traits::Params& p, char* base) {
+  Kernel kernel(p, base);
+  if (threadIdx.x == 0) kernel.init();
+  if (threadIdx.x == 32) {  // meanwhile
+    ptx::prefetch_tensor_map(&p.q[0]);
+    ptx::prefetch_tensor_map(&p.k[0]);
+    ptx::prefetch_tensor_map(&p.dout[0]);
+    ptx::prefetch_tensor_map(&p.v[0]);
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    ptx::setmaxnreg_dec<24>();
+    if (threadIdx.x == 0) kernel.template produce<true>();
+    if (threadIdx.x == 32) kernel.template produce<false>();
+    if constexpr (Kernel::Traits::kGroups) {
+      if (threadIdx.x == 64) kernel.template produce_group_statistics<true>();
+      if (threadIdx.x == 96) kernel.template produce_group_statistics<false>();
+    }
+  } else {
+    ptx::setmaxnreg_inc<240>();
+    // Through a shuffle, so that the compiler knows it is the same for the whole warp.
+    kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
+  }
+}
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)

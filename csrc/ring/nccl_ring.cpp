@@ -148,27 +148,12 @@ void NcclRing::enqueue(Hop& hop, CUstream stream) {
 void NcclRing::release(const std::vector<Hop*>&) {
   if (aborted_) return;
   driver().cuStreamSynchronize_(rescue_);  // what fills the missing data comes first
-  std::unique_lock<std::timed_mutex> own(using_, kPatience);  // or the hop hangs as well
+  // One at a time in a process, and not under a hop, unless that one hangs as well.
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> turn(one_at_a_time);
+  std::unique_lock<std::timed_mutex> own(using_, kPatience);
   aborted_ = true;
-  CUcontext context = nullptr;
-  driver().cuCtxGetCurrent_(&context);
-  // To give up a communicator stops its kernels at once, but then frees memory, which waits for all
-  // that the GPU does: for kernels of other communicators too, which must be stopped meanwhile.
-  for (nccl::Comm comm : comms_) {
-    std::thread([comm, context, ending = ending_] {
-      driver().cuCtxSetCurrent_(context);
-      nccl::api().ncclCommAbort(comm);
-      --*ending;
-    }).detach();
-  }
-}
-
-void NcclRing::close() {
-  Ring::close();
-  const auto limit = std::chrono::steady_clock::now() + kPatience;
-  while (aborted_ && *ending_ > 0 && std::chrono::steady_clock::now() < limit) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
+  for (nccl::Comm comm : comms_) nccl::api().ncclCommAbort(comm);
 }
 
 std::string NcclRing::missing(const Hop& hop) {

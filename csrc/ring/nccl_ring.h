@@ -28,7 +28,6 @@ class NcclRing : public Ring {
   CUdeviceptr memory() const { return reinterpret_cast<CUdeviceptr>(memory_); }
   // A first hop to and from both neighbours, which makes the connections.
   void warm_up();
-  void close() override;
 
  protected:
   void enqueue(Hop& hop, CUstream stream) override;
@@ -43,8 +42,6 @@ class NcclRing : public Ring {
   void* memory_ = nullptr;
   std::timed_mutex using_;  // the communicators: none may be given up while a hop is enqueued
   bool aborted_ = false;
-  // Communicators that are not yet given up.
-  std::shared_ptr<std::atomic<int>> ending_ = std::make_shared<std::atomic<int>>(kChannels);
 };
 
 }  // namespace lctx::ring

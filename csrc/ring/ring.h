@@ -67,7 +67,7 @@ class Ring {
   void abort(const std::string& reason);
   // Ends the watchdog; a hop under way is given up. Every subclass calls it in its destructor,
   // where its release() still is.
-  virtual void close();
+  void close();
 
   std::vector<Hop> log();
   // The hop that failed first, and how; its error is empty before a failure.

@@ -19,8 +19,8 @@ from .schedule import Call
 
 # Of an H200: a hop by the copy engine, and kernels on short rows.
 LINK, FORWARD_FLOPS, BACKWARD_FLOPS, STATISTICS = 370e9, 560e12, 430e12, 3e12
-HOP_SECONDS, MARGIN = 30e-6, 1.05
-CARRIED, WORTH = 8 / 4e12, 0.03  # seconds to carry an element; of a step's, that are worth saving
+HOP_SECONDS, MARGIN = 30e-6, 1.2
+CARRIED, WORTH = 8 / 4e12, 0.015  # seconds to carry an element; of a step's, that are worth saving
 ROWS, FEWEST_TILES = 128, 1000  # of a tile; of keys, that are worth two launches
 
 

@@ -60,7 +60,7 @@ def test_what_does_not_go_together():
     assert two_steps(rank_of(packed, 1), *tensors(packed, 1)) is None
     alone = cp.make_plan(16384, 1)
     assert two_steps(rank_of(alone, 0), *tensors(alone, 0)) is None
-    long = cp.make_plan(65536, 2)  # what is carried takes little of a step
+    long = cp.make_plan(131072, 2)  # what is carried takes little of a step
     assert two_steps(rank_of(long, 0), *tensors(long, 0)) is None
     short = cp.make_plan(1024, 2)  # the hop takes longer than the own keys
     assert two_steps(rank_of(short, 0), *tensors(short, 0)) is None
