@@ -69,6 +69,18 @@ struct Pipeline {
   __device__ __forceinline__ void release(const State& state) const {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + state.stage() * 8);
   }
+  // And goes on to the next stage.
+  template <class State>
+  __device__ __forceinline__ void leave(State& state) const {
+    release(state);
+    state.advance();
+  }
+  // Lets a stage pass unread.
+  template <class State>
+  __device__ __forceinline__ void pass(State& state) const {
+    wait(state);
+    leave(state);
+  }
 };
 
 }  // namespace lctx

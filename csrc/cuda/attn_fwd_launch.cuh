@@ -124,11 +124,11 @@ void launch_fwd(const typename Traits::Params& p, int num_sms, Stream stream,
 
 // Calls run(TypeTag<FwdTile>()) with the tile for `params`.
 template <class T, class Run>
-void choose_tile(const AttnParams& params, int64_t keys, Run&& run) {
+void choose_tile(const AttnParams& params, int64_t keys, Run&& run, int64_t long_full = kLongFull) {
   const int64_t D = std::max(params.shape.Dk, params.shape.Dv);
   if (D <= 64) {
     run(TypeTag<FwdTile<T, 64, 128, 3, true>>());
-  } else if (D <= 128 && keys < (params.causal ? kLongCausal : kLongFull)) {
+  } else if (D <= 128 && keys < (params.causal ? kLongCausal : long_full)) {
     run(TypeTag<FwdTile<T, 128, 128, 2, true>>());
   } else if (D <= 128) {
     run(TypeTag<FwdTile<T, 128, 176, 2, false>>());
@@ -139,11 +139,12 @@ void choose_tile(const AttnParams& params, int64_t keys, Run&& run) {
 
 // The same for the 16-bit type of `params`.
 template <class Run>
-void choose_type_and_tile(const AttnParams& params, int64_t keys, Run&& run) {
+void choose_type_and_tile(const AttnParams& params, int64_t keys, Run&& run,
+                          int64_t long_full = kLongFull) {
   if (params.shape.dtype == DType::kBFloat16) {
-    choose_tile<__nv_bfloat16>(params, keys, run);
+    choose_tile<__nv_bfloat16>(params, keys, run, long_full);
   } else {
-    choose_tile<__half>(params, keys, run);
+    choose_tile<__half>(params, keys, run, long_full);
   }
 }
 

@@ -28,6 +28,7 @@ struct FwdTile {
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr bool kShifts = kConsumers > 2;  // see row_shift()
   static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr bool kTakesTurns = false, kWaitsEarly = false, kRescalesLate = false;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   static constexpr int kQBytes = tile_bytes(kBlockM, kHeadDim);
@@ -43,6 +44,16 @@ struct FwdTile {
   static_assert(2 * Pipeline<kStages>::kBytes + Pipeline<kQStages>::kBytes + TileQueue::kBytes <=
                     kBarrierBytes,
                 "no room for the barriers of so many stages");
+};
+
+// Warpgroups issue the products of a block in turns, so that those of one run under the softmax of
+// the others, and none waits long for its own: it can rescale O and pack weights between the
+// exponentials. 6/8 is not where ptxas puts the wait, but where it puts it early.
+template <class Tile>
+struct TurnsTile : Tile {
+  static constexpr bool kTakesTurns = true, kWaitsEarly = true;
+  static constexpr bool kRescalesLate = Tile::kHeadDim == 128 && Tile::kBlockN == 128;
+  static constexpr int kWaitsAfter = 6;  // eighths of the weights
 };
 
 // A tile shape and the three policies, as one type that the kernel is compiled for.

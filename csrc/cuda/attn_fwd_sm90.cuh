@@ -18,6 +18,7 @@
 
 #include <type_traits>
 
+#include "../common/turns.cuh"
 #include "attn_fwd_rows.cuh"
 #include "attn_fwd_scores.cuh"
 #include "attn_fwd_shape.cuh"
@@ -35,13 +36,14 @@ struct FwdKernel {
   static constexpr int kHeadDim = Traits::kHeadDim, kValueDim = Traits::kValueDim;
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kChunks = kHeadDim / kChunkColumns;
-  static constexpr bool kRescalesLate = Scores::kFolds || (Scores::kRescalesLate && kHeadDim > 64);
+  static constexpr bool kRescalesLate =
+      Traits::kRescalesLate || Scores::kFolds || (Scores::kRescalesLate && kHeadDim > 64);
+  using Turns = lctx::Turns<Traits::kTakesTurns, Traits::kConsumers, 1 + Traits::kConsumers>;
   static constexpr int kConsumerWarps = 4 * Traits::kConsumers;
   using KVPipeline = Pipeline<Traits::kStages>;
   using KVState = PipelineState<Traits::kStages>;
   using QPipeline = Pipeline<Traits::kQStages>;
   using QState = PipelineState<Traits::kQStages>;
-
   static constexpr int kQueue = Traits::kBarriers + 2 * KVPipeline::kBytes + QPipeline::kBytes;
 
   const typename Traits::Params& p;
@@ -197,14 +199,13 @@ struct FwdKernel {
   }
 
   // Lets `blocks` blocks of keys and values pass unread.
-  __device__ __forceinline__ void skip(int blocks, KVState& k_state, KVState& v_state) const {
+  __device__ __forceinline__ void skip(int blocks, KVState& k_state, KVState& v_state,
+                                       int warpgroup = 0) const {
     for (; blocks > 0; --blocks) {
-      k_pipe.wait(k_state);
-      k_pipe.release(k_state);
-      k_state.advance();
-      v_pipe.wait(v_state);
-      v_pipe.release(v_state);
-      v_state.advance();
+      Turns::take(warpgroup);
+      Turns::pass(warpgroup);
+      k_pipe.pass(k_state);
+      v_pipe.pass(v_state);
     }
   }
 
@@ -268,10 +269,12 @@ struct FwdKernel {
   __device__ __forceinline__ void finish_empty(int warpgroup, const Turn& turn, QState& q_state,
                                                KVState& k_state, KVState& v_state) const {
     if (turn.loaded) {
-      q_pipe.wait(q_state);
-      q_pipe.release(q_state);
-      q_state.advance();
-      skip(turn.right, k_state, v_state);
+      q_pipe.pass(q_state);
+      if constexpr (Traits::kTakesTurns) {  // the first block has no turn
+        k_pipe.pass(k_state);
+        v_pipe.pass(v_state);
+      }
+      skip(turn.right - Traits::kTakesTurns, k_state, v_state, warpgroup);
       if constexpr (Rows::kRetrieves) Rows::skip(*this, turn.index, q_state, v_state);
     }
     const Work work = find_work_again(turn.index);
@@ -297,13 +300,10 @@ struct FwdKernel {
     wgmma_wait<0>();
   }
 
-  template <int N, int M>
-  static __device__ __forceinline__ auto& choose_o(float (&own)[N], float (&shared)[M]) {
-    if constexpr (Rows::kMakesStates) {
-      return shared;
-    } else {
-      return own;
-    }
+  template <bool kSecond, class A, class B>
+  static __device__ __forceinline__ auto& choose(A& first, B& second) {
+    if constexpr (kSecond) return second;
+    if constexpr (!kSecond) return first;
   }
 
   __device__ __forceinline__ void consume(int warpgroup) {
@@ -311,11 +311,11 @@ struct FwdKernel {
     KVState k_state, v_state;
     QState q_state;
     float s[kBlockN / 2];
-    // Accumulators that outlive their tile take registers where the tiles meet. But those of tiles
-    // that make states have to be the same ones: ptxas takes what nothing has been written to for
-    // alive in all of the kernel.
+    // Tiles that make states have to use the accumulators of the others: ptxas takes what nothing
+    // has been written to for alive in all of the kernel. Else they end with their tile.
     float shared_o[Rows::kMakesStates ? kValueDim / 2 : 1];
     bool prefetched = false;  // s holds the first scores of `turn`
+    Turns::begin(warpgroup);
     Turn turn = next_turn(warpgroup);
     while (turn.index < Tiles::end(p)) {
       if constexpr (Rows::kMakesStates) {
@@ -335,14 +335,14 @@ struct FwdKernel {
       const int index = turn.index;
       const KeyRange keys = turn.keys;
       float own_o[Rows::kMakesStates ? 1 : kValueDim / 2];
-      auto& o = choose_o(own_o, shared_o);
+      auto& o = choose<Rows::kMakesStates>(own_o, shared_o);
       float alpha[2], inverse[2], lse[2];
       State state;
       uint32_t weights[kBlockN / 16][4];
       // First block: nothing of this tile to overlap with yet.
       int n = keys.end - 1;
       if (!prefetched) {
-        skip(turn.right, k_state, v_state);
+        skip(turn.right, k_state, v_state, warpgroup);
         wait_first(q_state, k_state);
         issue_scores(warpgroup, q_state, k_state, s);
       }
@@ -353,8 +353,7 @@ struct FwdKernel {
         Scores::begin(*this, warpgroup, find_work_again(index), n, state);
       }
       wgmma_wait<0>();
-      k_pipe.release(k_state);
-      k_state.advance();
+      k_pipe.leave(k_state);
       // A share of the keys may end with a block that needs no mask; weigh<true> wants one.
       if (Tiles::kSplitsKeys || Scores::needs_mask(keys, n, state)) {
         mask_block(index, warpgroup, n, s, state);
@@ -374,28 +373,36 @@ struct FwdKernel {
           scale_rows<kValueDim>(o, alpha);
         }
       };
+      const auto finish_values = [&] {
+        wgmma_wait<0>();
+        v_pipe.leave(v_state);
+        if constexpr (!kRescalesLate) rescale();
+      };
       const auto step = [&](auto masked) {
+        if constexpr (Traits::kWaitsEarly) k_pipe.wait(k_state);
+        Turns::take(warpgroup);
         issue_scores(warpgroup, q_state, k_state, s);
         if constexpr (kRescalesLate) rescale();
         issue_values(v_state, weights, o, started);
+        Turns::pass(warpgroup);
         started = true;
         if constexpr (Scores::kFolds) Scores::turn(p, n, state);
         wgmma_wait<1>();
-        k_pipe.release(k_state);
-        k_state.advance();
+        k_pipe.leave(k_state);
         constexpr bool kMasked = decltype(masked)::value;
         if constexpr (kMasked) mask_block(index, warpgroup, n, s, state);
-        Scores::template weigh<kMasked>(p, s, state, alpha);
-        // ptxas would hoist the wait for P V above the softmax. It does not move it across a spin,
-        // and this one needs the weights.
-        if (n > keys.begin) k_pipe.wait(k_state, state.settled());
-        wgmma_wait<0>();
-        v_pipe.release(v_state);
-        v_state.advance();
-        if constexpr (!kRescalesLate) rescale();
+        if constexpr (Traits::kWaitsEarly) {
+          Scores::template weigh_in_two<Traits::kWaitsAfter>(p, s, state, alpha, finish_values);
+        } else {
+          Scores::template weigh<kMasked>(p, s, state, alpha);
+          // ptxas would hoist the wait for P V above the softmax. It does not move it across a
+          // spin, and this one needs the weights.
+          if (n > keys.begin) k_pipe.wait(k_state, state.settled());
+          finish_values();
+        }
         Scores::template to_a<T>(s, state, weights);
       };
-      if (n > keys.begin) k_pipe.wait(k_state);
+      if (!Traits::kWaitsEarly && n > keys.begin) k_pipe.wait(k_state);
       for (--n; n >= keys.begin; --n) {
         if constexpr (Scores::kFolds) Scores::enter(n, state);
         if (Scores::needs_mask(keys, n, state)) {
@@ -404,10 +411,7 @@ struct FwdKernel {
           step(std::false_type{});
         }
       }
-      if constexpr (!Rows::kRetrieves) {
-        q_pipe.release(q_state);
-        q_state.advance();
-      }
+      if constexpr (!Rows::kRetrieves) q_pipe.leave(q_state);
 
       if constexpr (kRescalesLate) rescale();
       issue_values(v_state, weights, o, started);
@@ -430,7 +434,7 @@ struct FwdKernel {
         // would serialise.
         prefetched = left == 0 && !turn.empty && turn.right <= (retrieves ? 0 : 1);
         if (prefetched) {
-          skip(turn.right, k_state, v_state);
+          skip(turn.right, k_state, v_state, warpgroup);
           wait_first(q_state, k_state);
         }
         issue_scores(warpgroup, q_state, k_state, s);
@@ -439,7 +443,7 @@ struct FwdKernel {
         wgmma_wait<0>();
       }
       v_pipe.release(last);
-      skip(left, k_state, v_state);
+      skip(left, k_state, v_state, warpgroup);
       if constexpr (Scores::kFolds) Scores::complete(*this, warpgroup, o, state);
       if constexpr (Rows::kRetrieves) {
         Rows::retrieve(*this, warpgroup, index, q_state, v_state, query, o, inverse);
@@ -451,6 +455,7 @@ struct FwdKernel {
         turn = next_turn(warpgroup);
       }
     }
+    Turns::end(warpgroup);
     if (threadIdx.x % 128 == 0) ptx::tma_store_wait<0>();
     // What this kernel overlapped with has ended when it ends.
     if constexpr (Rows::kRetrieves) ptx::grid_dependency_wait();

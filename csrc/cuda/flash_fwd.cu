@@ -15,8 +15,10 @@ namespace {
 // Without a window the mask costs half as much.
 template <class Tile, bool kWindowed>
 void launch_dense(const FlashParams& params, int* counter, int num_sms, Stream stream) {
-  using Traits =
-      FwdTraits<Tile, DenseTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN, kWindowed>, StoreRows>;
+  // Not measured with windows and at D256.
+  using Chosen = std::conditional_t<kWindowed || Tile::kHeadDim == 256, Tile, TurnsTile<Tile>>;
+  using Traits = FwdTraits<Chosen, DenseTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN, kWindowed>,
+                           StoreRows>;
   const AttnShape& s = params.shape;
   auto p = fwd_params<Traits>(params, counter);
   p.row_shift = row_shift<Tile>(s.Tq);
@@ -59,7 +61,7 @@ void launch_flash_fwd(const FlashParams& params, void* scratch, int num_sms, Str
   }
   int* counter = static_cast<int*>(scratch);
   cudaMemsetAsync(counter, 0, sizeof(int), stream);
-  choose_type_and_tile(params, s.Tk, [&](auto tile) {
+  const auto launch = [&](auto tile) {
     using Tile = typename decltype(tile)::type;
     if (params.cu_seqlens != nullptr) {
       launch_packed<Tile>(params, counter, num_sms, stream);
@@ -68,7 +70,10 @@ void launch_flash_fwd(const FlashParams& params, void* scratch, int num_sms, Str
     } else {
       launch_dense<Tile, false>(params, counter, num_sms, stream);
     }
-  });
+  };
+  // Turns make up for shorter blocks.
+  const bool turns = params.cu_seqlens == nullptr && params.window == 0;
+  choose_type_and_tile(params, s.Tk, launch, turns ? kLongCausal : kLongFull);
 }
 
 }  // namespace lctx::cuda
