@@ -6,7 +6,7 @@
 //       - D <= 256: 128 x 80, two, O leaving from registers
 // Pipeline: the tile counter must be zero at launch; one persistent block per multiprocessor. A
 //       launch may overlap with the end of the one before (programmatic dependent launch).
-// Memory: tiles go through the heads in sections whose keys and values fit the L2 cache.
+// Memory: tiles go through the heads in sections, so that keys and values come from the L2 cache.
 // Limits: those of attn_fwd_sm90.cuh.
 #pragma once
 
@@ -16,7 +16,7 @@
 #include "../common/dtype.cuh"
 #include "../common/launch.h"
 #include "../common/tensor_map.h"
-#include "attn_fwd_sm90.cuh"
+#include "attn_fwd_run.cuh"
 #include "cuda_backend.h"
 
 namespace lctx::cuda {
@@ -85,6 +85,16 @@ inline int64_t heads_per_section(const AttnShape& s, int64_t keys, int64_t most)
   return std::clamp<int64_t>(kL2Budget / head_bytes, 1, most) * (s.Hq / s.Hkv);
 }
 
+// The same for whole sequences, in equal sections. What is read from memory while a wave of tiles
+// runs grows with the heads of a section, however long they are: 16 cost nothing. With a causal
+// mask the last section needs some tiles for each multiprocessor, or its longest ends the kernel.
+inline int64_t dense_section(const AttnShape& s) {
+  constexpr int64_t kRows = 512 * 128;  // of a section
+  const int64_t heads = std::max<int64_t>(s.B * s.Hkv, 1);
+  const int64_t most = std::clamp<int64_t>(kRows / std::max<int64_t>(s.Tq, 1), 8, 16);
+  return ceil_div(heads, ceil_div(heads, most)) * (s.Hq / s.Hkv);
+}
+
 // `m_blocks` row blocks for each of `heads` x `batches`.
 inline TileOrder make_order(const char* op, int64_t m_blocks, int64_t heads, int64_t batches,
                             int64_t section) {
@@ -92,6 +102,24 @@ inline TileOrder make_order(const char* op, int64_t m_blocks, int64_t heads, int
              " tiles; expected at most 2^31 - 1");
   return TileOrder(static_cast<int>(m_blocks), static_cast<int>(heads), static_cast<int>(batches),
                    static_cast<int>(section));
+}
+
+// A kernel that may start while the one before it in the stream ends, and waits for that before it
+// reads.
+template <class Params>
+void launch_overlapping(const char* name, void (*kernel)(Params), const Params& p, dim3 grid,
+                        dim3 block, Stream stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, p);
+  check_launch(name, grid, block, stream);
 }
 
 // One block per multiprocessor of a kernel that is run_tiles<Kernel>. `overlap`: it may start while
@@ -105,7 +133,7 @@ void launch_tiles(const char* name, Kernel kernel, const typename Traits::Params
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::min(num_sms, p.order.num_tiles));
+  config.gridDim = dim3(std::min(num_sms * Traits::kPerSm, p.order.num_tiles));
   config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = Traits::kSharedBytes;
   config.stream = stream;
@@ -124,11 +152,11 @@ void launch_fwd(const typename Traits::Params& p, int num_sms, Stream stream,
 
 // Calls run(TypeTag<FwdTile>()) with the tile for `params`.
 template <class T, class Run>
-void choose_tile(const AttnParams& params, int64_t keys, Run&& run, int64_t long_full = kLongFull) {
+void choose_tile(const AttnParams& params, int64_t keys, Run&& run) {
   const int64_t D = std::max(params.shape.Dk, params.shape.Dv);
   if (D <= 64) {
     run(TypeTag<FwdTile<T, 64, 128, 3, true>>());
-  } else if (D <= 128 && keys < (params.causal ? kLongCausal : long_full)) {
+  } else if (D <= 128 && keys < (params.causal ? kLongCausal : kLongFull)) {
     run(TypeTag<FwdTile<T, 128, 128, 2, true>>());
   } else if (D <= 128) {
     run(TypeTag<FwdTile<T, 128, 176, 2, false>>());
@@ -139,12 +167,11 @@ void choose_tile(const AttnParams& params, int64_t keys, Run&& run, int64_t long
 
 // The same for the 16-bit type of `params`.
 template <class Run>
-void choose_type_and_tile(const AttnParams& params, int64_t keys, Run&& run,
-                          int64_t long_full = kLongFull) {
+void choose_type_and_tile(const AttnParams& params, int64_t keys, Run&& run) {
   if (params.shape.dtype == DType::kBFloat16) {
-    choose_tile<__nv_bfloat16>(params, keys, run, long_full);
+    choose_tile<__nv_bfloat16>(params, keys, run);
   } else {
-    choose_tile<__half>(params, keys, run, long_full);
+    choose_tile<__half>(params, keys, run);
   }
 }
 

@@ -23,6 +23,7 @@ namespace lctx::cuda {
 struct StoreRows {
   struct Params {};
   static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
+  static constexpr bool kFollows = false;  // what it overlaps with is part of the same result
 
   template <class Kernel>
   struct Query {};  // of a memory
@@ -33,9 +34,8 @@ struct StoreRows {
     return row < work.row_end;
   }
   template <class Kernel>
-  static __device__ __forceinline__ int64_t lse_offset(const Kernel& kernel, const Work& work,
-                                                       int row) {
-    return kernel.lse_offset(work, row);
+  static __device__ __forceinline__ float* lse(const Kernel& kernel, const Work& work, int row) {
+    return kernel.p.lse + kernel.lse_offset(work, row);
   }
 
   // Rows of a partial tile in the middle of the tensor, which TMA would not clip.
@@ -173,6 +173,10 @@ struct CarryRows : StoreRows {
     return (static_cast<int64_t>(work.batch) * p.Hq + work.head) * p.state_rows +
            kernel.position(work, row);
   }
+  template <class Kernel>
+  static __device__ __forceinline__ float* lse(const Kernel& kernel, const Work& work, int row) {
+    return kernel.p.lse + lse_offset(kernel, work, row);
+  }
 
   // Puts the carried rows into the accumulators and the row state.
   template <class Kernel>
@@ -265,6 +269,7 @@ struct SplitRows {
     int heads_of_group;  // query heads per key/value head
   };
   static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
+  static constexpr bool kFollows = false;
   template <class Kernel>
   struct Query {};
 
@@ -282,12 +287,11 @@ struct SplitRows {
   }
 
   template <class Kernel>
-  static __device__ __forceinline__ int64_t lse_offset(const Kernel& kernel, const Work& work,
-                                                       int row) {
+  static __device__ __forceinline__ float* lse(const Kernel& kernel, const Work& work, int row) {
     const auto& p = kernel.p;
-    if (p.partial != nullptr) return slot_row(p, work, row);
+    if (p.partial != nullptr) return p.lse + slot_row(p, work, row);
     const int head = work.head * p.heads_of_group + head_in_group(p, work, row);
-    return (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq + (row >> p.head_bits);
+    return p.lse + (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq + (row >> p.head_bits);
   }
 
   template <class Kernel>

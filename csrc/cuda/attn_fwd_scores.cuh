@@ -45,10 +45,10 @@ struct PlainScores {
   }
 
   // What weigh() left in s and state, as A operand of P V.
-  template <class T, class State>
-  static __device__ __forceinline__ void to_a(const float (&s)[kBlockN / 2], const State&,
-                                              uint32_t (&a)[kBlockN / 16][4]) {
-    accumulator_to_a<T, kBlockN>(s, a);
+  template <class T, class State, int N>
+  static __device__ __forceinline__ void to_a(const float (&s)[N], const State&,
+                                              uint32_t (&a)[N / 8][4]) {
+    accumulator_to_a<T, 2 * N>(s, a);
   }
 };
 
@@ -87,9 +87,9 @@ struct DenseScores : PlainScores<kBlockN> {
   }
 
   // Sets the scores that a row does not see to -inf. Fragment row 0 sits at `position0`.
-  template <class P>
+  template <class P, int N>
   static __device__ __forceinline__ void mask(const P& p, const Work& work, int position0, int n,
-                                              float (&s)[kBlockN / 2], State&) {
+                                              float (&s)[N], State&) {
     const int thread = warpgroup_thread();
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -103,7 +103,7 @@ struct DenseScores : PlainScores<kBlockN> {
       high -= n * kBlockN + fragment_column(thread);
       low -= n * kBlockN + fragment_column(thread);
 #pragma unroll
-      for (int j = 0; j < kBlockN / 8; ++j) {
+      for (int j = 0; j < N / 4; ++j) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (8 * j + i > high || 8 * j + i < low) s[4 * j + 2 * row + i] = -INFINITY;
@@ -114,10 +114,10 @@ struct DenseScores : PlainScores<kBlockN> {
 
   // Scores -> weights. `kMasked`: mask() ran on them. Returns in alpha the factor on what was
   // accumulated before.
-  template <bool kMasked, class P>
-  static __device__ __forceinline__ void weigh(const P& p, float (&s)[kBlockN / 2], State& state,
+  template <bool kMasked, class P, int N>
+  static __device__ __forceinline__ void weigh(const P& p, float (&s)[N], State& state,
                                                float (&alpha)[2]) {
-    state.update<kBlockN>(s, p.scale_log2, alpha);
+    state.template update<2 * N>(s, p.scale_log2, alpha);
   }
   // The same; calls between() when alpha and the weights of kFirst / 8 of the columns are known.
   template <int kFirst, class P, class Between>

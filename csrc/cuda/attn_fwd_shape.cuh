@@ -19,6 +19,7 @@ struct FwdTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kBlockN = kBlockN_;
+  static constexpr int kFirstN = kBlockN;  // keys of a tile's first block that may exist
   static constexpr int kConsumers = kConsumers_;
   // O has shared memory of its own and leaves by TMA; else it leaves from registers.
   static constexpr bool kStagesO = kStagesO_;
@@ -29,6 +30,7 @@ struct FwdTile {
   static constexpr bool kShifts = kConsumers > 2;  // see row_shift()
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr bool kTakesTurns = false, kWaitsEarly = false, kRescalesLate = false;
+  static constexpr int kPerSm = 1;  // thread blocks on a multiprocessor
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   static constexpr int kQBytes = tile_bytes(kBlockM, kHeadDim);
@@ -47,13 +49,21 @@ struct FwdTile {
 };
 
 // Warpgroups issue the products of a block in turns, so that those of one run under the softmax of
-// the others, and none waits long for its own: it can rescale O and pack weights between the
-// exponentials. 6/8 is not where ptxas puts the wait, but where it puts it early.
+// the others. P V then ends soon after the scores: waited for early, it lets O be rescaled and the
+// weights be packed between the exponentials.
 template <class Tile>
 struct TurnsTile : Tile {
   static constexpr bool kTakesTurns = true, kWaitsEarly = true;
-  static constexpr bool kRescalesLate = Tile::kHeadDim == 128 && Tile::kBlockN == 128;
-  static constexpr int kWaitsAfter = 6;  // eighths of the weights
+  static constexpr bool kRescalesLate = Tile::kHeadDim > 64;
+  // Eighths of the weights that the source has before the wait. ptxas moves it: with 6 behind a
+  // quarter of them, with less further down.
+  static constexpr int kWaitsAfter = Tile::kHeadDim > 64 ? 6 : 7;
+};
+
+// Where the blocks do not divide the keys and all tiles begin with the same short one.
+template <class Tile>
+struct ShortFirstTile : Tile {
+  static constexpr int kFirstN = 64;
 };
 
 // A tile shape and the three policies, as one type that the kernel is compiled for.

@@ -8,7 +8,8 @@
 //       rows and keys), Scores (attn_fwd_scores.cuh: which blocks of keys, their mask, scores to
 //       weights) and Rows (attn_fwd_rows.cuh: what becomes of finished rows).
 // Pipeline: K and V have kStages stages each with their own barriers. Inside a warpgroup S of the
-//       next block is issued together with P V of the last one, and the softmax runs under P V.
+//       next block is issued together with P V of the last one, and the softmax runs under P V, or
+//       under the products of the other warpgroups (TurnsTile).
 //       Tile numbers come from tile_schedule.cuh, one ahead.
 // Memory: Q once, K and V once per tile (L2), O and lse once. Shared: Q + O + kStages (K + V).
 //       Registers: 40/232 (two consumers), 32/160 (three) or evenly (one), no spills.
@@ -35,6 +36,8 @@ struct FwdKernel {
   using State = typename Scores::State;
   static constexpr int kHeadDim = Traits::kHeadDim, kValueDim = Traits::kValueDim;
   static constexpr int kBlockN = Traits::kBlockN;
+  static constexpr int kFirstN = Traits::kFirstN;
+  static constexpr bool kShortFirst = kFirstN < kBlockN;  // then tiles have two blocks or more
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr bool kRescalesLate =
       Traits::kRescalesLate || Scores::kFolds || (Scores::kRescalesLate && kHeadDim > 64);
@@ -179,12 +182,13 @@ struct FwdKernel {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
-      if (Rows::exists(p, work, row)) p.lse[Rows::lse_offset(*this, work, row)] = lse[i];
+      if (Rows::exists(p, work, row)) *Rows::lse(*this, work, row) = lse[i];
     }
   }
 
-  __device__ __forceinline__ void mask_block(int index, int warpgroup, int n,
-                                             float (&s)[kBlockN / 2], State& state) const {
+  template <int N>
+  __device__ __forceinline__ void mask_block(int index, int warpgroup, int n, float (&s)[N],
+                                             State& state) const {
     const Work work = find_work_again(index);
     Scores::mask(p, work, work.position0 + Tiles::position_of(p, warpgroup * 64), n, s, state);
   }
@@ -245,23 +249,24 @@ struct FwdKernel {
     k_pipe.wait(k_state);
   }
 
+  template <int N>
   __device__ __forceinline__ void issue_scores(int warpgroup, const QState& q_state,
-                                               const KVState& k_state,
-                                               float (&s)[kBlockN / 2]) const {
+                                               const KVState& k_state, float (&s)[N]) const {
     wgmma_fence();
-    gemm_nt<T, kBlockN, kHeadDim>(
+    gemm_nt<T, 2 * N, kHeadDim>(
         s, smem + q_state.stage() * Traits::kQBytes + warpgroup * tile_bytes(64, kHeadDim), 64,
         smem + Traits::kK + k_state.stage() * Traits::kKBytes, kBlockN);
     wgmma_commit();
   }
 
+  template <int N>
   __device__ __forceinline__ void issue_values(const KVState& v_state,
-                                               const uint32_t (&weights)[kBlockN / 16][4],
+                                               const uint32_t (&weights)[N][4],
                                                float (&o)[kValueDim / 2], bool started) const {
     v_pipe.wait(v_state);
     wgmma_fence();
-    gemm_rn<T, kValueDim, kBlockN>(
-        o, weights, smem + Traits::kV + v_state.stage() * Traits::kVBytes, kBlockN, started);
+    gemm_rn<T, kValueDim, 16 * N>(o, weights, smem + Traits::kV + v_state.stage() * Traits::kVBytes,
+                                  kBlockN, started);
     wgmma_commit();
   }
 
@@ -308,6 +313,7 @@ struct FwdKernel {
 
   __device__ __forceinline__ void consume(int warpgroup) {
     constexpr bool kPrefetch = Traits::kQStages > 1;
+    static_assert(!(kPrefetch && kShortFirst));
     KVState k_state, v_state;
     QState q_state;
     float s[kBlockN / 2];
@@ -339,12 +345,15 @@ struct FwdKernel {
       float alpha[2], inverse[2], lse[2];
       State state;
       uint32_t weights[kBlockN / 16][4];
+      float short_s[kShortFirst ? kFirstN / 2 : 1];  // its own: as part of s it spills
+      auto& first_s = choose<kShortFirst>(s, short_s);
+      auto& first_weights = reinterpret_cast<uint32_t (&)[kFirstN / 16][4]>(weights);
       // First block: nothing of this tile to overlap with yet.
       int n = keys.end - 1;
       if (!prefetched) {
         skip(turn.right, k_state, v_state, warpgroup);
         wait_first(q_state, k_state);
-        issue_scores(warpgroup, q_state, k_state, s);
+        issue_scores(warpgroup, q_state, k_state, first_s);
       }
       if constexpr (Rows::kCarries) {
         begin_rows(warpgroup, find_work_again(index), o, state);
@@ -356,10 +365,10 @@ struct FwdKernel {
       k_pipe.leave(k_state);
       // A share of the keys may end with a block that needs no mask; weigh<true> wants one.
       if (Tiles::kSplitsKeys || Scores::needs_mask(keys, n, state)) {
-        mask_block(index, warpgroup, n, s, state);
+        mask_block(index, warpgroup, n, first_s, state);
       }
-      Scores::template weigh<true>(p, s, state, alpha);
-      Scores::template to_a<T>(s, state, weights);
+      Scores::template weigh<true>(p, first_s, state, alpha);
+      Scores::template to_a<T>(first_s, state, first_weights);
       if constexpr (Rows::kCarries) Rows::scale(o, alpha, state);
 
       bool started = Rows::kCarries;
@@ -378,12 +387,12 @@ struct FwdKernel {
         v_pipe.leave(v_state);
         if constexpr (!kRescalesLate) rescale();
       };
-      const auto step = [&](auto masked) {
+      const auto step = [&](auto masked, const auto& last_weights) {
         if constexpr (Traits::kWaitsEarly) k_pipe.wait(k_state);
         Turns::take(warpgroup);
         issue_scores(warpgroup, q_state, k_state, s);
         if constexpr (kRescalesLate) rescale();
-        issue_values(v_state, weights, o, started);
+        issue_values(v_state, last_weights, o, started);
         Turns::pass(warpgroup);
         started = true;
         if constexpr (Scores::kFolds) Scores::turn(p, n, state);
@@ -403,12 +412,16 @@ struct FwdKernel {
         Scores::template to_a<T>(s, state, weights);
       };
       if (!Traits::kWaitsEarly && n > keys.begin) k_pipe.wait(k_state);
+      if constexpr (kShortFirst) {
+        --n;
+        step(std::false_type{}, first_weights);
+      }
       for (--n; n >= keys.begin; --n) {
         if constexpr (Scores::kFolds) Scores::enter(n, state);
-        if (Scores::needs_mask(keys, n, state)) {
-          step(std::true_type{});
+        if (!kShortFirst && Scores::needs_mask(keys, n, state)) {
+          step(std::true_type{}, weights);
         } else {
-          step(std::false_type{});
+          step(std::false_type{}, weights);
         }
       }
       if constexpr (!Rows::kRetrieves) q_pipe.leave(q_state);
@@ -458,43 +471,8 @@ struct FwdKernel {
     Turns::end(warpgroup);
     if (threadIdx.x % 128 == 0) ptx::tma_store_wait<0>();
     // What this kernel overlapped with has ended when it ends.
-    if constexpr (Rows::kRetrieves) ptx::grid_dependency_wait();
+    if constexpr (Rows::kRetrieves || Rows::kFollows) ptx::grid_dependency_wait();
   }
 };
-
-// A thread block: one warpgroup that loads, the others compute.
-template <class Kernel>
-__device__ __forceinline__ void run_tiles(const typename Kernel::Traits::Params& p) {
-  using Traits = typename Kernel::Traits;
-  extern __shared__ char shared[];
-  char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
-  Kernel kernel(p, base);
-  if constexpr (Traits::Rows::kCarries || Traits::Tiles::kSplitsKeys) ptx::grid_dependents_launch();
-  if constexpr (Traits::Rows::kRetrieves) Traits::Rows::init(kernel);
-  if (threadIdx.x == 0) kernel.init();
-  if (threadIdx.x == 32) {  // meanwhile
-    ptx::prefetch_tensor_map(&p.k[0]);
-    ptx::prefetch_tensor_map(&p.q[0]);
-    ptx::prefetch_tensor_map(&p.v[0]);
-    if constexpr (Traits::kStagesO && !Traits::Tiles::kSplitsKeys) {
-      ptx::prefetch_tensor_map(&p.out[0]);
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x < 128) {
-    if constexpr (Traits::kConsumers > 1) ptx::setmaxnreg_dec<Traits::kProducerRegisters>();
-    if (threadIdx.x == 0) kernel.produce();
-  } else {
-    if constexpr (Traits::kConsumers > 1) ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
-    // Through a shuffle, so that the compiler knows it is the same for the whole warp.
-    kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
-  }
-}
-
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
-    attn_fwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
-  run_tiles<FwdKernel<Traits>>(p);
-}
 
 }  // namespace lctx::cuda

@@ -33,7 +33,7 @@ struct SplitMerge {
 #endif
 };
 
-constexpr int kMergeWarps = 8;  // most
+constexpr int kMergeWarps = 16;  // most
 
 // kVectors: of 4 elements for each of 32 lanes.
 template <class T, int kVectors>
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
   const float* part_lse = p.partial_lse + first;
   const float* part = p.partial + first * p.D + lane * 4;
 
-  constexpr int kAhead = 4;  // parts in flight
+  constexpr int kAhead = kVectors == 1 ? 8 : 4;  // parts in flight
   float lse[kAhead];
   float4 x[kAhead][kVectors];
   const auto load = [&](int from) {
@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
   ptx::grid_dependency_wait();
   load(warp);
   float top = -1e38f;  // finite: a row may have no key at all
+#pragma unroll 4
   for (int i = lane; i < parts; i += 32) {
     top = fmaxf(top, part_lse[static_cast<int64_t>(i) * p.slot_rows]);
   }
@@ -165,20 +166,12 @@ void launch_split_merge(const AttnParams& params, const SplitPlan& plan, int blo
 
   const int64_t parts = ceil_div(plan.blocks_per_unit, p.share) + 1;
   const int warps = static_cast<int>(std::clamp<int64_t>(ceil_div(parts, 4), 1, kMergeWarps));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.units * plan.slot_rows));
-  config.blockDim = dim3(32, warps);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
   const auto kernel = s.Dv <= 128 ? split_merge_kernel<T, 1> : split_merge_kernel<T, 2>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                        cudaSharedmemCarveoutMaxShared);
-  cudaLaunchKernelEx(&config, kernel, p);
-  check_launch("split_merge_kernel", config.gridDim, config.blockDim, stream);
+  launch_overlapping("split_merge_kernel", kernel, p,
+                     dim3(static_cast<unsigned>(plan.units * plan.slot_rows)), dim3(32, warps),
+                     stream);
 }
 
 // One consumer warpgroup, as memory is the limit; 128 KB of keys and values on the way, which more
@@ -187,6 +180,12 @@ template <class T, int kHeadDim, int kBlockN>
 using DecodeTile =
     FwdTile<T, kHeadDim, kBlockN, 1, /*kStagesO=*/false,
             std::min(128 * 1024 / (2 * tile_bytes(kBlockN, kHeadDim)), 5), /*kQStages=*/2>;
+
+// Two thread blocks a multiprocessor: one reads while the other computes.
+template <class T, int kHeadDim, int kBlockN>
+struct PairedTile : FwdTile<T, kHeadDim, kBlockN, 1, /*kStagesO=*/false, 2, /*kQStages=*/2> {
+  static constexpr int kPerSm = 2, kProducerRegisters = 40, kConsumerRegisters = 216;
+};
 
 // What L2 fetches at least. 256 bytes, good for keys that are read again, cost a stream 5 %.
 constexpr int kStreamL2Bytes = 128;

@@ -26,8 +26,8 @@ void launch_step(const CarryParams& params, int* counter, int num_sms, Stream st
   p.inverse_scale = static_cast<float>(1 / params.scale);
   p.partial_out = params.out.data == nullptr ? static_cast<float*>(params.carry_out.data) : nullptr;
   p.row_shift = row_shift<Tile>(s.Tq);
-  p.order = make_order("lctx::flash_carry", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
-                       heads_per_section(s, s.Tk, 16));
+  p.order =
+      make_order("lctx::flash_carry", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B, dense_section(s));
   launch_fwd<Traits>(p, num_sms, stream);
 }
 

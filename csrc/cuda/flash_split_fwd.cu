@@ -1,10 +1,11 @@
 // Math: as flash_fwd.cu, for grids too small to fill the GPU: decoding one or a few tokens, short
 //       pieces of a prompt over a long cache. Keys are split; partial results are merged exactly.
 // Tile map: the query heads of a group share the rows of a tile (SplitTiles). Up to 64 rows, memory
-//       is the limit: one consumer warpgroup, 128 KB of keys and values on the way.
-//         D <= 64   64 x 128, 4 stages      D <= 128  64 x 128, 2      D <= 256  64 x 64, 2
+//       is the limit: one consumer warpgroup, 128 KB of keys and values on the way to a
+//       multiprocessor, to two thread blocks where there is room.
+//         D <= 64   64 x 128, two blocks    D <= 128  64 x 64, two     D <= 256  64 x 64, one
 //       More rows take the tiles of flash_fwd.cu.
-// Pipeline: a static share of the blocks of keys for each multiprocessor; a second, overlapping
+// Pipeline: a static share of the blocks of keys for each thread block; a second, overlapping
 //       launch merges (attn_split_launch.cuh). The same sums in the same order on every run.
 // Memory: keys and values once for up to 64 rows; scratch of one partial tile for each
 //       multiprocessor and for each tile of rows.
@@ -20,9 +21,9 @@ void choose_decode_tile(const AttnShape& s, Run&& run) {
   const int64_t D = std::max(s.Dk, s.Dv);
   const TypeTag<SplitTiles<64>> tiles;
   if (D <= 64) {
-    run(TypeTag<DecodeTile<T, 64, 128>>(), tiles);
+    run(TypeTag<PairedTile<T, 64, 128>>(), tiles);
   } else if (D <= 128) {
-    run(TypeTag<DecodeTile<T, 128, 128>>(), tiles);
+    run(TypeTag<PairedTile<T, 128, 64>>(), tiles);
   } else {
     run(TypeTag<DecodeTile<T, 256, 64>>(), tiles);
   }
@@ -64,7 +65,8 @@ SplitPlan plan_flash_split(const FlashParams& params, int num_sms) {
   choose_split_tile(params, [&](auto tag, auto) {
     using Tile = typename decltype(tag)::type;
     const int64_t block = first / Tile::kBlockN;
-    plan = plan_split(s, block, ceil_div(s.Tk, Tile::kBlockN) - block, Tile::kBlockM, num_sms);
+    plan = plan_split(s, block, ceil_div(s.Tk, Tile::kBlockN) - block, Tile::kBlockM,
+                      num_sms * Tile::kPerSm);
     if (Tile::kConsumers > 1 && !pays(params, plan, Tile::kBlockM, Tile::kBlockN, num_sms)) {
       plan = {};
     }

@@ -68,6 +68,14 @@ def test_more_tiles_than_multiprocessors(causal, D):
     check(*gpu_qkv(4, 700, 24, D, Hkv=2), causal=causal)
 
 
+@pytest.mark.parametrize(("D", "Tk"), [(128, 4200), (256, 900), (104, 5000), (200, 4096)])
+@pytest.mark.parametrize("tiles_left", [1, 5, 60])
+def test_tiles_of_the_last_round_are_shared(tiles_left, D, Tk):
+    """Full masks: a few tiles more than the GPU has multiprocessors."""
+    H = torch.cuda.get_device_properties(0).multi_processor_count + tiles_left
+    check(*gpu_qkv(1, 100, H, D, Tk=Tk), causal=False)
+
+
 def test_empty_tensors():
     for B, Tq, Tk in ((0, 5, 5), (2, 0, 5), (2, 5, 0)):
         q, k, v = gpu_qkv(B, Tq, 4, 64, Tk=Tk)
