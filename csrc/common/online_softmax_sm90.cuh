@@ -39,9 +39,11 @@ struct RowState {
   float l[2] = {0.f, 0.f};
 
   // Scores -> weights relative to the new maximum. Returns in alpha the factor on what was
-  // accumulated before.
-  template <int N>
-  __device__ __forceinline__ void update(float (&s)[N / 2], float scale_log2, float (&alpha)[2]) {
+  // accumulated before. Calls between() when alpha and the weights of the first kFirst / 8 of the
+  // columns are known.
+  template <int N, int kFirst, class Between>
+  __device__ __forceinline__ void update(float (&s)[N / 2], float scale_log2, float (&alpha)[2],
+                                         Between&& between) {
     float top[2] = {m[0], m[1]}, base[2], sum[2] = {0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
@@ -59,6 +61,7 @@ struct RowState {
     }
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
+      if (j == kFirst * N / 64) between();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = s[4 * j + i];
@@ -68,6 +71,10 @@ struct RowState {
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) l[row] = l[row] * alpha[row] + sum[row];
+  }
+  template <int N>
+  __device__ __forceinline__ void update(float (&s)[N / 2], float scale_log2, float (&alpha)[2]) {
+    update<N, 0>(s, scale_log2, alpha, [] {});
   }
 
   // 0, known only when all weights are: what uses it cannot be moved above the exponentials.

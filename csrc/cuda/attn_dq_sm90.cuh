@@ -12,7 +12,7 @@
 #pragma once
 
 #include "attn_dq_scores.cuh"
-#include "attn_fwd_sm90.cuh"
+#include "attn_fwd_run.cuh"
 
 namespace lctx::cuda {
 

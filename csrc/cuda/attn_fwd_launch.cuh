@@ -16,7 +16,7 @@
 #include "../common/dtype.cuh"
 #include "../common/launch.h"
 #include "../common/tensor_map.h"
-#include "attn_fwd_sm90.cuh"
+#include "attn_fwd_run.cuh"
 #include "cuda_backend.h"
 
 namespace lctx::cuda {

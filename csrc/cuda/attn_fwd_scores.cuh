@@ -119,6 +119,13 @@ struct DenseScores : PlainScores<kBlockN> {
                                                float (&alpha)[2]) {
     state.template update<2 * N>(s, p.scale_log2, alpha);
   }
+  // The same; calls between() when alpha and the weights of kFirst / 8 of the columns are known.
+  template <int kFirst, class P, class Between>
+  static __device__ __forceinline__ void weigh_in_two(const P& p, float (&s)[kBlockN / 2],
+                                                      State& state, float (&alpha)[2],
+                                                      Between&& between) {
+    state.template update<kBlockN, kFirst>(s, p.scale_log2, alpha, between);
+  }
 };
 
 }  // namespace lctx::cuda

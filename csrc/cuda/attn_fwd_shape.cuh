@@ -29,6 +29,7 @@ struct FwdTile {
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr bool kShifts = kConsumers > 2;  // see row_shift()
   static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr bool kTakesTurns = false, kWaitsEarly = false, kRescalesLate = false;
   static constexpr int kPerSm = 1;  // thread blocks on a multiprocessor
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
@@ -45,6 +46,18 @@ struct FwdTile {
   static_assert(2 * Pipeline<kStages>::kBytes + Pipeline<kQStages>::kBytes + TileQueue::kBytes <=
                     kBarrierBytes,
                 "no room for the barriers of so many stages");
+};
+
+// Warpgroups issue the products of a block in turns, so that those of one run under the softmax of
+// the others. P V then ends soon after the scores: waited for early, it lets O be rescaled and the
+// weights be packed between the exponentials.
+template <class Tile>
+struct TurnsTile : Tile {
+  static constexpr bool kTakesTurns = true, kWaitsEarly = true;
+  static constexpr bool kRescalesLate = Tile::kHeadDim > 64;
+  // Eighths of the weights that the source has before the wait. ptxas moves it: with 6 behind a
+  // quarter of them, with less further down.
+  static constexpr int kWaitsAfter = Tile::kHeadDim > 64 ? 6 : 7;
 };
 
 // Where the blocks do not divide the keys and all tiles begin with the same short one.

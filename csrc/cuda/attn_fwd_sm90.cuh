@@ -8,7 +8,8 @@
 //       rows and keys), Scores (attn_fwd_scores.cuh: which blocks of keys, their mask, scores to
 //       weights) and Rows (attn_fwd_rows.cuh: what becomes of finished rows).
 // Pipeline: K and V have kStages stages each with their own barriers. Inside a warpgroup S of the
-//       next block is issued together with P V of the last one, and the softmax runs under P V.
+//       next block is issued together with P V of the last one, and the softmax runs under P V, or
+//       under the products of the other warpgroups (TurnsTile).
 //       Tile numbers come from tile_schedule.cuh, one ahead.
 // Memory: Q once, K and V once per tile (L2), O and lse once. Shared: Q + O + kStages (K + V).
 //       Registers: 40/232 (two consumers), 32/160 (three) or evenly (one), no spills.
@@ -18,6 +19,7 @@
 
 #include <type_traits>
 
+#include "../common/turns.cuh"
 #include "attn_fwd_rows.cuh"
 #include "attn_fwd_scores.cuh"
 #include "attn_fwd_shape.cuh"
@@ -37,13 +39,14 @@ struct FwdKernel {
   static constexpr int kFirstN = Traits::kFirstN;
   static constexpr bool kShortFirst = kFirstN < kBlockN;  // then tiles have two blocks or more
   static constexpr int kChunks = kHeadDim / kChunkColumns;
-  static constexpr bool kRescalesLate = Scores::kFolds || (Scores::kRescalesLate && kHeadDim > 64);
+  static constexpr bool kRescalesLate =
+      Traits::kRescalesLate || Scores::kFolds || (Scores::kRescalesLate && kHeadDim > 64);
+  using Turns = lctx::Turns<Traits::kTakesTurns, Traits::kConsumers, 1 + Traits::kConsumers>;
   static constexpr int kConsumerWarps = 4 * Traits::kConsumers;
   using KVPipeline = Pipeline<Traits::kStages>;
   using KVState = PipelineState<Traits::kStages>;
   using QPipeline = Pipeline<Traits::kQStages>;
   using QState = PipelineState<Traits::kQStages>;
-
   static constexpr int kQueue = Traits::kBarriers + 2 * KVPipeline::kBytes + QPipeline::kBytes;
 
   const typename Traits::Params& p;
@@ -200,8 +203,11 @@ struct FwdKernel {
   }
 
   // Lets `blocks` blocks of keys and values pass unread.
-  __device__ __forceinline__ void skip(int blocks, KVState& k_state, KVState& v_state) const {
+  __device__ __forceinline__ void skip(int blocks, KVState& k_state, KVState& v_state,
+                                       int warpgroup = 0) const {
     for (; blocks > 0; --blocks) {
+      Turns::take(warpgroup);
+      Turns::pass(warpgroup);
       k_pipe.pass(k_state);
       v_pipe.pass(v_state);
     }
@@ -269,7 +275,11 @@ struct FwdKernel {
                                                KVState& k_state, KVState& v_state) const {
     if (turn.loaded) {
       q_pipe.pass(q_state);
-      skip(turn.right, k_state, v_state);
+      if constexpr (Traits::kTakesTurns) {  // the first block has no turn
+        k_pipe.pass(k_state);
+        v_pipe.pass(v_state);
+      }
+      skip(turn.right - Traits::kTakesTurns, k_state, v_state, warpgroup);
       if constexpr (Rows::kRetrieves) Rows::skip(*this, turn.index, q_state, v_state);
     }
     const Work work = find_work_again(turn.index);
@@ -309,11 +319,11 @@ struct FwdKernel {
     KVState k_state, v_state;
     QState q_state;
     float s[kBlockN / 2];
-    // Accumulators that outlive their tile take registers where the tiles meet. But those of tiles
-    // that make states have to be the same ones: ptxas takes what nothing has been written to for
-    // alive in all of the kernel.
+    // Tiles that make states have to use the accumulators of the others: ptxas takes what nothing
+    // has been written to for alive in all of the kernel. Else they end with their tile.
     float shared_o[Rows::kMakesStates ? kValueDim / 2 : 1];
     bool prefetched = false;  // s holds the first scores of `turn`
+    Turns::begin(warpgroup);
     Turn turn = next_turn(warpgroup);
     while (turn.index < Tiles::end(p)) {
       if constexpr (Rows::kMakesStates) {
@@ -344,7 +354,7 @@ struct FwdKernel {
       // First block: nothing of this tile to overlap with yet.
       int n = keys.end - 1;
       if (!prefetched) {
-        skip(turn.right, k_state, v_state);
+        skip(turn.right, k_state, v_state, warpgroup);
         wait_first(q_state, k_state);
         issue_scores(warpgroup, q_state, k_state, first_s);
       }
@@ -375,26 +385,36 @@ struct FwdKernel {
           scale_rows<kValueDim>(o, alpha);
         }
       };
+      const auto finish_values = [&] {
+        wgmma_wait<0>();
+        v_pipe.leave(v_state);
+        if constexpr (!kRescalesLate) rescale();
+      };
       const auto step = [&](auto masked, const auto& last_weights) {
+        if constexpr (Traits::kWaitsEarly) k_pipe.wait(k_state);
+        Turns::take(warpgroup);
         issue_scores(warpgroup, q_state, k_state, s);
         if constexpr (kRescalesLate) rescale();
         issue_values(v_state, last_weights, o, started);
+        Turns::pass(warpgroup);
         started = true;
         if constexpr (Scores::kFolds) Scores::turn(p, n, state);
         wgmma_wait<1>();
         k_pipe.leave(k_state);
         constexpr bool kMasked = decltype(masked)::value;
         if constexpr (kMasked) mask_block(index, warpgroup, n, s, state);
-        Scores::template weigh<kMasked>(p, s, state, alpha);
-        // ptxas would hoist the wait for P V above the softmax. It does not move it across a spin,
-        // and this one needs the weights.
-        if (n > keys.begin) k_pipe.wait(k_state, state.settled());
-        wgmma_wait<0>();
-        v_pipe.leave(v_state);
-        if constexpr (!kRescalesLate) rescale();
+        if constexpr (Traits::kWaitsEarly) {
+          Scores::template weigh_in_two<Traits::kWaitsAfter>(p, s, state, alpha, finish_values);
+        } else {
+          Scores::template weigh<kMasked>(p, s, state, alpha);
+          // ptxas would hoist the wait for P V above the softmax. It does not move it across a
+          // spin, and this one needs the weights.
+          if (n > keys.begin) k_pipe.wait(k_state, state.settled());
+          finish_values();
+        }
         Scores::template to_a<T>(s, state, weights);
       };
-      if (n > keys.begin) k_pipe.wait(k_state);
+      if (!Traits::kWaitsEarly && n > keys.begin) k_pipe.wait(k_state);
       if constexpr (kShortFirst) {
         --n;
         step(std::false_type{}, first_weights);
@@ -407,9 +427,7 @@ struct FwdKernel {
           step(std::false_type{}, weights);
         }
       }
-      if constexpr (!Rows::kRetrieves) {
-        q_pipe.leave(q_state);
-      }
+      if constexpr (!Rows::kRetrieves) q_pipe.leave(q_state);
 
       if constexpr (kRescalesLate) rescale();
       issue_values(v_state, weights, o, started);
@@ -427,7 +445,7 @@ struct FwdKernel {
       }
       const auto complete = [&] {  // P V has ended
         v_pipe.release(last);
-        skip(left, k_state, v_state);
+        skip(left, k_state, v_state, warpgroup);
         if constexpr (Scores::kFolds) Scores::complete(*this, warpgroup, o, state);
         if constexpr (Rows::kRetrieves) {
           Rows::retrieve(*this, warpgroup, index, retrieves, q_state, v_state, query, o, inverse);
@@ -443,7 +461,7 @@ struct FwdKernel {
           complete();
         }
         if (prefetched) {
-          skip(turn.right, k_state, v_state);
+          skip(turn.right, k_state, v_state, warpgroup);
           wait_first(q_state, k_state);
         }
         issue_scores(warpgroup, q_state, k_state, s);
@@ -463,45 +481,11 @@ struct FwdKernel {
         turn = next_turn(warpgroup);
       }
     }
+    Turns::end(warpgroup);
     if (threadIdx.x % 128 == 0) ptx::tma_store_wait<0>();
     // What this kernel overlapped with has ended when it ends.
     if constexpr (Rows::kRetrieves || Rows::kFollows) ptx::grid_dependency_wait();
   }
 };
-
-// A thread block: one warpgroup that loads, the others compute.
-template <class Kernel>
-__device__ __forceinline__ void run_tiles(const typename Kernel::Traits::Params& p) {
-  using Traits = typename Kernel::Traits;
-  constexpr bool kMovesRegisters = Traits::kConsumers > 1 || Traits::kPerSm > 1;
-  extern __shared__ char shared[];
-  char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
-  Kernel kernel(p, base);
-  if constexpr (!Traits::Rows::kRetrieves) ptx::grid_dependents_launch();
-  if constexpr (Traits::Rows::kRetrieves) Traits::Rows::init(kernel);
-  if (threadIdx.x == 0) kernel.init();
-  if (threadIdx.x == 32) {  // meanwhile
-    ptx::prefetch_tensor_map(&p.k[0]);
-    ptx::prefetch_tensor_map(&p.q[0]);
-    ptx::prefetch_tensor_map(&p.v[0]);
-    if constexpr (Traits::kStagesO && !Traits::Tiles::kSplitsKeys)
-      ptx::prefetch_tensor_map(&p.out[0]);
-  }
-  __syncthreads();
-  if (threadIdx.x < 128) {
-    if constexpr (kMovesRegisters) ptx::setmaxnreg_dec<Traits::kProducerRegisters>();
-    if (threadIdx.x == 0) kernel.produce();
-  } else {
-    if constexpr (kMovesRegisters) ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
-    // Through a shuffle, so that the compiler knows it is the same for the whole warp.
-    kernel.consume(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0));
-  }
-}
-
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kPerSm)
-    attn_fwd_sm90_kernel(const __grid_constant__ typename Traits::Params p) {
-  run_tiles<FwdKernel<Traits>>(p);
-}
 
 }  // namespace lctx::cuda

@@ -58,6 +58,14 @@ def test_documents(bounds, causal, D):
 def test_long_sequences_take_their_own_tile():
     check(*gpu_qkv(1, 300, 2, 128, Tk=9000))
     check(*gpu_qkv(1, 9000, 1, 128, Tk=9000), window=700)
+    check(*gpu_qkv(1, 700, 2, 128, Tk=9000), causal=False)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_more_tiles_than_multiprocessors(causal, D):
+    """The warpgroups' turns go on from tile to tile, also where the rows of some have ended."""
+    check(*gpu_qkv(4, 700, 24, D, Hkv=2), causal=causal)
 
 
 @pytest.mark.parametrize(("D", "Tk"), [(128, 4200), (256, 900), (104, 5000), (200, 4096)])
