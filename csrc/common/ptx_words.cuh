@@ -40,11 +40,6 @@ __device__ __forceinline__ void store_shared_2(uint32_t address, uint16_t x) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(x) : "memory");
 }
 
-// Lets the threads that wait at the barrier go on, without waiting.
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // ---- words in global memory that other blocks wait for ----
 
 __device__ __forceinline__ int load_acquire(const int* flag) {
