@@ -217,8 +217,9 @@ def ring_rival(root: Path) -> str:
 
 
 def ring_plot(root: Path) -> str:
-    """Share of the ideal speed by length."""
-    return _image(RING_PLOT, "share of the ideal speed of two GPUs by length", root)
+    """Share of the ideal speed by length, for docs/ring.md."""
+    image = _image(RING_PLOT, "share of the ideal speed of two GPUs by length", root)
+    return image.replace("(docs/", "(")
 
 
 def _with_conditions(lines: list[str], document: Document) -> str:
