@@ -1,15 +1,15 @@
 // Math: dense softmax attention over two sets of keys in one softmax: the rank's own ones, causal
-// or
-//       all of them, and those of another rank, all of which rows from first_row on see. What the
-//       first two steps of a ring compute together, so that nothing is carried between them. Rows
-//       below own_row had their own keys in a launch before.
+//       or all of them, and those of another rank, all of which rows from first_row on see. What
+//       the first two steps of a ring compute together, so that nothing is carried between them.
+//       Rows below own_row had their own keys in a launch before.
 // Tile map: as flash_fwd.cu. The keys of a tile are one list of blocks: far ones first, then own
 //       ones, which are walked first. The far keys end with a block, so that only their first one
 //       may be partial. Rows from first_row to own_row continue over the far keys alone, in the
 //       last tiles of the grid, which are short and fill its end.
 // Pipeline: as flash_fwd.cu; tiles that continue read what is carried as flash_carry.cu.
 // Memory: as flash_fwd.cu; 8 bytes an element more for rows that are not done, or are carried.
-// Limits: those of flash_carry.cu; no window.
+// Limits: those of flash_carry.cu; no window. Up to D = 128 no tile has rows below and above
+//       first_row.
 #include "attn_fwd_launch.cuh"
 
 namespace lctx::cuda {

@@ -102,10 +102,15 @@ def two_steps(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> TwoSteps | None:
     if CARRIED * q.numel() < WORTH * own.pairs * per_pair / FORWARD_FLOPS:
         return None
     first = _side(_hop_seconds(at, k, v), FORWARD_FLOPS, per_pair, rows, own.causal)
-    if first >= rows:
+    if first >= rows or _shares_tiles(far[0].q0 - first, q.shape[3]):
         return None
     final = far[0].q0 + late if late else alone
     return TwoSteps(own, far[0], first, final, min(alone, first))
+
+
+def _shares_tiles(behind: int, head_dim: int) -> bool:
+    """Whether the kernel has a tile with rows of both kinds, which it refuses."""
+    return behind > 0 and (head_dim <= 64 or behind % ROWS != 0)
 
 
 def forward_before(
