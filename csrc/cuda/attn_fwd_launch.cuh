@@ -14,7 +14,7 @@
 #include <type_traits>
 
 #include "../common/dtype.cuh"
-#include "../common/launch.h"
+#include "../common/launch_overlapping.h"
 #include "../common/tensor_map.h"
 #include "attn_fwd_run.cuh"
 #include "cuda_backend.h"
@@ -104,24 +104,6 @@ inline TileOrder make_order(const char* op, int64_t m_blocks, int64_t heads, int
                    static_cast<int>(section));
 }
 
-// A kernel that may start while the one before it in the stream ends, and waits for that before it
-// reads.
-template <class Params>
-void launch_overlapping(const char* name, void (*kernel)(Params), const Params& p, dim3 grid,
-                        dim3 block, Stream stream) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, p);
-  check_launch(name, grid, block, stream);
-}
-
 // One block per multiprocessor of a kernel that is run_tiles<Kernel>. `overlap`: it may start while
 // the one before it in the stream ends; it waits before it reads a carried result or writes.
 template <class Traits, class Kernel>
@@ -129,18 +111,8 @@ void launch_tiles(const char* name, Kernel kernel, const typename Traits::Params
                   Stream stream, bool overlap) {
   if (p.order.num_tiles == 0) return;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::min(num_sms * Traits::kPerSm, p.order.num_tiles));
-  config.blockDim = dim3(Traits::kThreads);
-  config.dynamicSmemBytes = Traits::kSharedBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, p);
-  check_launch(name, config.gridDim, config.blockDim, stream);
+  launch_overlapping(name, kernel, p, dim3(std::min(num_sms * Traits::kPerSm, p.order.num_tiles)),
+                     dim3(Traits::kThreads), stream, overlap, Traits::kSharedBytes);
 }
 
 template <class Traits>

@@ -10,7 +10,7 @@
 // Limits: used by infini_bwd; D a multiple of 8 up to 256.
 #include "../common/dtype.cuh"
 #include "../common/feature_map.cuh"
-#include "../common/launch.h"
+#include "../common/launch_overlapping.h"
 #include "infini_grads.h"
 
 namespace lctx::cuda {
@@ -120,17 +120,7 @@ void choose(const StatsParams& p, Stream stream) {
   const auto kernel = x.D <= 64    ? infini_row_stats_kernel<T, 8, kOverlaps>
                       : x.D <= 128 ? infini_row_stats_kernel<T, 16, kOverlaps>
                                    : infini_row_stats_kernel<T, 32, kOverlaps>;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = kOverlaps ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, p);
-  check_launch("infini_row_stats_kernel", grid, block, stream);
+  launch_overlapping("infini_row_stats_kernel", kernel, p, grid, block, stream, kOverlaps);
 }
 
 }  // namespace

@@ -22,6 +22,7 @@
 #include "infini_grads.h"
 #include "infini_kernel.cuh"
 #include "infini_matrix.cuh"
+#include "infini_update.cuh"
 
 namespace lctx::cuda {
 namespace {
@@ -54,22 +55,6 @@ struct UpdateParams {
   InfiniGradStates states;
   TensorView dk, dv;
   int num_units;
-};
-
-struct UpdateUnit {
-  int head, batch, part, segment, row0, rows;
-
-  __device__ __forceinline__ UpdateUnit(const InfiniGradStates& x, int index) {
-    head = index % x.Hkv;
-    index /= x.Hkv;
-    part = index % x.key_splits;
-    index /= x.key_splits;
-    segment = index % x.S;
-    batch = index / x.S;
-    const int begin = part * x.key_part_blocks * kGradRows;
-    row0 = segment * x.segment_len + begin;
-    rows = max(min(x.key_part_blocks * kGradRows, x.segment_rows(segment) - begin), 0);
-  }
 };
 
 template <class Traits_>

@@ -11,6 +11,7 @@
 // Memory: k and v once, dk and dv once, dM (and M) twice a block of rows (L2): 512 or 768 KB.
 // Limits: used by infini_bwd; bf16, fp16; D a multiple of 8 up to 256.
 #include "../common/epilogue.cuh"
+#include "infini_update.cuh"
 #include "infini_wide.cuh"
 
 namespace lctx::cuda {
@@ -24,26 +25,6 @@ struct UpdateParams {
   const float* dM_inverse;
   TensorView dk, dv;
   int num_units;
-};
-
-struct UpdateUnit {
-  int head, batch, part, segment, row0, rows;
-
-  UpdateUnit() = default;
-  __device__ __forceinline__ UpdateUnit(const InfiniGradStates& x, int index) {
-    head = index % x.Hkv;
-    index /= x.Hkv;
-    part = index % x.key_splits;
-    index /= x.key_splits;
-    segment = index % x.S;
-    batch = index / x.S;
-    const int begin = part * x.key_part_blocks * kGradRows;
-    row0 = segment * x.segment_len + begin;
-    rows = max(min(x.key_part_blocks * kGradRows, x.segment_rows(segment) - begin), 0);
-  }
-  __device__ __forceinline__ int state(const InfiniGradStates& x) const {
-    return (batch * x.Hkv + head) * x.S + segment;
-  }
 };
 
 template <class T, Update kUpdate>
