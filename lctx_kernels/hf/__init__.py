@@ -137,9 +137,11 @@ def shard_inputs(model: Any, inputs: dict[str, Any], plan: Any = None) -> dict[s
 
 
 def register() -> None:
-    """Make converted models known to transformers' Auto classes, once per process.
+    """Make converted models and `attn_implementation="lctx_dense"` known to transformers.
 
-    `convert` does it too; call it before `AutoModelForCausalLM.from_pretrained` of a saved one.
+    `convert` does it too; call it before `AutoModelForCausalLM.from_pretrained` of a saved one, or
+    of any causal model with exact attention by this package: padded rows, sliding windows, packed
+    texts (position_ids that restart) and caches that grow are served.
 
     Raises:
         ImportError: transformers is missing.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..dilated import dilated_attention
 from ..flash import flash_attention
 from ._compat import AttentionInterface, AttentionMaskInterface
 from .options import refuse_in_scores
+from .padding import by_rows, tokens_of
 
 NAME = "lctx_dilated"
 
@@ -55,8 +55,9 @@ def attention(
             q, k, v, *branches, scale=scaling, head_offset=offset["head_offset"]
         )
 
-    out = attend(q, k, v) if attention_mask is None else _by_rows(attend, q, k, v, attention_mask)
-    return out, None
+    if attention_mask is None:
+        return attend(q, k, v), None
+    return by_rows(NAME, attend, q, k, v, attention_mask), None
 
 
 def mask(
@@ -80,12 +81,7 @@ def mask(
             f"{NAME}: packed texts (position_ids that restart) or a mask function of your own; "
             "expected one causal text per row"
         )
-    if attention_mask is None:
-        return None
-    padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-    if padding.shape[1] < kv_length:
-        padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]), value=False)
-    return None if bool(padding.all()) else padding
+    return tokens_of(attention_mask, kv_offset, kv_length)
 
 
 def register() -> None:
@@ -108,31 +104,3 @@ def _refuse(
         raise NotImplementedError(
             f"{where}: sliding_window is {window} in a dilated layer; expected None"
         )
-
-
-def _by_rows(attend: Any, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
-    """Each row alone, without its pads, whose output is 0."""
-    out = q.new_zeros(*q.shape[:3], v.shape[-1])
-    before = k.shape[1] - q.shape[1]
-    for row, (start, end) in enumerate(_spans(tokens)):
-        first = max(start, before)
-        if first >= end:
-            continue
-        part = attend(
-            q[row : row + 1, first - before : end - before],
-            k[row : row + 1, start:end], v[row : row + 1, start:end],
-        )  # fmt: skip
-        out[row : row + 1, first - before : end - before] = part.to(out.dtype)
-    return out
-
-
-def _spans(tokens: Tensor) -> Sequence[tuple[int, int]]:
-    start, count = tokens.int().argmax(1), tokens.sum(1)
-    columns = torch.arange(tokens.shape[1], device=tokens.device)
-    solid = (columns >= start[:, None]) & (columns < (start + count)[:, None])
-    if not torch.equal(solid, tokens):
-        raise ValueError(
-            f"{NAME}: attention_mask has pads between the tokens of a row; expected pads before or "
-            "after them"
-        )
-    return list(zip(start.tolist(), (start + count).tolist(), strict=True))

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from ..nn.gate import MemoryGate
-from . import dilated, ring
+from . import dense, dilated, ring
 from ._compat import (
     FAMILIES,
     AttentionInterface,
@@ -173,6 +173,7 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 @cache
 def register() -> None:
     """See lctx_kernels.hf.register."""
+    dense.register()
     dilated.register()
     ring.register()
     AttentionInterface.register(NO_DENSE_LAYERS, _never)

@@ -86,6 +86,22 @@ def test_logits_and_gradients(family, method, monkeypatch):
         assert relative(grad, want_grads[name]) <= 2 * limit, name
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gemma"])
+def test_exact_attention(family):
+    """No conversion: attn_implementation="lctx_dense", two packed texts in the second row."""
+    hf.register()
+    ids, model = tokens(2, T), base(family)
+    positions = torch.stack([torch.arange(T), torch.arange(T) % 120])
+    want, want_grads = step(exact(model), ids, position_ids=positions)
+    theirs, their_grads = step(model.cuda(), ids, position_ids=positions.cuda())
+    model.set_attn_implementation("lctx_dense")
+    ours, grads = step(model, ids, position_ids=positions.cuda())
+    assert relative(ours, want) <= 1.5 * relative(theirs, want)
+    bar = max(relative(their_grads[name], want_grads[name]) for name in grads)
+    for name, grad in grads.items():
+        assert relative(grad, want_grads[name]) <= 1.5 * bar, name
+
+
 @pytest.mark.parametrize("first", ["bypass", "gate"])
 def test_closed_gates_are_the_base(first):
     ids, dense = tokens(2, T), base()
