@@ -23,8 +23,14 @@ def logits_of(model: Any, ids: Tensor, top_k: int | None) -> Tensor:
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         if top_k is None:
             return model(ids, use_cache=False).logits[..., :VOCAB]
-        cache = hf.make_cache(model, top_k=top_k)
+        cache = retrieving(model, top_k=top_k)
         return model(ids, past_key_values=cache, use_cache=True).logits[..., :VOCAB]
+
+
+def retrieving(model: Any, **options: Any) -> Any:
+    """A cache that reads a few blocks, many of them at a time: memory is plenty here."""
+    landmark.ROW_ELEMENTS = 1 << 28
+    return hf.make_cache(model, **options)
 
 
 def answer_logits(model: Any, batch: Batch, top_k: int) -> Tensor:
@@ -34,8 +40,7 @@ def answer_logits(model: Any, batch: Batch, top_k: int) -> Tensor:
     question and the digits byte after byte, each with a choice of its own.
     """
     device, question = batch.ids.device.type, int((~batch.answers[0]).sum()) - QUESTION_LENGTH
-    landmark.ROW_ELEMENTS = 1 << 28  # memory is plenty here
-    cache = hf.make_cache(model, top_k=top_k, select="head")
+    cache = retrieving(model, top_k=top_k, select="head")
     parts = [batch.ids[:, :question], *batch.ids[:, question:-1].split(1, dim=1)]
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         logits = [
@@ -77,20 +82,20 @@ def bits_per_byte(
 ) -> list[dict[str, Any]]:
     """Bits per byte of the same held-out bytes after contexts of doubling lengths.
 
-    longest: Bytes of the longest context; the documents are those that are longer.
+    longest: Bytes of the longest context, a power of two; the documents are those that are longer.
     """
     need = longest + TARGETS
-    rows = [document[:need] for document in text.held_out if len(document) >= need][:windows]
-    found, context = [], 128
-    while rows and context <= longest:
-        losses = []
-        for row in rows:
-            ids = row[-context - TARGETS :].long()[None]
-            logits = logits_of(model, ids, top_k)[0, -TARGETS - 1 : -1].float()
-            losses.append(functional.cross_entropy(logits, ids[0, -TARGETS:]).item())
-        bits = sum(losses) / len(losses) / math.log(2)
-        found.append({"context": context, "bits_per_byte": bits, "documents": len(rows)})
-        context *= 2
+    documents = [document[:need] for document in text.held_out if len(document) >= need][:windows]
+    if not documents:
+        return []
+    rows, found = torch.stack(documents).long(), []
+    for context in (128 << i for i in range((longest // 128).bit_length())):
+        ids = rows[:, -context - TARGETS :]
+        logits = logits_of(model, ids, top_k)[:, -TARGETS - 1 : -1].float()
+        loss = functional.cross_entropy(logits.transpose(1, 2), ids[:, -TARGETS:]).item()
+        found.append(
+            {"context": context, "bits_per_byte": loss / math.log(2), "documents": len(rows)}
+        )
     return found
 
 

@@ -77,6 +77,7 @@ def fill(cache: Any, tokens: int, block: int) -> None:
         state = layer.rows.states[0]
         k, _ = state.open
         (B, heads, _, D), done = k.shape, 0
+        state.reserve(tokens + TOKENS)
         while done < tokens // block:
             n = min(512, tokens // block - done)
             fresh = torch.randn(2, B, n, heads, block, D, dtype=k.dtype, device=k.device)
@@ -130,7 +131,7 @@ def landmark_long_prompt(
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     cache = hf.make_cache(model)
-    seconds = read(model, cache, tokens, 8 * 1008)
+    seconds = read(model, cache, tokens, tokens)  # as `generate` does: parts are the model's
     log(f"{shape}: {tokens} tokens read in {seconds:.1f} s")
     times = token_times(model, {"": cache}, new_tokens)
     found = {

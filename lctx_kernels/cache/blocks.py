@@ -66,6 +66,13 @@ class BlockStore:
         """(B, count, Hkv, L, D) keys and values, where they are kept."""
         return self.k.since(self.dropped), self.v.since(self.dropped)
 
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more blocks at once, when the first of them comes."""
+        if self.max_blocks is not None:
+            count = min(count, 2 * self.max_blocks)
+        for buffer in (self.k, self.v, self.keys):
+            buffer.reserve(count)
+
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add whole blocks, (B, n, Hkv, L, D)."""
         self.keys.append(k[:, :, :, -1])
@@ -134,7 +141,7 @@ class _Blocks(Buffer):
             rows = rows.to(self.room.device)
             chosen.room = self._new(self.room, (rows.numel(), *self.room.shape[1:]))
             chosen.room.copy_(self.room.index_select(0, rows))
-        chosen.length = self.length
+        chosen.length, chosen.planned = self.length, self.planned
         return chosen
 
     def _new(self, like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -144,6 +151,9 @@ class _Blocks(Buffer):
 
     def _move(self, like: Tensor, start: int, size: int) -> None:
         self._wait()
+        if self.gpu is not None:  # torch pins a power of two of bytes: all of them are used
+            entry = like[:, :1].numel() * like.element_size()
+            size = (1 << (size * entry - 1).bit_length()) // entry
         super()._move(like, start, size)
 
     def _write(self, x: Tensor, end: int) -> None:

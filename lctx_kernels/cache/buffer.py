@@ -21,6 +21,7 @@ class Buffer:
     def __init__(self) -> None:
         self.room: Tensor | None = None
         self.length = 0
+        self.planned = 0  # entries to make room for at once
 
     @property
     def value(self) -> Tensor:
@@ -33,11 +34,15 @@ class Buffer:
             raise ValueError("Buffer: nothing was appended yet")
         return self.room[:, start : self.length]
 
+    def reserve(self, count: int) -> None:
+        """The next `append` that needs room makes it for `count` more entries than there are."""
+        self.planned = self.length + count
+
     def append(self, x: Tensor) -> None:
         """Add (B, n, ...) at the end."""
         end = self.length + x.shape[1]
         if self.room is None or end > self.room.shape[1]:
-            self._move(x, 0, max(end, 2 * self.length, 16))
+            self._move(x, 0, max(end, 2 * self.length, self.planned, 16))
         self._write(x, end)
         self.length = end
 
@@ -65,7 +70,7 @@ class Buffer:
         chosen = Buffer()
         if self.room is not None:
             chosen.room = self.room.index_select(0, rows.to(self.room.device))
-        chosen.length = self.length
+        chosen.length, chosen.planned = self.length, self.planned
         return chosen
 
 

@@ -191,6 +191,10 @@ class RetrievalState:
         self._keep(k_own, v)
         return out
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more tokens at once: a prompt read in parts copies nothing."""
+        self.store.reserve((self.open_len + tokens) // self.block_size)
+
     def select(self, rows: Tensor) -> RetrievalState:
         """The rows `rows` (n,) int64 of the batch, in that order."""
         store = self.store

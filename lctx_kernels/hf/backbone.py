@@ -188,6 +188,8 @@ class LandmarkBackbone(ConvertedBackbone):
         chunk = self._chunk_len(cache)
         if chunk is None or inputs.shape[1] <= chunk:
             return self._chunk(inputs, spans, cache, **kwargs)
+        if cache is not None:
+            self._reserve(cache, inputs.shape[1])
         parts = []
         for start in range(0, inputs.shape[1], chunk):
             part = inputs[:, start : start + chunk]
@@ -213,6 +215,13 @@ class LandmarkBackbone(ConvertedBackbone):
         prefix = (self._top_k(cache) + 2) * options["block_size"]  # type: ignore[operator]
         left = self.config.max_position_embeddings - prefix
         return int(max(options["block_size"] - 1, min(2048, left)))
+
+    def _reserve(self, cache: ConvertedCache, columns: int) -> None:
+        """Room for all blocks of a long input, before its parts come."""
+        tokens = columns + columns // (self.spec["options"]["block_size"] - 1) + 1
+        for layer in self.spec["layers"]:
+            for state in cache.layers[layer].rows.states:
+                state.reserve(tokens)
 
     def _top_k(self, cache: ConvertedCache) -> int | None:
         top_k: int | None = getattr(cache.layers[0].rows.states[0], "top_k", None)

@@ -27,7 +27,7 @@ def text(tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(40):
-        (folder / f"{i:02}.txt").write_bytes(bytes(97 + (i + j * j) % 26 for j in range(1500)))
+        (folder / f"{i:02}.txt").write_bytes(bytes(97 + (i + j * j) % 26 for j in range(1600)))
     return folder
 
 
@@ -132,7 +132,7 @@ def test_commands_and_tables(text, tmp_path, monkeypatch):
         for name in names:
             for kind in ("passkey", "passkey_among_grass"):
                 assert [x["length"] for x in result[kind][name]] == [160, 320, 640]
-            assert [x["context"] for x in result["bits_per_byte"][name]] == [128, 256, 512]
+            assert [x["context"] for x in result["bits_per_byte"][name]] == [128, 256, 512, 1024]
     weights, result = tmp_path / "weights", out / "train-landmark.json"
     run("train", "landmark", "--text", text, "--config", recipe, "--out", out, "--lengths", 4,
         "--samples", 2, "--documents", 1, "--weights", weights)  # fmt: skip

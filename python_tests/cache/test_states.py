@@ -211,6 +211,20 @@ def test_forgotten_blocks_take_no_memory():
     assert max(rooms[30:]) <= 16
 
 
+def test_room_for_a_long_text_is_made_once():
+    state, rooms = RetrievalState(4, 2), set()
+    state.attend(*random_qkv(1, 6, 1, 4), rope=rope)
+    state.reserve(394)
+    for step in range(39):
+        state.attend(*random_qkv(1, 10, 1, 4, seed=step), rope=rope)
+        rooms.add((state.store.k.room.data_ptr(), state.store.k.room.shape[1]))
+    assert state.store.count == 99 and len(rooms) == 2 and max(rooms, key=lambda x: x[1])[1] == 100
+    state = RetrievalState(4, 2, max_blocks=8)
+    state.reserve(400)
+    state.attend(*random_qkv(1, 8, 1, 4), rope=rope)
+    assert state.store.k.room.shape[1] == 16
+
+
 def test_retrieval_in_small_pieces_is_the_same(monkeypatch):
     q, k, v = random_qkv(2, 30, 4, 8, Hkv=2)
     tensors = {"q": q, "k": k, "v": v}
