@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+METHODS = ("infini", "landmark", "dilated")
 EXPECTED = (ValueError, TypeError, NotImplementedError, ImportError, OSError)
 
 Config = Annotated[
@@ -114,6 +116,18 @@ def parse_numbers(text: str, option: str, kind: Callable[[str], Any] = int) -> l
 
 
 @contextmanager
+def naming(option: str) -> Iterator[None]:
+    """What a user can mend in here is said to be a bad value of this option."""
+    from ..data.text import TextError
+
+    try:
+        yield
+    except (*EXPECTED, TextError) as error:
+        message = _one_line(error).removeprefix(f"{option}: ")
+        raise typer.BadParameter(message, param_hint=option) from None
+
+
+@contextmanager
 def plain_errors(command: str) -> Iterator[None]:
     """What a user can mend ends the command with one line and status 2."""
     try:
@@ -123,9 +137,36 @@ def plain_errors(command: str) -> Iterator[None]:
 
         if not isinstance(error, (*EXPECTED, TextError)):
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"lctx {command}: {' '.join(line.strip() for line in lines)}", file=sys.stderr)
+        print(f"lctx {command}: {_one_line(error)}", file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines)
+
+
+def method_options(method: str | None, pairs: list[str] | None) -> dict[str, Any]:
+    """The options of --set for --method, checked before anything is loaded.
+
+    Raises:
+        typer.BadParameter: Another method, an option it has not, or a value that does not fit.
+    """
+    options = parse_options(pairs)
+    if method is None:
+        if options:
+            raise typer.BadParameter("expected with --set", param_hint="--method")
+        return options
+    if method not in METHODS:
+        other = "; ring needs processes of its own: docs/models.md" if method == "ring" else ""
+        raise typer.BadParameter(
+            f"{method!r}; expected one of {', '.join(METHODS)}{other}", param_hint="--method"
+        )
+    from ..hf.options import complete
+
+    with naming("--set"):
+        complete(method, options, "--set")
+    return options
 
 
 def load_model(path: str, dtype: str = "auto") -> Any:
@@ -139,9 +180,21 @@ def load_model(path: str, dtype: str = "auto") -> Any:
     hf.register()
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, trust_remote_code=False
-    )
+    with _no_model_there(path):
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+
+
+@contextmanager
+def _no_model_there(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if Path(path).is_dir():
+            raise
+        reason = _one_line(error).partition(". ")[0]
+        raise OSError(f"no folder {path}; as a name on the Hugging Face hub: {reason}") from None
 
 
 def load_tokenizer(path: str) -> Any:
@@ -151,11 +204,12 @@ def load_tokenizer(path: str) -> Any:
     hf.register()  # transformers reads the model's configuration too
     import transformers
 
-    return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    with _no_model_there(path):
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def load_for_use(path: str, device: str, dtype: str) -> Any:
-    """A model in evaluation mode on a device.
+def load_for_use(path: str, device: str, dtype: str) -> tuple[Any, Any]:
+    """A model's tokenizer, and the model in evaluation mode on a device.
 
     Args:
         path: Folder or name.
@@ -163,19 +217,24 @@ def load_for_use(path: str, device: str, dtype: str) -> Any:
         dtype: "auto" is bfloat16 on a GPU, whose kernels take no fp32, else as saved.
 
     Raises:
-        ValueError: No such device.
+        typer.BadParameter: No model there, no such device or type of numbers.
     """
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype not in DTYPES:
+        raise typer.BadParameter(
+            f"{dtype!r}; expected one of {', '.join(DTYPES)}", param_hint="--dtype"
+        )
     if dtype == "auto" and device.startswith("cuda"):
         dtype = "bfloat16"
-    model = load_model(path, dtype)
     try:
-        return model.to(device).eval()
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {error}") from None
+        raise typer.BadParameter(_one_line(error), param_hint="--device") from None
+    with naming("MODEL"):
+        return load_tokenizer(path), load_model(path, dtype).to(device).eval()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,8 +11,9 @@ from .common import (
     MethodOptions,
     load_model,
     load_tokenizer,
+    method_options,
+    naming,
     parse_numbers,
-    parse_options,
     plain_errors,
 )
 
@@ -21,11 +22,11 @@ def apply_method(
     model: Any, method: str | None, pairs: list[str] | None, layers: str | None
 ) -> Any:
     """The model, converted if a method is given."""
-    options = parse_options(pairs)
+    options = method_options(method, pairs)
     chosen = None if layers is None else parse_numbers(layers, "--layers")
     if method is None:
-        if options or chosen is not None:
-            raise typer.BadParameter("expected with --set and --layers", param_hint="--method")
+        if chosen is not None:
+            raise typer.BadParameter("expected with --layers", param_hint="--method")
         return model
     from .. import hf
 
@@ -48,7 +49,10 @@ def add(app: typer.Typer) -> None:
         with plain_errors("convert"):
             if out.exists() and any(out.iterdir()):
                 raise typer.BadParameter(f"{out} is not empty", param_hint="OUT")
-            converted = apply_method(load_model(model), method, options, layers)
+            method_options(method, options)
+            with naming("MODEL"):
+                loaded = load_model(model)
+            converted = apply_method(loaded, method, options, layers)
             converted.save_pretrained(out)
             try:
                 tokenizer = load_tokenizer(model)

@@ -12,7 +12,7 @@ from .common import (
     Dtype,
     MethodOptions,
     load_for_use,
-    load_tokenizer,
+    naming,
     parse_numbers,
     parse_options,
     plain_errors,
@@ -93,8 +93,12 @@ def run_tasks(
     from ..data.text import read_document
     from ..eval import evaluate, make_samples
 
-    tokenizer = load_tokenizer(model)
-    text = None if filler is None else read_document(filler).data.decode("utf-8", "replace")
+    with naming("--filler"):
+        text = None if filler is None else read_document(filler).data.decode("utf-8", "replace")
+    tokenizer, loaded = load_for_use(model, device, dtype)
+    if options:
+        with naming("--set"):
+            hf.make_cache(loaded, **options)
 
     def count(part: str) -> int:
         return len(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
@@ -108,7 +112,6 @@ def run_tasks(
             seed=seed, filler=text,
         )
     ]  # fmt: skip
-    loaded = load_for_use(model, device, dtype)
     scores: list[Any] = []
     bar = tqdm(total=len(samples), unit="sample", desc=tasks[0] if len(tasks) == 1 else "ruler")
     for sample in samples:
@@ -157,15 +160,19 @@ def perplexity(
         from ..data.corpus import read_corpus
         from ..eval import perplexity as measure
 
-        tokenizer = load_tokenizer(model)
-        document = read_corpus(text)[0]
-        loaded = load_for_use(model, device, dtype)
         cache_options, results = parse_options(options), []
         if cache_options and chunk is None:
             raise typer.BadParameter(
                 "expected with --set, which is for the cache", param_hint="--chunk"
             )
-        for length in parse_numbers(lengths, "--lengths"):
+        numbers = parse_numbers(lengths, "--lengths")
+        with naming("--text"):
+            document = read_corpus(text)[0]
+        tokenizer, loaded = load_for_use(model, device, dtype)
+        if cache_options:
+            with naming("--set"):
+                hf.make_cache(loaded, **cache_options)
+        for length in numbers:
             ids, size = _first_tokens(document.data, tokenizer, length * max_pieces)
             bar = tqdm(total=len(ids) // length, unit="text", desc=f"{length} tokens")
 

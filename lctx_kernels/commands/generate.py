@@ -12,7 +12,7 @@ from .common import (
     Dtype,
     MethodOptions,
     load_for_use,
-    load_tokenizer,
+    naming,
     parse_options,
     plain_errors,
 )
@@ -49,8 +49,7 @@ def add(app: typer.Typer) -> None:
 
             from ..eval.score import encode_prompt
 
-            tokenizer = load_tokenizer(model)
-            loaded = load_for_use(model, device, dtype)
+            tokenizer, loaded = load_for_use(model, device, dtype)
             ids = torch.tensor([encode_prompt(tokenizer, text)], device=loaded.device)
             if ids.shape[1] == 0:
                 raise typer.BadParameter("no token in it", param_hint="PROMPT")
@@ -58,7 +57,8 @@ def add(app: typer.Typer) -> None:
             if options:
                 from .. import hf
 
-                arguments["past_key_values"] = hf.make_cache(loaded, **parse_options(options))
+                with naming("--set"):
+                    arguments["past_key_values"] = hf.make_cache(loaded, **parse_options(options))
             if temperature > 0:
                 arguments |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
             transformers.set_seed(seed)
@@ -79,6 +79,7 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt_file is not None:
         from ..data.text import read_document
 
-        return read_document(prompt_file).data.decode("utf-8", "replace")
+        with naming("--prompt-file"):
+            return read_document(prompt_file).data.decode("utf-8", "replace")
     assert prompt is not None
     return sys.stdin.read() if prompt == "-" else prompt

@@ -1,8 +1,10 @@
 """`lctx train`: a model from scratch or from a checkpoint, on the text at hand."""
 
 import json
+import sys
 import zipfile
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +17,14 @@ from .common import (
     MethodOptions,
     load_model,
     load_tokenizer,
+    method_options,
+    naming,
     plain_errors,
     write_json,
 )
 from .convert import apply_method
 
+RECORD = "run.json"
 SIZES = {
     "tiny": (64, 2, 4, 2), "10m": (256, 6, 4, 2), "30m": (512, 8, 8, 4), "100m": (768, 12, 12, 4),
 }  # fmt: skip
@@ -58,6 +63,7 @@ def add(app: typer.Typer) -> None:
 
     @app.command()
     def train(
+        context: typer.Context,
         out: Annotated[Path, typer.Argument(help="Folder for checkpoints, logs and the model.")],
         model: Annotated[
             str,
@@ -90,7 +96,10 @@ def add(app: typer.Typer) -> None:
         eval_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 100,
         held_out: Annotated[float, typer.Option(help="Share of the text to evaluate on.")] = 0.05,
         report: Annotated[str, typer.Option(help="tensorboard, wandb, none, ...")] = "tensorboard",
-        resume: Annotated[bool, typer.Option("--resume", help="Go on where OUT ended.")] = False,
+        resume: Annotated[
+            bool,
+            typer.Option("--resume", help="Go on where OUT ended, with the options it began with."),
+        ] = False,
         seed: int = 0,
         device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
         config: Config = None,
@@ -102,25 +111,47 @@ def add(app: typer.Typer) -> None:
                 vocab_size, seq_len, steps, batch, accumulate, lr, gate_lr, weight_decay, warmup,
                 segmentwise, checkpointing, bf16, lora, seed, held_out, device,
             )  # fmt: skip
-            run(settings, out, save_every, eval_every, report, resume)
+            sources = {name: context.get_parameter_source(name) for name in context.params}
+            given = {name for name, x in sources.items() if x is not None and x.name != "DEFAULT"}
+            settings, checkpoint = start_or_resume(settings, given, out, resume)
+            often = {"save_every": save_every, "eval_every": eval_every, "report": report}
+            if resume:
+                before = json.loads((out / RECORD).read_text()).get("often", {})
+                often |= {name: x for name, x in before.items() if name not in given}
+            try:
+                run(settings, out, checkpoint, often)
+            except KeyboardInterrupt:
+                print(f"\nstopped; go on with: lctx train {out} --resume", file=sys.stderr)
+                raise typer.Exit(130) from None
 
 
-def run(
-    settings: Settings, out: Path, save_every: int, eval_every: int, report: str, resume: bool
-) -> Any:
-    """Train and save; returns the trainer."""
+def run(settings: Settings, out: Path, checkpoint: Path | None, often: dict[str, Any]) -> Any:
+    """Train and save; returns the trainer.
+
+    Args:
+        checkpoint: What to go on from.
+        often: save_every, eval_every (steps), and report, where the log goes to.
+    """
+    method_options(settings.method, settings.options)
+    if settings.device not in ("auto", "cpu"):
+        raise typer.BadParameter(
+            f"{settings.device!r}; expected auto or cpu", param_hint="--device"
+        )
     import transformers
 
     from ..data.corpus import digest, read_corpus, split
 
-    checkpoint = _start_or_resume(settings, out, resume)
     transformers.set_seed(settings.seed)
-    documents = read_corpus(settings.text)
-    texts, held_out = split(documents, settings.held_out)
+    with naming("--text"):
+        documents = read_corpus(settings.text)
+    with naming("--held-out"):
+        texts, held_out = split(documents, settings.held_out)
+    text_sha256 = digest(documents)
+    _refuse_another_text(out, text_sha256)
     model, tokenizer = _model(settings, texts)
-    _check_corpus(out, digest(documents), settings)
-    often = {"save_every": save_every, "eval_every": eval_every, "report": report}
     trainer = _trainer(settings, out, model, tokenizer, texts, held_out, often)
+    record = {"settings": asdict(settings), "often": often, "text_sha256": text_sha256}
+    write_json(out / RECORD, record)
     print(
         f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(trainer.train_dataset)} rows of at most {settings.seq_len} tokens from "
@@ -132,31 +163,36 @@ def run(
     return trainer
 
 
-def _start_or_resume(settings: Settings, out: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from; None for a new run.
+def start_or_resume(
+    settings: Settings, given: Collection[str], out: Path, resume: bool
+) -> tuple[Settings, Path | None]:
+    """The settings of the run, and the checkpoint to go on from; None for a new run.
+
+    Args:
+        given: Names of settings that are not defaults: they have to be those of the run's
+            beginning, all others are taken from there.
 
     Raises:
         typer.BadParameter: A folder with another run in it, or nothing to resume.
     """
-    record = out / "run.json"
+    record = out / RECORD
     if not record.exists():
         if resume:
             raise typer.BadParameter(f"no run in {out}", param_hint="--resume")
         if out.exists() and any(out.iterdir()):
             raise typer.BadParameter(f"{out} is not empty", param_hint="OUT")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(record, {"settings": asdict(settings)})
-        return None
+        return settings, None
     if not resume:
         raise typer.BadParameter(f"{out} holds a run; expected --resume to go on", param_hint="OUT")
     before = json.loads(record.read_text())["settings"]
     for name, value in asdict(settings).items():
-        if before.get(name) != value:
+        if name in given and before.get(name) != value:
             flag = "--set" if name == "options" else "--" + name.replace("_", "-")
             raise typer.BadParameter(
                 f"{value!r}; the run in {out} began with {before.get(name)!r}", param_hint=flag
             )
-    return last_complete_checkpoint(out)
+    known = {name: before[name] for name in asdict(settings) if name in before}
+    return replace(settings, **known), last_complete_checkpoint(out)
 
 
 def last_complete_checkpoint(out: Path) -> Path | None:
@@ -183,15 +219,13 @@ def _complete(path: Path) -> bool:
         return False
 
 
-def _check_corpus(out: Path, found: str, settings: Settings) -> None:
-    """Record the text's digest, or compare it with that of the run's beginning."""
-    record = out / "run.json"
-    content = json.loads(record.read_text())
-    if content.setdefault("text_sha256", found) != found:
+def _refuse_another_text(out: Path, found: str) -> None:
+    """Compare the text's digest with that of the run's beginning, if there was one."""
+    record = out / RECORD
+    if record.exists() and json.loads(record.read_text()).get("text_sha256", found) != found:
         raise typer.BadParameter(
             "another text than that of the run's beginning", param_hint="--text"
         )
-    write_json(record, content | {"settings": asdict(settings)})
 
 
 def _model(settings: Settings, texts: list[Any]) -> tuple[Any, Any]:
@@ -202,8 +236,9 @@ def _model(settings: Settings, texts: list[Any]) -> tuple[Any, Any]:
         tokenizer = train_tokenizer(texts, settings.vocab_size)
         model = _new_llama(settings, tokenizer)
     else:
-        tokenizer = load_tokenizer(settings.model)
-        model = load_model(settings.model, "float32")
+        with naming("--model"):
+            tokenizer = load_tokenizer(settings.model)
+            model = load_model(settings.model, "float32")
     if settings.segmentwise and "infini" not in (
         settings.method, getattr(model.config, "lctx", None) and model.config.lctx["method"],
     ):  # fmt: skip
@@ -249,11 +284,13 @@ def _trainer(
     settings: Settings, out: Path, model: Any, tokenizer: Any, texts: list[Any],
     held_out: list[Any], often: dict[str, Any],
 ) -> Any:  # fmt: skip
+    import torch
     import transformers
 
     from ..data.tokens import Collator, pack
     from ..hf.training import SegmentTrainer, gated_optimizer
 
+    again = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = transformers.TrainingArguments(
         output_dir=str(out), max_steps=settings.steps, seed=settings.seed,
         per_device_train_batch_size=settings.batch, per_device_eval_batch_size=settings.batch,
@@ -263,8 +300,9 @@ def _trainer(
         save_total_limit=2, eval_strategy="steps", eval_steps=often["eval_every"],
         report_to=[] if often["report"] == "none" else [often["report"]], bf16=settings.bf16,
         gradient_checkpointing=settings.checkpointing, use_cpu=settings.device == "cpu",
-        gradient_checkpointing_kwargs={"use_reentrant": False}, remove_unused_columns=False,
-        prediction_loss_only=True, dataloader_pin_memory=settings.device != "cpu",
+        remove_unused_columns=False, **(again if settings.checkpointing else {}),
+        prediction_loss_only=True,
+        dataloader_pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
     )  # fmt: skip
     shared: dict[str, Any] = {
         "model": model, "args": arguments, "data_collator": Collator(tokenizer.pad_token_id or 0),

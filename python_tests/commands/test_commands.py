@@ -80,7 +80,7 @@ def test_killed_at_any_moment_and_resumed_the_losses_are_the_same(tmp_path, text
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
     assert run.returncode == -signal.SIGKILL and not (tmp_path / "cut" / "config.json").exists()
-    output = lctx("train", tmp_path / "cut", *options, "--resume")
+    output = lctx("train", tmp_path / "cut", "--resume")  # with the options of the beginning
     assert "resumed from checkpoint-" in output
     assert history(tmp_path / "cut") == history(tmp_path / "whole")
 
@@ -226,16 +226,28 @@ def test_convert(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "OUT", "--method", "infini", "--set", "segment_len=0"], "segment_len is 0"),
+        (
+            ["train", "OUT", "--method", "infini", "--set", "segment_len=0"],
+            "Invalid value for --set: segment_len is 0; expected an int >= 1",
+        ),
+        (["train", "OUT", "--method", "dilated"], "--set: dilated needs segment_lengths"),
+        (["train", "OUT", "--method", "infini", "--layers", "9"], "layers"),
+        (["train", "OUT", "--device", "tpu"], "--device: 'tpu'; expected auto or cpu"),
         (["train", "OUT", "--method", "infini", "--set", "segment_len"], "Invalid value for --set"),
-        (["train", "OUT", "--method", "swing"], "method is 'swing'; expected one of infini"),
+        (["train", "OUT", "--method", "swing"], "--method: 'swing'; expected one of infini"),
+        (["train", "OUT", "--method", "ring"], "ring needs processes of its own"),
         (["train", "OUT", "--set", "segment_len=4"], "Invalid value for --method"),
         (["train", "OUT", "--segmentwise"], "Invalid value for --segmentwise"),
         (["train", "OUT", "--steps", "0"], "Invalid value for '--steps'"),
-        (["train", "OUT", "--text", "/nowhere.txt"], "lctx train: /nowhere.txt: no such file"),
-        (["train", "OUT", "--model", "/nowhere"], "lctx train: "),
-        (["train", "OUT", "--held-out", "2"], "held_out is 2.0"),
-        (["generate", "/nowhere", "hello"], "lctx generate: "),
+        (["train", "OUT", "--text", "/nowhere.txt"], "--text: /nowhere.txt: no such file"),
+        (["train", "OUT", "--model", "/nowhere"], "Invalid value for --model: "),
+        (["train", "OUT", "--held-out", "2"], "Invalid value for --held-out: "),
+        (["generate", "/nowhere", "hello"], "MODEL: no folder /nowhere; as a name on the"),
+        (["generate", "MODEL", "x", "--dtype", "int8"], "--dtype: 'int8'; expected one of auto"),
+        (["generate", "MODEL", "x", "--device", "tpu"], "Invalid value for --device: "),
+        (["generate", "MODEL", "--prompt-file", "/nowhere"], "Invalid value for --prompt-file: "),
+        (["eval", "needle", "MODEL", "--filler", "/nowhere"], "Invalid value for --filler: "),
+        (["eval", "needle", "MODEL", "--set", "top_k=4"], "--set: hf.make_cache: infini has no"),
         (["generate", "MODEL"], "expected exactly one of the two"),
         (["generate", "MODEL", "x", "--set", "top_k=4"], "infini has no option top_k"),
         (["eval", "passkey", "MODEL", "--lengths", "long"], "Invalid value for --lengths"),
@@ -254,3 +266,4 @@ def test_errors_are_one_line_that_names_the_option(arguments, message, trained, 
         arguments += ["--text", str(text)]
     output = lctx(*arguments, expect=2)
     assert message in output and "Traceback" not in output
+    assert not (tmp_path / "out" / "run.json").exists()  # OUT may be used for another attempt
