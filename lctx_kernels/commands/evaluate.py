@@ -1,5 +1,6 @@
 """`lctx eval`: passkey, needle, ruler and perplexity of a saved model."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ Chunk = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt to re
 Filler = Annotated[Path | None, typer.Option(help="A text to hide things in; default: grass.")]
 Out = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
 Plot = Annotated[Path | None, typer.Option(help="Image for a heat map, depth by length.")]
+IMAGES = (".png", ".svg", ".pdf")
 DEPTHS = "0,0.25,0.5,0.75,1"
 
 
@@ -70,6 +72,7 @@ def _task_command(name: str, tasks: Sequence[str]) -> Any:
         config: Config = None,
     ) -> None:
         with plain_errors(f"eval {name}"):
+            _check_plot(plot)
             scores = run_tasks(
                 model, tasks, parse_numbers(lengths, "--lengths"),
                 parse_numbers(depths, "--depths", float), repeats=repeats,
@@ -137,6 +140,20 @@ def _report(model: str, scores: list[Any], out: Path | None, plot: Path | None) 
         from ..eval.plot import heat_map
 
         heat_map(scores, plot, title=model)
+
+
+def _check_plot(plot: Path | None) -> None:
+    """Refuse before hours of work what could not be drawn after them."""
+    if plot is None:
+        return
+    if plot.suffix not in IMAGES:
+        raise typer.BadParameter(
+            f"{plot}; expected an image, {', '.join(IMAGES)}", param_hint="--plot"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter(
+            "matplotlib is missing; try: pip install matplotlib", param_hint="--plot"
+        )
 
 
 def perplexity(

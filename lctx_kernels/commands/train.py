@@ -1,6 +1,7 @@
 """`lctx train`: a model from scratch or from a checkpoint, on the text at hand."""
 
 import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Collection
@@ -157,8 +158,13 @@ def run(settings: Settings, out: Path, checkpoint: Path | None, often: dict[str,
         f"{len(trainer.train_dataset)} rows of at most {settings.seq_len} tokens from "
         f"{len(texts)} documents" + (f", resumed from {checkpoint.name}" if checkpoint else "")
     )
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model(str(out))
+    if checkpoint is not None and _step(checkpoint) >= settings.steps:
+        for file in checkpoint.iterdir():  # all steps are done: transformers would take one more
+            if file.suffix in (".safetensors", ".json") and file.name != "trainer_state.json":
+                shutil.copy(file, out)
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_model(str(out))
     tokenizer.save_pretrained(out)
     return trainer
 
@@ -199,9 +205,13 @@ def last_complete_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint of which every file was written to its end, None if there is none."""
     found = sorted(
         (path for path in out.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()),
-        key=lambda path: int(path.name.rpartition("-")[2]),
+        key=_step,
     )
     return next((path for path in reversed(found) if _complete(path)), None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _complete(path: Path) -> bool:
@@ -290,7 +300,10 @@ def _trainer(
     from ..data.tokens import Collator, pack
     from ..hf.training import SegmentTrainer, gated_optimizer
 
-    again = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    again: dict[str, Any] = {}
+    if settings.checkpointing:
+        again["gradient_checkpointing"] = True
+        again["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     arguments = transformers.TrainingArguments(
         output_dir=str(out), max_steps=settings.steps, seed=settings.seed,
         per_device_train_batch_size=settings.batch, per_device_eval_batch_size=settings.batch,
@@ -299,10 +312,9 @@ def _trainer(
         lr_scheduler_type="cosine", logging_steps=1, save_steps=often["save_every"],
         save_total_limit=2, eval_strategy="steps", eval_steps=often["eval_every"],
         report_to=[] if often["report"] == "none" else [often["report"]], bf16=settings.bf16,
-        gradient_checkpointing=settings.checkpointing, use_cpu=settings.device == "cpu",
-        remove_unused_columns=False, **(again if settings.checkpointing else {}),
-        prediction_loss_only=True,
+        use_cpu=settings.device == "cpu", remove_unused_columns=False, prediction_loss_only=True,
         dataloader_pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
+        **again,
     )  # fmt: skip
     shared: dict[str, Any] = {
         "model": model, "args": arguments, "data_collator": Collator(tokenizer.pad_token_id or 0),

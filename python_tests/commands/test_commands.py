@@ -85,6 +85,15 @@ def test_killed_at_any_moment_and_resumed_the_losses_are_the_same(tmp_path, text
     assert history(tmp_path / "cut") == history(tmp_path / "whole")
 
 
+def test_killed_after_its_last_step_a_run_takes_no_other(trained, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(trained, cut)
+    (cut / "model.safetensors").unlink()
+    lctx("train", cut, "--resume")
+    assert last_complete_checkpoint(cut).name == "checkpoint-24"
+    assert (cut / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+
+
 def test_half_written_checkpoints_are_passed_over(trained, tmp_path):
     whole = last_complete_checkpoint(trained)
     assert whole.name == "checkpoint-24"
@@ -246,6 +255,7 @@ def test_convert(trained, tmp_path):
         (["generate", "MODEL", "x", "--dtype", "int8"], "--dtype: 'int8'; expected one of auto"),
         (["generate", "MODEL", "x", "--device", "tpu"], "Invalid value for --device: "),
         (["generate", "MODEL", "--prompt-file", "/nowhere"], "Invalid value for --prompt-file: "),
+        (["eval", "needle", "MODEL", "--plot", "x.txt"], "--plot: x.txt; expected an image"),
         (["eval", "needle", "MODEL", "--filler", "/nowhere"], "Invalid value for --filler: "),
         (["eval", "needle", "MODEL", "--set", "top_k=4"], "--set: hf.make_cache: infini has no"),
         (["generate", "MODEL"], "expected exactly one of the two"),
