@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from .buffer import Buffer
+from .pinned import PinnedRoom
+
+LEFT: list[PinnedRoom] = []  # rooms whose owners went while a graph was captured
 
 
 class Fetch:
@@ -67,7 +70,8 @@ class BlockStore:
         return self.k.since(self.dropped), self.v.since(self.dropped)
 
     def reserve(self, count: int) -> None:
-        """Make room for `count` more blocks at once, when the first of them comes."""
+        """Make room for `count` more blocks, and some, at once when the first of them comes."""
+        count += count // 8
         if self.max_blocks is not None:
             count = min(count, 2 * self.max_blocks)
         for buffer in (self.k, self.v, self.keys):
@@ -127,6 +131,7 @@ class _Blocks(Buffer):
         super().__init__()
         self.offload = offload
         self.gpu: torch.device | None = None  # that writes and reads pinned memory
+        self.pinned: PinnedRoom | None = None
 
     def append(self, x: Tensor) -> None:
         if self.offload and x.is_cuda:
@@ -139,7 +144,7 @@ class _Blocks(Buffer):
         if self.room is not None:
             self._wait()
             rows = rows.to(self.room.device)
-            chosen.room = self._new(self.room, (rows.numel(), *self.room.shape[1:]))
+            chosen.room = chosen._new(self.room, (rows.numel(), *self.room.shape[1:]))
             chosen.room.copy_(self.room.index_select(0, rows))
         chosen.length, chosen.planned = self.length, self.planned
         return chosen
@@ -147,14 +152,17 @@ class _Blocks(Buffer):
     def _new(self, like: Tensor, shape: Sequence[int]) -> Tensor:
         if not self.offload:
             return super()._new(like, shape)
-        return torch.empty(shape, dtype=like.dtype, pin_memory=self.gpu is not None)
+        if self.gpu is None:
+            return torch.empty(shape, dtype=like.dtype)
+        self.pinned = PinnedRoom(shape, like.dtype)
+        return self.pinned.value
 
     def _move(self, like: Tensor, start: int, size: int) -> None:
         self._wait()
-        if self.gpu is not None:  # torch pins a power of two of bytes: all of them are used
-            entry = like[:, :1].numel() * like.element_size()
-            size = (1 << (size * entry - 1).bit_length()) // entry
+        before = self.pinned
         super()._move(like, start, size)
+        if before is not None:
+            before.free()
 
     def _write(self, x: Tensor, end: int) -> None:
         if self.gpu is None or self.room is None:
@@ -169,6 +177,10 @@ class _Blocks(Buffer):
             torch.cuda.synchronize(self.gpu)
 
     def __del__(self) -> None:
-        if self.gpu is None or sys.is_finalizing() or torch.cuda.is_current_stream_capturing():
+        if self.pinned is None or sys.is_finalizing():
             return
-        self._wait()  # the memory goes back to torch, which may hand it out again
+        if torch.cuda.is_current_stream_capturing():
+            LEFT.append(self.pinned)  # waiting is not possible: the memory stays as it is
+            return
+        self._wait()  # the memory goes back, and may be handed out again
+        self.pinned.free()

@@ -21,7 +21,7 @@ Rope = Callable[[Tensor, Tensor], Tensor]
 without D. Products of rotated vectors depend on the distance of their positions alone."""
 
 SELECT = ("token_and_head", "head", "token")
-ROW_ELEMENTS = 1 << 24  # elements of retrieved keys that exist at a time
+ROW_ELEMENTS = 1 << 24  # of the keys, or scores, of tokens that are read at a time
 
 
 class LandmarkState:
@@ -320,12 +320,14 @@ def _read(
     q: (B, T, Hq, k, D). blocks_k, blocks_v: (B, n, L, D) fetched blocks of single heads; index:
     (B, T or 1, H, k), which of them.
     """
-    B, T, Hq, _, D = q.shape
-    step = max(1, ROW_ELEMENTS // max(1, B * Hq * index.shape[-1] * blocks_k.shape[2] * D))
+    B, T, Hq, k, D = q.shape
+    L, shared = blocks_k.shape[2], index.shape[1] == 1
+    gathered = 0 if shared else index.shape[2] * D  # numbers that a token brings along
+    step = max(1, ROW_ELEMENTS // max(1, B * k * L * max(Hq, gathered)))
     parts = []
     for start in range(0, T, step):
         rows = slice(start, min(start + step, T))
-        of = slice(None) if index.shape[1] == 1 else rows
+        of = slice(None) if shared else rows
         parts.append(_read_rows(q[:, rows], blocks_k, blocks_v, index[:, of], scale))
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, dim=1), torch.cat(lses, dim=1).transpose(1, 2)

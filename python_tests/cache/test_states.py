@@ -218,7 +218,7 @@ def test_room_for_a_long_text_is_made_once():
     for step in range(39):
         state.attend(*random_qkv(1, 10, 1, 4, seed=step), rope=rope)
         rooms.add((state.store.k.room.data_ptr(), state.store.k.room.shape[1]))
-    assert state.store.count == 99 and len(rooms) == 2 and max(rooms, key=lambda x: x[1])[1] == 100
+    assert state.store.count == 99 and len(rooms) == 2 and max(rooms, key=lambda x: x[1])[1] == 112
     state = RetrievalState(4, 2, max_blocks=8)
     state.reserve(400)
     state.attend(*random_qkv(1, 8, 1, 4), rope=rope)

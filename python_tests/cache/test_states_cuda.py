@@ -14,6 +14,7 @@ from lctx_kernels.cache import (
     RetrievalState,
     RopeTable,
     landmark,
+    pinned,
 )
 
 pytestmark = pytest.mark.cuda
@@ -66,8 +67,15 @@ def test_states_are_the_ops(qkv, make, op):
     close(stepwise(make(), *qkv), op(*qkv))
 
 
+@pytest.fixture(params=["torch's pinned memory", "pages of its own"])
+def rooms(request, monkeypatch):
+    """Where offloaded blocks lie: small rooms and large ones."""
+    if request.param == "pages of its own":
+        monkeypatch.setattr(pinned, "LEAST_BYTES", 0)
+
+
 @pytest.mark.parametrize("select", ["token_and_head", "head", "token"])
-def test_retrieval(qkv, select):
+def test_retrieval(qkv, select, rooms):
     q, k, v = qkv
     i = torch.arange(T, device="cuda")[:, None]
     want = lk.landmark_attention(rotary(q, i), rotary(k, i), v, block_size=64)
@@ -82,7 +90,7 @@ def test_retrieval(qkv, select):
 
 
 @pytest.mark.parametrize("select", ["token_and_head", "head", "token"])
-def test_decoded_tokens(qkv, select, monkeypatch):
+def test_decoded_tokens(qkv, select, monkeypatch, rooms):
     """Token by token by the op, over every block and over few, resident and offloaded."""
     q, k, v = qkv
     rope = RopeTable.of(rotary, 64, 1500, q)
@@ -105,9 +113,13 @@ def test_decoded_tokens(qkv, select, monkeypatch):
     assert len(calls) == 4 * 150
 
 
-def test_offloaded_blocks_are_in_the_memory_of_the_cpu(qkv):
+def test_offloaded_blocks_are_in_the_memory_of_the_cpu(qkv, rooms):
     state = RetrievalState(64, 3, offload=True)
     stepwise(state, *qkv, rope=rotary)
+    assert state.store.k.value.is_pinned()
+    rows = state.select(torch.tensor([1, 0]))
+    assert rows.store.k.value.is_pinned()
+    assert torch.equal(rows.store.k.value, state.store.k.value.flip(0))
     assert state.store.k.value.device.type == "cpu" and state.store.landmarks.is_cuda
     assert state.store.fetch(torch.zeros(2, 1, 1, 1, dtype=torch.int64, device="cuda")).k.is_cuda
 

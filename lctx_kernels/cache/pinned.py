@@ -1,0 +1,53 @@
+"""Large rooms in the CPU's memory that a GPU reads and writes: pinned in their exact size.
+
+torch pins a power of two of bytes and keeps it for good; a room of some GiB has pages of its own,
+which come from all threads at once and go back to the system with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LEAST_BYTES = 1 << 26  # below, torch's own pinned memory, which is at hand again at once
+
+
+class PinnedRoom:
+    """An uninitialised tensor in pinned memory, until `free`.
+
+    Args:
+        shape, dtype: Of `value`.
+
+    Raises:
+        RuntimeError: The system does not pin so much.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.size = math.prod(shape) * dtype.itemsize
+        self.registered = self.size >= LEAST_BYTES
+        self.value: Tensor
+        if not self.registered:
+            self.value = torch.empty(shape, dtype=dtype, pin_memory=True)
+            return
+        pages = mmap.mmap(-1, self.size)
+        with contextlib.suppress(AttributeError, OSError):  # a system without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        self.value = torch.frombuffer(pages, dtype=dtype).view(*shape)
+        self.value.zero_()
+        error = torch.cuda.cudart().cudaHostRegister(self.value.data_ptr(), self.size, 0)
+        if int(error) != 0:
+            raise RuntimeError(
+                f"offload: pinning {self.size / 2**30:.1f} GiB of the CPU's memory failed "
+                f"({error}); try max_blocks, or offload=False"
+            )
+
+    def free(self) -> None:
+        """Give the pages back; no kernel and no copy may use them any more."""
+        if self.registered:
+            torch.cuda.cudart().cudaHostUnregister(self.value.data_ptr())
+            self.registered = False
