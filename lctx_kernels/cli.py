@@ -1,6 +1,6 @@
-"""The `lctx` command: info, demo, bench, and train, generate, eval, convert for models.
+"""The `lctx` command: info, demo, bench, and train, generate, eval, samples, convert for models.
 
-Needs typer (`pip install 'lctx_kernels[cli]'`), the last four also 'lctx_kernels[train]'.
+Needs typer (`pip install 'lctx_kernels[cli]'`), the last five also 'lctx_kernels[train]'.
 """
 
 import sys
@@ -69,9 +69,9 @@ def build_app() -> "typer.Typer":
         """Benchmark against PyTorch's attention, from a checkout of the repository."""
         load_bench().main(context.args)
 
-    from .commands import convert, evaluate, generate, train
+    from .commands import convert, evaluate, generate, samples, train
 
-    for command in (train, generate, evaluate, convert):
+    for command in (train, generate, evaluate, samples, convert):
         command.add(app)
     return app
 

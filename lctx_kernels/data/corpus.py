@@ -16,7 +16,8 @@ def read_corpus(path: Path | str | None = None) -> list[Document]:
     """The documents of a file, a folder or a JSONL file, or the longest installed text.
 
     A folder gives every text in it (.txt, .md, .rst, .pod, .py, .jsonl, .gz) in the order of names;
-    a line of JSONL gives one document, its "text". Nothing is downloaded.
+    a line of JSONL gives one document, its "text", after its "prompt" if it has one, which is read
+    and not learned. Nothing is downloaded.
 
     Args:
         path: None is the longest text that the machine has.
@@ -66,8 +67,8 @@ def split(
         (whole,) = documents
         cut = int(len(whole.data) * (1 - held_out))
         return (
-            [Document(f"{whole.name} (start)", whole.data[:cut])],
-            [Document(f"{whole.name} (end)", whole.data[cut:])],
+            [Document(f"{whole.name} (start)", whole.data[:cut], min(whole.prompt, cut))],
+            [Document(f"{whole.name} (end)", whole.data[cut:], max(whole.prompt - cut, 0))],
         )
     chosen = [int(d.sha256[:8], 16) < held_out * 2**32 for d in documents]
     if not any(chosen) or all(chosen):
@@ -90,10 +91,14 @@ def _json_lines(document: Document) -> Iterator[Document]:
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise TextError(f'{document.name}:{number}: expected a JSON object with "text"')
+            entry = json.loads(line)
+            prompt, text = entry.get("prompt", ""), entry["text"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            prompt = text = None
+        if not isinstance(text, str) or not isinstance(prompt, str):
+            raise TextError(
+                f'{document.name}:{number}: expected a JSON object with "text", perhaps "prompt"'
+            )
         if text:
-            yield Document(f"{document.name}:{number}", text.encode())
+            begin = prompt.encode()
+            yield Document(f"{document.name}:{number}", begin + text.encode(), len(begin))

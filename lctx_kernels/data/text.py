@@ -28,15 +28,20 @@ class TextError(Exception):
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it came from."""
+    """A text and where it came from.
+
+    prompt: Bytes at its beginning that are read and not learned.
+    """
 
     name: str
     data: bytes
+    prompt: int = 0
 
     @property
     def sha256(self) -> str:
-        """Hexadecimal digest of the text."""
-        return hashlib.sha256(self.data).hexdigest()
+        """Hexadecimal digest of the text, and of where its prompt ends if it has one."""
+        end = f"\n{self.prompt}" if self.prompt else ""
+        return hashlib.sha256(self.data + end.encode()).hexdigest()
 
 
 def read_document(path: Path | str) -> Document:

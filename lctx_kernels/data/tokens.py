@@ -8,6 +8,7 @@ from typing import Any
 from .text import Document
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+IGNORE = -100  # label of a token that is not learned
 
 
 def _need(name: str) -> Any:
@@ -66,7 +67,8 @@ def pack(
     """Documents as rows of at most `seq_len` tokens, no row with tokens of two documents.
 
     A memory would carry one text into the next, so documents are not joined. A document begins with
-    the tokenizer's beginning and ends with its end, where it has them.
+    the tokenizer's beginning and ends with its end, where it has them. Tokens of prompts have
+    no label; rows without any label are dropped.
 
     Args:
         documents: Texts, read as UTF-8.
@@ -75,7 +77,8 @@ def pack(
         keep_shorter: Rows of fewer tokens, at the ends of documents, are dropped.
 
     Returns:
-        datasets.Dataset with input_ids, and bytes, what the row's text takes in UTF-8.
+        datasets.Dataset with input_ids, and bytes, what the row's text takes in UTF-8; with labels
+        if any document has a prompt.
 
     Raises:
         ValueError: Numbers that do not fit, or no row at all.
@@ -85,14 +88,21 @@ def pack(
         raise ValueError(
             f"pack: seq_len is {seq_len}, keep_shorter is {keep_shorter}; expected at least 2 and 1"
         )
-    datasets = _need("datasets")
+    datasets, documents = _need("datasets"), list(documents)
+    prompts = [d.data[: d.prompt].decode("utf-8", "replace") for d in documents]
     texts = datasets.Dataset.from_dict(
-        {"text": [document.data.decode("utf-8", "replace") for document in documents]}
+        {
+            "text": [d.data.decode("utf-8", "replace") for d in documents],
+            "prompt": [len(prompt) for prompt in prompts],
+        }
     )
+    labelled = any(prompts)
 
-    def rows(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+    def rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {"input_ids": [], "bytes": []}
-        for text in batch["text"]:
+        if labelled:
+            out["labels"] = []
+        for text, prompt in zip(batch["text"], batch["prompt"], strict=True):
             encoded = tokenizer(
                 text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
@@ -101,17 +111,24 @@ def pack(
                 ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
             if tokenizer.eos_token_id is not None:
                 ids, offsets = [*ids, tokenizer.eos_token_id], [*offsets, (len(text), len(text))]
+            labels = [
+                IGNORE if prompt and end <= prompt else token
+                for token, (_, end) in zip(ids, offsets, strict=True)
+            ]
             begin = 0
             for start in range(0, len(ids), seq_len):
                 end = min(start + seq_len, len(ids))
                 stop = len(text) if end == len(ids) else max(begin, offsets[end][0])
-                if end - start >= keep_shorter:
+                wanted = any(label != IGNORE for label in labels[start + 1 : end]) or not labelled
+                if end - start >= keep_shorter and wanted:
                     out["input_ids"].append(ids[start:end])
+                    if labelled:
+                        out["labels"].append(labels[start:end])
                     out["bytes"].append(len(text[begin:stop].encode()))
                 begin = stop
         return out
 
-    packed = texts.map(rows, batched=True, remove_columns=["text"], keep_in_memory=True)
+    packed = texts.map(rows, batched=True, remove_columns=["text", "prompt"], keep_in_memory=True)
     if len(packed) == 0:
         raise ValueError(f"pack: no document has {keep_shorter} tokens; expected longer texts")
     return packed

@@ -277,3 +277,18 @@ def test_errors_are_one_line_that_names_the_option(arguments, message, trained, 
     output = lctx(*arguments, expect=2)
     assert message in output and "Traceback" not in output
     assert not (tmp_path / "out" / "run.json").exists()  # OUT may be used for another attempt
+
+
+def test_questions_to_train_on(trained, tmp_path):
+    out = tmp_path / "keys.jsonl"
+    arguments = ["samples", "passkey", out, "--model", trained, "--lengths", "260,300"]
+    assert "6 samples" in lctx(*arguments, "--count", 3)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len({line["text"] for line in lines}) == 6
+    assert all(f"The pass key is{line['text']}. " in line["prompt"] for line in lines)
+    assert "exists" in lctx(*arguments, expect=2)
+    assert "expected one of passkey" in lctx("samples", "x", tmp_path / "y.jsonl", expect=2)
+    model = tmp_path / "model"
+    lctx("train", model, "--model", trained, "--text", out, "--seq-len", 400, "--steps", 2,
+         "--batch", 1, "--device", "cpu", "--report", "none")  # fmt: skip
+    assert len(history(model)) == 2

@@ -21,12 +21,24 @@ def test_files_folders_and_json_lines(tmp_path):
     assert [d.data for d in read_corpus(tmp_path / "b.txt")] == [b"second"]
 
 
+def test_prompts_of_json_lines(tmp_path):
+    entry = {"prompt": "größer? ", "text": "ja"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(entry))
+    (document,) = read_corpus(tmp_path / "a.jsonl")
+    assert document.data.decode() == "größer? ja" and document.data[document.prompt :] == b"ja"
+    assert document.sha256 != Document("", document.data).sha256
+    start, end = (part[0] for part in split([document], 0.5))
+    assert (len(start.data), start.prompt) == (6, 6) and (len(end.data), end.prompt) == (6, 4)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("bad.jsonl", "{}\n", r'bad.jsonl:1: expected a JSON object with "text"'),
         ("bad.jsonl", '{"text": "x"}\n[', r"bad.jsonl:2: expected a JSON object"),
         ("bad.jsonl", '{"text": 5}', r"bad.jsonl:1: expected a JSON object"),
+        ("bad.jsonl", '{"text": "x", "prompt": 5}', r"bad.jsonl:1: expected a JSON object"),
+        ("bad.jsonl", "[5]", r"bad.jsonl:1: expected a JSON object"),
         ("x.png", "x", r"no text in this folder"),
     ],
 )

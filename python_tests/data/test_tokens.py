@@ -55,6 +55,24 @@ def test_rows_are_documents_cut(tokenizer):
     assert sum(packed["bytes"]) == sum(len(d.data) for d in TEXTS)
 
 
+def test_prompts_have_no_labels(tokenizer):
+    prompt, text = "größer? the fox " * 3, "the quick brown fox"
+    asked = Document("q", (prompt + text).encode(), len(prompt.encode()))
+    whole = pack([asked, TEXTS[2]], tokenizer, 200)
+    ids, labels = whole["input_ids"][0], whole["labels"][0]
+    learned = [label for label in labels if label != -100]
+    assert (
+        tokenizer.decode(learned, skip_special_tokens=True).strip() == text
+    )  # " the" is one token
+    assert learned[-1] == 2
+    assert ids[len(ids) - len(learned) :] == learned
+    assert whole["labels"][1] == whole["input_ids"][1]  # it has no prompt
+    cut = pack([asked], tokenizer, 8)
+    assert len(cut) < len(pack([Document("t", asked.data)], tokenizer, 8))  # rows of prompts alone
+    assert all(set(row) != {-100} for row in cut["labels"])
+    assert "labels" not in pack(TEXTS, tokenizer, 16).column_names
+
+
 def test_short_rows_are_dropped(tokenizer):
     kept = pack(TEXTS, tokenizer, 16, keep_shorter=16)
     assert {len(row) for row in kept["input_ids"]} == {16}
