@@ -15,7 +15,6 @@
 #include <mutex>
 #include <string>
 #include <thread>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -79,8 +78,12 @@ class Ring {
   // Whether what the caller's stream is given later waits until the exchange may begin: a kernel
   // that takes all multiprocessors would else begin before it, and keep it from starting.
   virtual bool starts_first() const { return false; }
-  // Lets the channels' streams go on without their peers; called again while they do not.
+  // Lets the channels' streams go on without their peers; called again while they do not. Always on
+  // the watchdog's thread.
   virtual void release(const std::vector<Hop*>& pending) = 0;
+  // Frees what was given up: once after a release, on the same thread, and without the lock,
+  // because it may wait for the GPU.
+  virtual void dispose() {}
   // Which messages of a hop have not come, as text.
   virtual std::string missing(const Hop& hop) = 0;
   // An error of the transport itself, or "".
@@ -93,11 +96,15 @@ class Ring {
  private:
   struct Pending {
     std::shared_ptr<Hop> hop;
+    int64_t number;
     CUevent ready, done;
   };
 
   CUevent take_event();
+  CUevent done_event(int64_t number) const;  // null where the hop is done
   void watch();
+  bool idle() const { return pending_[0].empty() && pending_[1].empty(); }
+  void fail_first(const std::string& what);
   void look_after(int channel, double now);
   void fail(Hop& hop, const std::string& what);
   void throw_if_failed() const;
@@ -107,14 +114,13 @@ class Ring {
   std::mutex mutex_;    // of everything below; never held where a call may wait for the GPU
   std::condition_variable changed_;
   std::deque<Pending> pending_[kChannels];
-  std::unordered_map<int64_t, CUevent> tickets_;  // of hops under way, their `done`
   std::vector<CUevent> free_events_;
   std::deque<std::shared_ptr<Hop>> log_;
   double front_since_[kChannels] = {};  // when the first pending hop was found ready
   int64_t next_number_ = 1;
   Hop failed_hop_;
-  std::string failure_;
-  bool closing_ = false;
+  std::string failure_, abort_reason_;
+  bool disposed_ = false, closing_ = false, watching_ = true;
   std::thread watchdog_;
 };
 

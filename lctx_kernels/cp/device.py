@@ -155,15 +155,16 @@ class DeviceTransport(GroupTransport):
 
     def post(self, hop: Hop) -> Any:
         """As Transport; raises RingError after a failure."""
-        sends, recvs, places = [], [], iter(hop.places)
-        for peer, x in hop.sends:
-            sends.append((peer, x.data_ptr(), x.nbytes, next(places)))
+        sends, recvs, places = [], [], hop.places
+        for i, (peer, x) in enumerate(hop.sends):
+            sends.append((peer, x.data_ptr(), x.nbytes, places[i]))
         for peer, x in hop.recvs:
             recvs.append((peer, x.data_ptr(), x.nbytes, 0))
+        pieces = [(x.data_ptr(), x.nbytes) for x in hop.pieces] if hop.pieces else []
         try:
             return self._post(
                 self.stream, self.call_number, CODES[hop.phase], hop.step, hop.part, sends, recvs,
-                [(x.data_ptr(), x.nbytes) for x in hop.pieces], self.timeout,
+                pieces, self.timeout,
             )  # fmt: skip
         except RuntimeError as error:
             raise self._failed(error) from error
