@@ -182,6 +182,11 @@ class DeviceTransport(GroupTransport):
         """As Transport."""
         return bool(self.ring.done(ticket))
 
+    def use_stream(self, stream: int) -> int:
+        """As Transport."""
+        before, self.stream = self.stream, stream
+        return before
+
     def synchronize(self) -> None:
         """Wait on the host until every posted hop is done.
 
@@ -249,6 +254,7 @@ class CopyTransport(DeviceTransport):
 
     kind = "p2p"
     gathers: ClassVar[bool] = True
+    by_copy_engine: ClassVar[bool] = True
 
     def __init__(self, group: Any, device: torch.device, timeout: float = 0.0) -> None:
         super().__init__(group, device, timeout)
