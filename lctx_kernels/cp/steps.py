@@ -130,10 +130,8 @@ class SavedInBlocks(NamedTuple):
 
     @staticmethod
     def fits(at: Rank, q: Tensor) -> bool:
-        """Whether the rows of every call begin with a block."""
-        block = 128 if q.shape[-1] <= 64 else 64
-        plain = q.is_cuda and not at.deterministic and q.shape[-1] <= 128
-        return plain and all(q0 % block == 0 for q0 in at.schedule.row_starts(at.rank))
+        """Whether there is such a kernel."""
+        return q.is_cuda and not at.deterministic and q.shape[-1] <= 128
 
     def heads(self, begin: int, end: int) -> SavedInBlocks:
         """Query heads [begin, end)."""
@@ -145,12 +143,14 @@ class SavedInBlocks(NamedTuple):
     def add(
         self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, first: bool
     ) -> None:
-        """Add the gradients of one call; with `first`, nothing is in dk and dv yet."""
+        """As `Saved.add`; rows of the call's first block that are in front of it take no part."""
         q0, q1, k0, k1, causal, window, start = call
+        front = q0 % (128 if self.q.shape[-1] <= 64 else 64)
+        rows, keys = slice(q0 - front, q1), slice(k0, k1)
         torch.ops.lctx.carry_bwd_step(
-            self.dout[:, q0:q1], self.q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], self.rows, self.dq_sum,
-            dk[:, k0:k1], dv[:, k0:k1], causal, at.scale, window, 0, start, q0, self.first_head,
-            first,
+            self.dout[:, rows], self.q[:, rows], k[:, keys], v[:, keys], self.rows, self.dq_sum,
+            dk[:, keys], dv[:, keys], causal, at.scale, window, 0, start + front, q0 - front,
+            self.first_head, first, front,
         )  # fmt: skip
 
     def result(self, at: Rank) -> Tensor:
