@@ -165,6 +165,7 @@ PYBIND11_MODULE(_ring, m) {
       .def("done", &Ring::done, release())
       .def("synchronize", &Ring::synchronize, release())
       .def("abort", &Ring::abort, release())
+      .def("free_failed", &Ring::free_failed, release())
       .def("close", &Ring::close, release())
       .def("failure", [](Ring& ring) { return as_dict(ring.failure()); })
       .def("log", [](Ring& ring) {

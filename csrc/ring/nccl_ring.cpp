@@ -171,8 +171,7 @@ void NcclRing::enqueue(Hop& hop, CUstream stream) {
 // NCCL frees a communicator's connections before the registrations that are left, which then use
 // freed memory (2.28, 2.30), and to deregister asks the proxies of peers, who may never answer. In
 // a group an abort only tells kernels, and calls that wait, to stop; what is deregistered then asks
-// nobody, and the end of the group frees. Both communicators stop before either is freed, because
-// that may wait for all kernels of the GPU.
+// nobody, and the end of the group frees.
 void NcclRing::release(const std::vector<Hop*>&) {
   if (aborted_) return;
   driver().cuStreamSynchronize_(rescue_);  // what fills the missing data comes first

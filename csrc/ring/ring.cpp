@@ -120,6 +120,15 @@ void Ring::abort(const std::string& reason) {
   changed_.wait(lock, [this] { return !failure_.empty() || !watching_; });
 }
 
+bool Ring::free_failed(double seconds) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (failure_.empty()) return true;
+  dispose_ = true;
+  changed_.notify_all();
+  return changed_.wait_for(lock, std::chrono::duration<double>(seconds),
+                           [this] { return disposed_ || !watching_; });
+}
+
 void Ring::close() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -144,16 +153,19 @@ Hop Ring::failure() {
 void Ring::watch() {
   driver().cuCtxSetCurrent_(context_);
   std::unique_lock<std::mutex> lock(mutex_);
-  const auto asked = [this] { return closing_ || !abort_reason_.empty() || !idle(); };
+  const auto asked = [this] {
+    return closing_ || !abort_reason_.empty() || !idle() || (dispose_ && !disposed_);
+  };
   double closing_since = 0;
   while (true) {
     if (!abort_reason_.empty() && failure_.empty()) fail_first(abort_reason_);
     abort_reason_.clear();
-    if (!failure_.empty() && !disposed_) {
-      disposed_ = true;
+    if (dispose_ && !disposed_) {
       lock.unlock();
       dispose();
       lock.lock();
+      disposed_ = true;
+      changed_.notify_all();
     }
     if (closing_ && idle()) break;
     if (idle()) {
@@ -166,7 +178,7 @@ void Ring::watch() {
     if (closing_ && now - closing_since > 1 && failure_.empty() && !idle()) fail_first("closed");
     if (closing_ && now - closing_since > 3) break;  // a kernel of the caller hangs
     if (idle()) changed_.notify_all();
-    if (failure_.empty() || disposed_) changed_.wait_for(lock, kInterval);
+    changed_.wait_for(lock, kInterval);
   }
   watching_ = false;
   changed_.notify_all();

@@ -64,6 +64,11 @@ class Ring {
   void synchronize();
   // Gives up every hop under way.
   void abort(const std::string& reason);
+  // After a failure, frees what no hop uses any more, or lets it be freed; returns whether that is
+  // done within so many seconds. To free memory waits for all that the GPU does, and the driver
+  // serves no other thread meanwhile, not even a watchdog: to be called when nothing is under way,
+  // on all ranks before either goes on.
+  bool free_failed(double seconds);
   // Ends the watchdog; a hop under way is given up. Every subclass calls it in its destructor,
   // where its release() still is.
   void close();
@@ -81,8 +86,7 @@ class Ring {
   // Lets the channels' streams go on without their peers; called again while they do not. Always on
   // the watchdog's thread.
   virtual void release(const std::vector<Hop*>& pending) = 0;
-  // Frees what was given up: once after a release, on the same thread, and without the lock,
-  // because it may wait for the GPU.
+  // Frees what was given up: once, when free_failed() asks, on the same thread.
   virtual void dispose() {}
   // Which messages of a hop have not come, as text.
   virtual std::string missing(const Hop& hop) = 0;
@@ -120,7 +124,8 @@ class Ring {
   int64_t next_number_ = 1;
   Hop failed_hop_;
   std::string failure_, abort_reason_;
-  bool disposed_ = false, closing_ = false, watching_ = true;
+  bool dispose_ = false, disposed_ = false;  // whether it is asked for, and done
+  bool closing_ = false, watching_ = true;
   std::thread watchdog_;
 };
 

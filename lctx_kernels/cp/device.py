@@ -27,6 +27,7 @@ from .transport import Hop, RingError
 
 PHASES = ("forward kv", "backward kv", "backward dkv")
 CODES = {phase: code for code, phase in enumerate(PHASES)}
+FREE_SECONDS = 5.0  # NCCL looks every half second whether a communicator was given up
 CHANNELS_WANTED = 8  # NCCL's blocks for a hop; registered, each moves 40 GB/s both ways
 
 
@@ -98,6 +99,14 @@ class DeviceTransport(GroupTransport):
     @functools.cached_property
     def _post(self) -> Any:
         return self.ring.post
+
+    def _free_failed(self) -> None:
+        """Free what failed transports of this process hold, while nothing is under way here."""
+        torch.cuda.synchronize(self.device)
+        others = [t.ring for t in _OPEN if t is not self and hasattr(t, "ring")]
+        for seconds in (0.0, FREE_SECONDS):
+            for ring in others:
+                ring.free_failed(seconds)
 
     # ---- memory ----
 
@@ -260,7 +269,7 @@ class CopyTransport(DeviceTransport):
         super().__init__(group, device, timeout)
         problem = ""
         try:
-            torch.cuda.synchronize(device)  # makes the context
+            self._free_failed()  # makes the context, too
             self.ring = self.module.CopyRing(self.rank, self.world_size)
             said = [socket.gethostname().encode(), _boot_id(), self.ring.words_handle()]
         except RuntimeError as error:
@@ -329,7 +338,7 @@ class NcclTransport(DeviceTransport):
             raise NotImplementedError(
                 f'transport="nccl": {problem or "another rank cannot"}; nearest is transport="pg"'
             )
-        torch.cuda.synchronize(device)
+        self._free_failed()
         half, most = len(first) // 2, min(32, CHANNELS_WANTED * self.world_size)
         halves = [first[:half], first[half:]]
         self.ring = self.module.NcclRing(self.rank, self.world_size, halves, most)
