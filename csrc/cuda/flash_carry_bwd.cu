@@ -139,16 +139,32 @@ void add_dq(const CarryParams& params, const CarryGrads& grads, const float* dq_
   check_launch("add_dq_kernel", grid, dim3(256), stream);
 }
 
+// Blocks of the keys. Rows in front of the step's fill its first block of queries and see nothing.
+template <int kBlockN>
+struct StepKeys : DenseKeys<kBlockN> {
+  struct Params {
+    int query_begin;
+  };
+
+  template <class P>
+  static __device__ __forceinline__ KeyWork find(const P& p, int index) {
+    KeyWork work = DenseKeys<kBlockN>::find(p, index);
+    work.query_begin = p.query_begin;
+    return work;
+  }
+};
+
 template <class Tile, bool kWindowed>
 void launch_keys(const CarryParams& params, const CarryGrads& grads, const BwdScratch& scratch,
                  int64_t heads, int64_t blocks, int num_sms, Stream stream) {
-  using Traits = BwdTraits<Tile, DenseKeys<Tile::kBlockN>, AddKeys, kWindowed>;
+  using Traits = BwdTraits<Tile, StepKeys<Tile::kBlockN>, AddKeys, kWindowed>;
   const AttnShape& s = params.shape;
   typename Traits::Params p{};
   set_attention_bwd<Tile>(params, grads, scratch, p);
   p.Hq = static_cast<int>(heads);
   p.blocks_per_head = static_cast<int>(blocks);
   p.query_offset = query_offset(params);
+  p.query_begin = static_cast<int>(grads.rows_in_front);
   p.window = static_cast<int>(std::min<int64_t>(params.window, INT32_MAX / 2));
   p.dk_sum = grads.dk;
   p.dv_sum = grads.dv;

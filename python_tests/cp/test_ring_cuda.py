@@ -106,6 +106,27 @@ def test_gradients_are_as_accurate_as_on_one_device(options, layout, n):
 
 @needs_backward
 @pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_of_documents(deterministic, layout, D):
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(1, 1100, 4, D, Hkv=2))
+    dout = gpu_qkv(1, 1100, 4, D, seed=5)[0]
+    exact_leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    documents = int32([0, 1, 300, 300, 999, 1100])  # no chunk begins with a block of rows
+    plan = cp.make_plan(1100, 2, layout=layout, cu_seqlens=documents)
+    out = whole(plan, *exact_leaves)[0]
+    exact = torch.autograd.grad(out, exact_leaves, dout.double())
+    alone = lk.flash_attention(q, k, v, cu_seqlens=documents.cuda())
+    single = torch.autograd.grad(alone, (q, k, v), dout)
+    out = simulated(plan, q, k, v, deterministic=deterministic)[0]
+    for mine, theirs, wanted in zip(
+        torch.autograd.grad(out, (q, k, v), dout), single, exact, strict=True
+    ):
+        assert errors(mine, wanted).rms <= 1.02 * errors(theirs, wanted).rms
+
+
+@needs_backward
+@pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("T", [1024, 1100])  # rows of calls begin with blocks of 64, or do not
 @pytest.mark.parametrize("n", [1, 2, 4])
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 300}], ids=str)
