@@ -274,7 +274,7 @@ def backward(
     ticket = ring.post(0)
     own = _save(at, dout, dlse, q, out, lse)
     early, late = own_calls(at, q, k, v)
-    lanes = Lanes(at.transport, q.device, once)
+    lanes = Lanes(at.transport, q.device, once and len(late) > 1)
     lanes.fork()
     for call in early:
         own.add(at, call, k, v, dk, dv, once)
