@@ -21,6 +21,7 @@ CASES: list[Case] = [
     ("llama-3-8b", 8192, False, 3), ("llama-3.2-1b", 131072, True, 1),
 ]  # fmt: skip
 """Shape, tokens, gradient checkpointing, rounds."""
+GEMMA: list[Case] = [("gemma-2b", 8192, False, 3), ("gemma-2b", 16384, False, 1)]
 
 
 def branches(T: int) -> dict[str, list[int]]:

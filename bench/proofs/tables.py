@@ -63,14 +63,14 @@ def training(folder: Path) -> str:
 
 def steps(folder: Path) -> str:
     """Time of a training step beside the same model with PyTorch's attention."""
-    result = read(folder, "steps")
-    if result is None:
+    results = [x for x in (read(folder, name) for name in ("steps", "steps-gemma")) if x]
+    if not results:
         return MISSING
     lines = [
         "| shape | tokens | method | step, s | against | step, s | ratio | goal |",
         "| --- | --: | --- | --: | --- | --: | --: | --: |",
     ]
-    for case in result["found"]:
+    for case in (case for result in results for case in result["found"]):
         for name, (rival, goal, least) in STEP_GOALS.items():
             if name not in case.get("ratios", {}):
                 continue
@@ -82,7 +82,7 @@ def steps(folder: Path) -> str:
                 f"| {shape} | {short(case['tokens'])} | {name} | {times[name]:.3f} | {rival} "
                 f"| {times[rival]:.3f} | **{ratio:.2f}x** | {wanted} |"
             )
-    return "\n".join([*lines, "", conditions([result])])
+    return "\n".join([*lines, "", conditions(results)])
 
 
 def headline(folder: Path) -> str:

@@ -94,6 +94,9 @@ def add(app: typer.Typer) -> None:
         bf16: Annotated[bool, typer.Option(help="Compute in bfloat16.")] = False,
         lora: Annotated[int, typer.Option(min=0, help="Rank; 0 trains all parameters.")] = 0,
         save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+        keep_every: Annotated[
+            int, typer.Option(min=0, help="Steps between models kept as milestone-STEP; 0: none.")
+        ] = 0,
         eval_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 100,
         held_out: Annotated[float, typer.Option(help="Share of the text to evaluate on.")] = 0.05,
         report: Annotated[str, typer.Option(help="tensorboard, wandb, none, ...")] = "tensorboard",
@@ -115,10 +118,18 @@ def add(app: typer.Typer) -> None:
             sources = {name: context.get_parameter_source(name) for name in context.params}
             given = {name for name, x in sources.items() if x is not None and x.name != "DEFAULT"}
             settings, checkpoint = start_or_resume(settings, given, out, resume)
-            often = {"save_every": save_every, "eval_every": eval_every, "report": report}
+            often: dict[str, Any] = {
+                "save_every": save_every, "keep_every": keep_every, "eval_every": eval_every,
+                "report": report,
+            }  # fmt: skip
             if resume:
                 before = json.loads((out / RECORD).read_text()).get("often", {})
                 often |= {name: x for name, x in before.items() if name not in given}
+            if often["keep_every"] % often["save_every"]:
+                raise typer.BadParameter(
+                    f"{often['keep_every']}; expected a multiple of --save-every, "
+                    f"{often['save_every']}", param_hint="--keep-every",
+                )  # fmt: skip
             try:
                 run(settings, out, checkpoint, often)
             except KeyboardInterrupt:
@@ -131,7 +142,7 @@ def run(settings: Settings, out: Path, checkpoint: Path | None, often: dict[str,
 
     Args:
         checkpoint: What to go on from.
-        often: save_every, eval_every (steps), and report, where the log goes to.
+        often: save_every, keep_every, eval_every (steps), and report, where the log goes to.
     """
     method_options(settings.method, settings.options)
     if settings.device not in ("auto", "cpu"):
@@ -159,9 +170,7 @@ def run(settings: Settings, out: Path, checkpoint: Path | None, often: dict[str,
         f"{len(texts)} documents" + (f", resumed from {checkpoint.name}" if checkpoint else "")
     )
     if checkpoint is not None and _step(checkpoint) >= settings.steps:
-        for file in checkpoint.iterdir():  # all steps are done: transformers would take one more
-            if file.suffix in (".safetensors", ".json") and file.name != "trainer_state.json":
-                shutil.copy(file, out)
+        _copy_model(checkpoint, out)  # all steps are done: transformers would take one more
     else:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model(str(out))
@@ -208,6 +217,28 @@ def last_complete_checkpoint(out: Path) -> Path | None:
         key=_step,
     )
     return next((path for path in reversed(found) if _complete(path)), None)
+
+
+def _copy_model(checkpoint: Path, to: Path) -> None:
+    """What a model is loaded from, without the optimiser."""
+    to.mkdir(exist_ok=True)
+    for file in checkpoint.iterdir():
+        if file.suffix in (".safetensors", ".json") and file.name != "trainer_state.json":
+            shutil.copy(file, to)
+
+
+def _milestones(out: Path, every: int, tokenizer: Any) -> Any:
+    """A callback that keeps the models of some checkpoints when these are deleted."""
+    import transformers
+
+    class Milestones(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            step = state.global_step
+            if step % every == 0 and state.is_world_process_zero:
+                _copy_model(out / f"checkpoint-{step}", out / f"milestone-{step}")
+                tokenizer.save_pretrained(out / f"milestone-{step}")
+
+    return Milestones()
 
 
 def _step(checkpoint: Path) -> int:
@@ -321,6 +352,8 @@ def _trainer(
         "train_dataset": pack(texts, tokenizer, settings.seq_len),
         "eval_dataset": pack(held_out, tokenizer, settings.seq_len),
     }  # fmt: skip
+    if often["keep_every"]:
+        shared["callbacks"] = [_milestones(out, often["keep_every"], tokenizer)]
     gate_lr = 0.01 if settings.gate_lr is None else settings.gate_lr
     if settings.segmentwise:
         return SegmentTrainer(**shared, gate_lr=gate_lr)

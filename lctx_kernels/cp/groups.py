@@ -8,6 +8,22 @@ SIM = "sim"
 """Stands for a group whose ranks are all in this process."""
 
 
+class Ranks:
+    """The process group of a module: no part of its weights, copies or configuration.
+
+    group: ProcessGroup, 1-D DeviceMesh, or None for the default group.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> Ranks:
+        return Ranks(self.group)
+
+    def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
+        return Ranks, ()
+
+
 def process_group(group: Any, who: str) -> Any:
     """The ProcessGroup that `group` (ProcessGroup, 1-D DeviceMesh or None) stands for.
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from ..cp.groups import Ranks
 from ..nn.gate import MemoryGate
 from . import dense, dilated, ring
 from ._compat import (
@@ -86,7 +87,7 @@ def install(model: Any) -> None:
     )
     change_class(backbone, backbone_class(model.family, model.method))
     if model.method == "ring" and not hasattr(backbone, "_lctx_ranks"):
-        backbone._lctx_ranks = ring.Ranks()
+        backbone._lctx_ranks = Ranks()
     if model.method in REGISTERED:
         config._attn_implementation = REGISTERED[model.method]
         return

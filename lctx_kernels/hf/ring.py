@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..cp.groups import process_group
+from ..cp.groups import Ranks, process_group
 from ..cp.plan import Plan, make_plan
 from ..cp.shard import shard, shard_positions, shift_labels
 from ..ring import ring_attention
@@ -16,19 +16,6 @@ from .options import refuse_in_scores
 
 NAME = "lctx_ring"
 IGNORE = -100
-
-
-class Ranks:
-    """The process group of a model: no part of its weights, copies or configuration."""
-
-    def __init__(self, group: Any = None) -> None:
-        self.group = group
-
-    def __deepcopy__(self, memo: Any) -> Ranks:
-        return Ranks(self.group)
-
-    def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
-        return Ranks, ()
 
 
 def attention(

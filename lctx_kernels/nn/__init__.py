@@ -5,6 +5,7 @@ from .dilated import DilatedAttention
 from .gate import MemoryGate, gate_parameters, parameter_groups
 from .llama import Llama, LlamaConfig
 from .longnet import AutoregressiveWrapper, LongNetTransformer
+from .ring import RingAttention
 
 __all__ = [
     "AutoregressiveWrapper",
@@ -16,6 +17,7 @@ __all__ = [
     "LlamaConfig",
     "LongNetTransformer",
     "MemoryGate",
+    "RingAttention",
     "SelfAttention",
     "gate_parameters",
     "parameter_groups",

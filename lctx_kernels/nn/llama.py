@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..blockwise import blockwise_cross_entropy, blockwise_feedforward
+from ..cp.groups import Ranks, process_group
+from ..cp.plan import Plan, make_plan
+from ..cp.shard import shard, shift_labels
 from ..data.landmarks import gather, insertion, spread
 from .attention import FullAttention, InfiniAttention, LandmarkAttention, SelfAttention
 from .dilated import DilatedAttention
+from .ring import RingAttention
 from .sampling import sample
 
-METHODS = ("full", "infini", "landmark", "dilated")
+METHODS = ("full", "infini", "landmark", "dilated", "ring")
 
 
 @dataclass
@@ -28,7 +32,8 @@ class LlamaConfig:
         d_model, num_layers, num_heads: Width, depth, query heads.
         num_kv_heads: Key/value heads; None is num_heads.
         d_ff: Width of the feed-forward layers; None is 8/3 d_model, rounded up to 64.
-        attention: Method of every layer, or one for all: full, infini, landmark, dilated.
+        attention: Method of every layer, or one for all: full, infini, landmark, dilated; or ring
+            for all.
         options: Options of the methods, such as {"infini": {"segment_len": 512}}; for dilated
             the branches as segment_lengths and dilation_rates.
         rope_base: Base of the rotary embedding.
@@ -69,6 +74,11 @@ class LlamaConfig:
                 f"{', '.join(self.options) or 'none'} and {self.num_layers} layers; expected one "
                 f"of {', '.join(METHODS)}, or one of them per layer"
             )
+        if "ring" in methods and set(methods) != {"ring"}:
+            raise ValueError(
+                f"LlamaConfig: attention is {self.attention!r}; expected ring in all layers or in "
+                "none: the others would see this rank's tokens alone"
+            )
         return methods  # type: ignore[return-value]
 
 
@@ -78,6 +88,9 @@ class Llama(nn.Module):
     With a landmark layer, the model inserts the landmark tokens itself and drops their outputs:
     texts, labels and logits know nothing of them.
 
+    With ring layers every rank of `group` holds its rows of each text (`cp.shard`), which `hidden`
+    and `forward` take with their plan; `loss` takes whole texts and cuts them itself.
+
     >>> config = LlamaConfig(vocab_size=97, d_model=32, num_layers=2, num_heads=4,
     ...                      attention=["full", "infini"], options={"infini": {"segment_len": 8}})
     >>> model, ids = Llama(config), torch.randint(97, (2, 20))
@@ -85,10 +98,11 @@ class Llama(nn.Module):
     (torch.Size([2, 20, 97]), torch.Size([]), torch.Size([2, 25]))
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, group: Any = None) -> None:
         super().__init__()
         methods = config.methods()
         self.config = config
+        self.ranks = Ranks(group) if "ring" in methods else None
         block_size = config.options.get("landmark", {}).get("block_size", 64)
         self.mem_freq = block_size - 1 if "landmark" in methods else None
         rows = config.vocab_size + (self.mem_freq is not None)
@@ -99,20 +113,27 @@ class Llama(nn.Module):
         if not config.tie:
             self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.apply(_initialize)
+        for layer in self.layers if self.ranks is not None else ():
+            layer.attention.ranks = self.ranks  # type: ignore[union-attr]
 
     def new_states(self) -> list[Any]:
         """An empty state per layer for `forward(ids, states)`."""
         return [layer.attention.new_state() for layer in self.layers]  # type: ignore[union-attr,operator]
 
-    def hidden(self, ids: Tensor, states: list[Any] | None = None, seen: int = 0) -> Tensor:
-        """ids (B, T) to the last hidden states (B, T, d_model); `seen` tokens are in the states."""
+    def hidden(
+        self, ids: Tensor, states: list[Any] | None = None, seen: int = 0, plan: Plan | None = None
+    ) -> Tensor:
+        """ids (B, T) to the last hidden states (B, T, d_model); `seen` tokens are in the states.
+
+        plan: Of ring layers, whose rows the ids are; None is that of ranks with T tokens each.
+        """
         x = self.embedding(ids)
         inserted = None
         if self.mem_freq is not None:
             inserted = insertion(ids.shape[1], self.mem_freq, [seen], None, ids.device)
             x = spread(x, inserted, self.embedding.weight[self.config.vocab_size], None)
         for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
-            x = layer(x, state)
+            x = layer(x, state) if self.ranks is None else layer(x, state, plan=plan)
         x = x if inserted is None else gather(x, inserted)
         normed: Tensor = self.norm(x)
         return normed
@@ -124,20 +145,45 @@ class Llama(nn.Module):
             return self.embedding.weight[: self.config.vocab_size]
         return self.output.weight
 
-    def forward(self, ids: Tensor, states: list[Any] | None = None, seen: int = 0) -> Tensor:
+    def forward(
+        self, ids: Tensor, states: list[Any] | None = None, seen: int = 0, plan: Plan | None = None
+    ) -> Tensor:
         """ids (B, T) int64 to logits (B, T, V); with states, ids are the next tokens."""
-        return functional.linear(self.hidden(ids, states, seen), self.output_weight)
+        return functional.linear(self.hidden(ids, states, seen, plan), self.output_weight)
 
-    def loss(self, ids: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    def loss(
+        self, ids: Tensor, labels: Tensor, ignore_index: int = -100, plan: Plan | None = None
+    ) -> Tensor:
         """Mean cross entropy of every token given those before it; token i predicts labels[i + 1].
 
-        ids, labels: (B, T) int64.
+        ids, labels: (B, T) int64. With ring layers whole texts on every rank, and the result is
+        this rank's share of the mean: losses and gradients of the ranks add up. plan: Of ring
+        layers; None is one of their layout, for a single document.
         """
+        if self.ranks is not None:
+            return self._shared_loss(ids, labels, ignore_index, plan)
         hidden, targets = self.hidden(ids)[:, :-1], labels[:, 1:]
         return blockwise_cross_entropy(
             hidden, self.output_weight.to(hidden.dtype), targets,
             chunk_size=self.config.loss_chunk, ignore_index=ignore_index,
         )  # fmt: skip
+
+    def _shared_loss(
+        self, ids: Tensor, labels: Tensor, ignore_index: int, plan: Plan | None
+    ) -> Tensor:
+        group = process_group(self.ranks and self.ranks.group, "Llama.loss")
+        if plan is None:
+            layout = self.config.options.get("ring", {}).get("layout", "zigzag")
+            plan = make_plan(ids.shape[1], group.size(), layout=layout)
+        ends = torch.tensor(plan.documents, dtype=torch.int32)
+        shifted = shift_labels(labels, ignore_index=ignore_index, cu_seqlens=ends)
+        mine, targets = (shard(plan, x, 1, group.rank()) for x in (ids, shifted))
+        hidden = self.hidden(mine, plan=plan)
+        total = blockwise_cross_entropy(
+            hidden, self.output_weight.to(hidden.dtype), targets.contiguous(),
+            chunk_size=self.config.loss_chunk, ignore_index=ignore_index, reduction="sum",
+        )  # fmt: skip
+        return total / (shifted != ignore_index).sum()
 
     @torch.no_grad()
     def generate(
@@ -196,9 +242,9 @@ class Layer(nn.Module):
         self.down_proj = nn.Linear(d_ff, config.d_model, bias=False)
         self.dropout, self.ffn_chunk = nn.Dropout(config.dropout), config.ffn_chunk
 
-    def forward(self, x: Tensor, state: Any = None) -> Tensor:
+    def forward(self, x: Tensor, state: Any = None, **options: Any) -> Tensor:
         """x (B, T, d_model) to the same shape; with a state, x are the next tokens."""
-        x = x + self.attention(self.attention_norm(x), state)
+        x = x + self.attention(self.attention_norm(x), state, **options)
         if self.ffn_chunk:
             return x + blockwise_feedforward(self.feedforward, x, self.ffn_chunk)
         return x + self.feedforward(x)
@@ -228,6 +274,7 @@ def make_attention(config: LlamaConfig, method: str) -> nn.Module:
         "full": FullAttention,
         "infini": InfiniAttention,
         "landmark": LandmarkAttention,
+        "ring": RingAttention,
     }
     return layers[method](config.d_model, config.num_heads, **shape, **options)
 

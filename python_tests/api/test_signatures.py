@@ -59,7 +59,7 @@ MODULES = (
     "", ".flash", ".infini", ".landmark", ".dilated", ".ring", ".merge", ".blockwise",
     ".supports", ".checkpoint_policy", ".info", ".cp", ".cp.plan", ".cp.shard", ".cp.forecast",
     ".hf", ".nn.attention", ".nn.dilated", ".nn.gate", ".nn.llama", ".nn.longnet", ".nn.relative",
-    ".nn.rotary", ".nn.sampling", ".cache.buffer", ".cache.dilated", ".cache.flash",
+    ".nn.ring", ".nn.rotary", ".nn.sampling", ".cache.buffer", ".cache.dilated", ".cache.flash",
     ".cache.infini", ".cache.landmark", ".cache.rows", ".data.landmarks", ".data.corpus",
     ".data.tokens", ".eval.tasks", ".eval.score", ".hf.context",
 )  # fmt: skip

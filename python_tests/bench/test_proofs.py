@@ -144,7 +144,7 @@ def test_commands_and_tables(text, tmp_path, monkeypatch):
     for name, found in before["bits_per_byte"].items():
         for a, b in zip(found, after["bits_per_byte"][name], strict=True):
             assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], abs=0.05)  # bf16
-    names = ["gemma-32k", "stream", "histories", "prompt-32k", "steps", "llama-1m"]
+    names = ["gemma-32k", "stream", "histories", "prompt-32k", "steps", "steps-gemma", "llama-1m"]
     run("measure", ",".join(names), "--tiny", "--out", out)
     for name in names:
         assert "error" not in json.loads((out / f"{name}.json").read_text())["found"], name
@@ -154,7 +154,7 @@ def test_commands_and_tables(text, tmp_path, monkeypatch):
     assert (tmp_path / "proofs.png").stat().st_size > 10_000
     trained = tables.training(out).splitlines()
     assert len(trained) == 2 + len(METHODS) + 1 + 2 and trained[0].count("|") == 8
-    assert tables.steps(out).count("**") == 2 * 2 * 4
+    assert tables.steps(out).count("**") == 2 * 3 * 4
     assert "1k of" not in tables.headline(out) and tables.headline(out).count("landmark") == 2
     assert tables.generation(out).count("infini") == 2
     assert tables.training(tmp_path) == tables.steps(tmp_path) == tables.MISSING

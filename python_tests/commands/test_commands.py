@@ -137,7 +137,10 @@ def test_a_run_is_not_overwritten_nor_mixed(trained, text, tmp_path):
 def test_other_methods_train_generate_and_are_evaluated(method, options, text, tmp_path):
     out = tmp_path / method
     pairs = [part for option in options for part in ("--set", option)]
-    lctx("train", out, *TINY, "--text", text, "--steps", 6, "--method", method, *pairs)
+    lctx("train", out, *TINY, "--text", text, "--steps", 6, "--save-every", 2, "--keep-every", 4,
+         "--method", method, *pairs)  # fmt: skip
+    assert [path.name for path in out.glob("milestone-*")] == ["milestone-4"]
+    assert lctx("generate", out / "milestone-4", "Line", "--max-new-tokens", 2, "--device", "cpu")
     assert lctx("generate", out, "Line 3", "--max-new-tokens", 6, "--device", "cpu")
     lctx("eval", "perplexity", out, "--text", text, "--lengths", "64", "--max-pieces", 2,
          "--device", "cpu")  # fmt: skip
@@ -241,6 +244,7 @@ def test_convert(trained, tmp_path):
         ),
         (["train", "OUT", "--method", "dilated"], "--set: dilated needs segment_lengths"),
         (["train", "OUT", "--method", "infini", "--layers", "9"], "layers"),
+        (["train", "OUT", "--keep-every", "50"], "50; expected a multiple of --save-every, 100"),
         (["train", "OUT", "--device", "tpu"], "--device: 'tpu'; expected auto or cpu"),
         (["train", "OUT", "--method", "infini", "--set", "segment_len"], "Invalid value for --set"),
         (["train", "OUT", "--method", "swing"], "--method: 'swing'; expected one of infini"),

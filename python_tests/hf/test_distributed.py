@@ -10,6 +10,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from hf import fsdp_on_ranks
+from processes import run_ranks_well
+
 TESTS = Path(__file__).resolve().parent.parent
 
 
@@ -38,3 +41,11 @@ def test_two_ranks_take_the_steps_of_one(tmp_path):
                 torch.tensor(ranks[name][part]), torch.tensor(alone[name][part]),
                 rtol=1e-5, atol=1e-6,
             )  # fmt: skip
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["infini", "landmark", "dilated"])
+def test_sharded_parameters(method):
+    run_ranks_well(fsdp_on_ranks.gradients, 2, method)
+    run_ranks_well(fsdp_on_ranks.mixed_precision, 2, method)
