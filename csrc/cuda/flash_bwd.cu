@@ -40,7 +40,7 @@ void launch_packed(const FlashParams& params, const AttnGrads& grads, const BwdS
 
 void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const BwdScratch& scratch,
                       bool fused, int num_sms, Stream stream) {
-  choose_bwd_tile<256>(params, fused, [&](auto tile) {
+  choose_bwd_tile<256, true>(params, fused, [&](auto tile) {
     using Tile = typename decltype(tile)::type;
     if (params.cu_seqlens != nullptr) {
       launch_packed<Tile>(params, grads, scratch, num_sms, stream);
