@@ -65,9 +65,11 @@ void flash_bwd_cuda(const Call& call, const FlashParams& params, const AttnGrads
   const bool queries = grads.dq.data != nullptr, keys = grads.dk.data != nullptr;
   const bool fused = queries && keys && !deterministic && params.shape.Dk <= 128;
   const int rows = cuda::flash_block_rows(params.shape, fused);
-  const BwdBuffers buffers(call, params.shape,
-                           fused ? cuda::flash_dq_sum_floats(params.shape, rows) : 0, rows);
-  const cuda::BwdScratch& scratch = buffers.scratch;
+  const int64_t dq_floats = fused ? cuda::flash_dq_sum_floats(params.shape, rows) : 0;
+  const int64_t key_floats = cuda::flash_key_sum_floats(params, fused, gpu.num_sms());
+  BwdBuffers buffers(call, params.shape, dq_floats + key_floats, rows);
+  cuda::BwdScratch& scratch = buffers.scratch;
+  scratch.key_sums = scratch.dq_sum + dq_floats;
   cuda::launch_bwd_rows(params, grads, scratch, buffers.dq_floats, gpu.stream());
   if (keys) cuda::launch_flash_bwd(params, grads, scratch, fused, gpu.num_sms(), gpu.stream());
   if (fused) {

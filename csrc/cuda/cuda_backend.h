@@ -27,6 +27,8 @@ struct BwdScratch {
   float* dq_sum = nullptr;  // dq_sum_floats (dq_sum.cuh), fused only
   int* counter = nullptr;   // one int
   int block_rows = 0;       // queries of a block of these, where it is not dq_block_rows
+  // flash_key_sum_floats zeros: sums of dk and dv of tiles that several blocks of threads share.
+  float* key_sums = nullptr;
 };
 
 // `block_rows` of launch_flash_bwd.
@@ -39,6 +41,7 @@ int64_t bwd_pitch(const AttnShape& shape, int block_rows = 0);
 // Fills lse2 and delta, and zeroes dq_sum where there is one, and the counter.
 void launch_bwd_rows(const AttnParams& params, const AttnGrads& grads, const BwdScratch& scratch,
                      int64_t dq_sum_floats, Stream stream);
+int64_t flash_key_sum_floats(const FlashParams& params, bool fused, int num_sms);
 // dk and dv, and with `fused` the sum of dq.
 void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const BwdScratch& scratch,
                       bool fused, int num_sms, Stream stream);
