@@ -24,10 +24,6 @@ LCTX_HOST_DEVICE constexpr int dq_blocks(int64_t Tq, int head_dim) {
 // j][lane][4].
 constexpr int kTallRows = 80;
 constexpr int kTallWarpFloats = kTallRows * 16;
-// Rows that statistics have room for, per head.
-constexpr int64_t stat_pitch(int64_t Tq, int head_dim) {
-  return int64_t{dq_blocks(Tq, head_dim)} * dq_block_rows(head_dim);
-}
 constexpr int64_t dq_sum_floats(int64_t batches, int64_t heads, int64_t Tq, int head_dim) {
   return batches * heads * dq_blocks(Tq, head_dim) * 2 * kDqPartFloats;
 }
