@@ -52,8 +52,9 @@ def _flash() -> None:
 
 def _flash_bwd() -> None:
     for D in (64, 128, 256):
-        for fixed in (False, True):
-            out = lk.flash_attention(*(tensors := leaves(300, D)), deterministic=fixed)
+        for fixed, causal in ((False, True), (False, False), (True, True)):
+            tensors = leaves(300, D)
+            out = lk.flash_attention(*tensors, causal=causal, deterministic=fixed)
             torch.autograd.grad(out.sum(), tensors)
 
 

@@ -56,6 +56,19 @@ __device__ __forceinline__ void fence_async_proxy_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
+// bulk_reduce_add by one thread of a warp, and committed, without a branch.
+__device__ __forceinline__ void bulk_reduce_add_by_one(float* dst, uint32_t src, uint32_t bytes) {
+  asm volatile(
+      "{\n"
+      ".reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "@one cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+      "@one cp.async.bulk.commit_group;\n"
+      "}\n" ::"l"(__cvta_generic_to_global(dst)),
+      "r"(src), "r"(bytes)
+      : "memory");
+}
+
 // Brings the box at (c0, c1, c2, c3, c4) into the L2 cache.
 __device__ __forceinline__ void tma_prefetch_5d(const CUtensorMap* map, int c0, int c1, int c2,
                                                 int c3, int c4) {
