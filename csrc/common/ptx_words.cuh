@@ -51,6 +51,13 @@ __device__ __forceinline__ void store_release(int* flag, int x) {
   asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(flag), "r"(x) : "memory");
 }
 
+// 16 bytes at a multiple of 16: in one instruction, also where the compiler would take four.
+__device__ __forceinline__ void store_global_16(void* to, const uint4& x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 // Orders what this thread has acquired before the copy engine's accesses to global memory.
 __device__ __forceinline__ void fence_async_proxy_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
@@ -74,6 +81,13 @@ __device__ __forceinline__ void tma_prefetch_5d(const CUtensorMap* map, int c0, 
                                                 int c3, int c4) {
   asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
                "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
+}
+
+// The same for `bytes` in a row, a multiple of 16 from a multiple of 16.
+__device__ __forceinline__ void bulk_prefetch(const void* src, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(src)),
+               "r"(bytes)
                : "memory");
 }
 

@@ -31,6 +31,9 @@ __device__ __forceinline__ void run_tiles(const typename Kernel::Traits::Params&
   if (threadIdx.x < 128) {
     if constexpr (kMovesRegisters) ptx::setmaxnreg_dec<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) kernel.produce();
+    if constexpr (Traits::Rows::kMakesStates) {
+      if (threadIdx.x / 32 == 1) Traits::Rows::template States<Kernel>::publish_all(kernel);
+    }
   } else {
     if constexpr (kMovesRegisters) ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
     // Through a shuffle, so that the compiler knows it is the same for the whole warp.

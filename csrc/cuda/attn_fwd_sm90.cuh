@@ -482,6 +482,7 @@ struct FwdKernel {
       }
     }
     Turns::end(warpgroup);
+    if constexpr (Rows::kMakesStates) Rows::template States<FwdKernel>::end(*this);
     if (threadIdx.x % 128 == 0) ptx::tma_store_wait<0>();
     // What this kernel overlapped with has ended when it ends.
     if constexpr (Rows::kRetrieves || Rows::kFollows) ptx::grid_dependency_wait();
