@@ -103,7 +103,7 @@ def test_large_scores():
 def test_two_runs_are_bitwise_equal(Tq, D):
     q, k, v = gpu_qkv(3, Tq, 6, D, Tk=7777, Hkv=2)
     first = lk.flash_attention(q, k, v, return_lse=True)
-    for _ in range(5):
+    for _ in range(100):
         second = lk.flash_attention(q, k, v, return_lse=True)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
