@@ -58,6 +58,21 @@ __device__ __forceinline__ void store_global_16(void* to, const uint4& x) {
                : "memory");
 }
 
+// What another block writes meanwhile: not from the L1 cache.
+__device__ __forceinline__ float load_relaxed(const float* p) {
+  float x;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+  return x;
+}
+__device__ __forceinline__ float4 load_relaxed_16(const float* p) {
+  float4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(p)
+               : "memory");
+  return x;
+}
+
 // Orders what this thread has acquired before the copy engine's accesses to global memory.
 __device__ __forceinline__ void fence_async_proxy_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");

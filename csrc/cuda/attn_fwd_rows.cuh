@@ -45,6 +45,7 @@ struct StoreRows {
   struct Params {};
   static constexpr bool kRetrieves = false, kMakesStates = false;
   static constexpr bool kFollows = false;  // what it overlaps with is part of the same result
+  static constexpr bool kMarks = false;    // it lets the next kernel start by itself
 
   template <class Kernel>
   struct Query {};  // of a memory
@@ -338,9 +339,14 @@ struct SplitRows {
                      // every tile has all keys of its rows
     int slot_rows;   // rows of a tile that may exist
     int heads_of_group;  // query heads per key/value head
+    bool marks;          // words of the slots are kUnset until they are written
   };
   static constexpr bool kRetrieves = false, kMakesStates = false;
-  static constexpr bool kFollows = false;
+  static constexpr bool kFollows = false, kMarks = true;
+  // A NaN that arithmetic does not give: theirs are 0x7fffffff.
+  static constexpr uint32_t kUnset = ~0u;
+  static constexpr int kMarkedRows = 16;  // at most
+
   template <class Kernel>
   struct Query {};
   template <class Kernel>
@@ -362,9 +368,46 @@ struct SplitRows {
   template <class Kernel>
   static __device__ __forceinline__ float* lse(const Kernel& kernel, const Work& work, int row) {
     const auto& p = kernel.p;
-    if (p.partial != nullptr) return p.lse + slot_row(p, work, row);
+    if (p.partial != nullptr) {
+      if (p.marks) ptx::mbarrier_wait(marked(kernel), 0);
+      return p.lse + slot_row(p, work, row);
+    }
     const int head = work.head * p.heads_of_group + head_in_group(p, work, row);
     return p.lse + (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq + (row >> p.head_bits);
+  }
+
+  // Barrier for what mark() has done; shared memory behind the queue.
+  template <class Kernel>
+  static __device__ __forceinline__ uint32_t marked(const Kernel& kernel) {
+    static_assert(Kernel::kQueue + TileQueue::kBytes + 8 <=
+                  Kernel::Traits::kBarriers + Kernel::Traits::kBarrierBytes);
+    return kernel.smem + Kernel::kQueue + TileQueue::kBytes;
+  }
+  template <class Kernel>
+  static __device__ __forceinline__ void init(const Kernel& kernel) {
+    if (kernel.p.marks) ptx::mbarrier_init(marked(kernel), 1);
+  }
+
+  // By a warp that does nothing else. The merge starts when all thread blocks have been here, and
+  // must not take for a result what was in memory before: the block's words become kUnset first.
+  template <class Kernel>
+  static __device__ __forceinline__ void mark(const Kernel& kernel) {
+    using Tiles = typename Kernel::Tiles;
+    const auto& p = kernel.p;
+    const int lane = threadIdx.x % 32;
+    if (p.marks) {
+      const float unset = __uint_as_float(kUnset);
+      const int tiles = Tiles::end(p) - Tiles::first(p), slot0 = Tiles::first(p) * p.slot_rows;
+      float* const partial = p.partial + int64_t{slot0} * p.D;
+      for (int i = lane; i < tiles * p.slot_rows * p.D / 4; i += 32) {
+        *reinterpret_cast<float4*>(partial + 4 * i) = make_float4(unset, unset, unset, unset);
+      }
+      for (int i = lane; i < tiles * p.slot_rows; i += 32) p.lse[slot0 + i] = unset;
+      __threadfence();
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(marked(kernel));
+    }
+    if (lane == 0) ptx::grid_dependents_launch();
   }
 
   template <class Kernel>
@@ -373,6 +416,7 @@ struct SplitRows {
                                                 const float (&inverse)[2]) {
     const auto& p = kernel.p;
     const int thread = warpgroup_thread(), column = fragment_column(thread);
+    if (p.marks) ptx::mbarrier_wait(marked(kernel), 0);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;
