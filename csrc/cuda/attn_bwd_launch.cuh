@@ -73,7 +73,8 @@ void choose_bwd_tile(const AttnParams& params, bool fused, Run&& run) {
     using T = typename decltype(type)::type;
     const int64_t D = params.shape.Dk;
     if (D <= 64) {
-      fused ? run(TypeTag<BwdTile<T, 64, true>>()) : run(TypeTag<BwdTile<T, 64, false>>());
+      fused ? run(TypeTag<BwdTile<T, 64, true, false, kTall>>())
+            : run(TypeTag<BwdTile<T, 64, false>>());
     } else if (D <= 128) {
       fused ? run(TypeTag<BwdTile<T, 128, true, false, kTall>>())
             : run(TypeTag<BwdTile<T, 128, false>>());
