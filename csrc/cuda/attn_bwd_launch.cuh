@@ -1,5 +1,5 @@
 // Math: none; the host side of attn_bwd_sm90.cuh, shared by all families.
-// Tile map: choose_bwd_tile: keys x queries 128 x 128 for D <= 64, 128 x 64 for D <= 128 (kTall:
+// Tile map: choose_bwd_tile: keys x queries 128 x 128 for D <= 64, 128 x 64 for D <= 128 (dense:
 //       128 x 80), 64 x 64 above.
 // Pipeline: the tile counter must be zero at launch; one persistent block per multiprocessor.
 // Memory: tiles go through the heads in sections whose queries fit the L2 cache.
@@ -73,7 +73,8 @@ void choose_bwd_tile(const AttnParams& params, bool fused, Run&& run) {
     using T = typename decltype(type)::type;
     const int64_t D = params.shape.Dk;
     if (D <= 64) {
-      fused ? run(TypeTag<BwdTile<T, 64, true>>()) : run(TypeTag<BwdTile<T, 64, false>>());
+      fused ? run(TypeTag<BwdTile<T, 64, true, false, kTall>>())
+            : run(TypeTag<BwdTile<T, 64, false>>());
     } else if (D <= 128) {
       fused ? run(TypeTag<BwdTile<T, 128, true, false, kTall>>())
             : run(TypeTag<BwdTile<T, 128, false>>());

@@ -25,10 +25,11 @@ struct BwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kFused = kFused_, kGroups = kGroups_, kTall = kTall_;
-  static constexpr bool kWide = kHeadDim > 128;                         // attn_bwd_wide.cuh
-  static constexpr bool kWhole = kFused && kHeadDim == 64 && !kGroups;  // attn_bwd_whole.cuh
+  static constexpr bool kWide = kHeadDim > 128;  // attn_bwd_wide.cuh
+  static constexpr bool kWhole =
+      kFused && kHeadDim == 64 && !kGroups && !kTall;  // attn_bwd_whole.cuh
   static constexpr int kConsumers = 2, kBlockN = kWide ? 64 : 64 * kConsumers;
-  static constexpr int kBlockM = kTall ? kTallRows : dq_block_rows(kHeadDim),
+  static constexpr int kBlockM = kTall ? tall_block_rows(kHeadDim) : dq_block_rows(kHeadDim),
                        kHalves = kBlockM / 64;
   static constexpr int kStages = kFused ? (kHeadDim == 64 || kTall ? 2 : 3) : kWide ? 2 : 4;
   static_assert(!(kFused && kWide), "no registers for dQ");
@@ -51,7 +52,8 @@ struct BwdTile {
   static constexpr int kAsideBytes = 32;  // per consumer warp; as much for the producers
   static constexpr int kAside = kSeen + 64 * kConsumers * 8;
   static constexpr int kBarriers = kAside + (4 * kConsumers + 1) * kAsideBytes;
-  static constexpr int kAlignment = kTall ? 0 : 1024;  // no room: see attn_bwd_sm90_kernel
+  static constexpr int kAlignment =
+      kTall && kHeadDim > 64 ? 0 : 1024;  // no room: see attn_bwd_sm90_kernel
   static constexpr int kSharedBytes = kBarriers + 256 + kAlignment;
 };
 

@@ -36,8 +36,7 @@ struct Shares {
     const AttnShape& s = params.shape;
     if (!fused || params.causal || params.window > 0 || params.cu_seqlens != nullptr) return;
     const int64_t tiles = ceil_div(s.Tk, kSharedTileKeys) * s.Hkv * s.B;
-    const int rows = s.Dk <= 64 ? dq_block_rows(64) : kTallRows;
-    const int all = static_cast<int>(ceil_div(s.Tq, rows));
+    const int all = static_cast<int>(ceil_div(s.Tq, tall_block_rows(static_cast<int>(s.Dk))));
     const int left = static_cast<int>(tiles % num_sms);
     if (left == 0 || all < 2 || num_sms / left < 2) return;
     rest = left;

@@ -26,14 +26,15 @@ struct UnpackParams {
   float scale;
 };
 
-template <class T, int kHeadDim>
+// kByWarps: tall_block_rows.
+template <class T, int kHeadDim, bool kByWarps>
 __global__ void __launch_bounds__(256) unpack_dq_kernel(const __grid_constant__ UnpackParams p) {
   const int block = blockIdx.x / 2, part = blockIdx.x % 2;
   const int head = p.per_head.divide(block), m = block - head * p.blocks;
   const int b = p.per_batch.divide(head), h = head - b * p.per_batch.divisor;
   const int j = threadIdx.x % 8, row8 = threadIdx.x / 8 % 8, warp = threadIdx.x / 64;
-  const float4* from = p.sum + static_cast<int64_t>(blockIdx.x) * (kDqPartFloats / 4) + j * 128 +
-                       warp * 32 + row8 * 4;
+  const float4* from = p.sum + static_cast<int64_t>(blockIdx.x) * (kDqPartFloats / 4) +
+                       (kByWarps ? j * 32 + warp * 256 : j * 128 + warp * 32) + row8 * 4;
   uint32_t upper[4], lower[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -54,6 +55,7 @@ __global__ void __launch_bounds__(256) unpack_dq_kernel(const __grid_constant__ 
   }
 }
 
+constexpr int kTallRows = tall_block_rows(128), kTallWarpFloats = tall_warp_floats(128);
 constexpr int kUnits = 16;  // 16 bytes of a row of 128 columns
 
 __device__ __forceinline__ uint32_t tall_place(uint32_t tile, int row, int unit) {
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(256)
 }  // namespace
 
 int flash_block_rows(const AttnShape& s, bool fused) {
-  return fused && s.Dk > 64 && s.Dk <= 128 ? kTallRows : 0;
+  return fused && s.Dk <= 128 ? tall_block_rows(static_cast<int>(s.Dk)) : 0;
 }
 
 int64_t bwd_pitch(const AttnShape& s, int block_rows) {
@@ -127,8 +129,9 @@ void launch_unpack_dq(const AttnParams& params, const AttnGrads& grads, const fl
   const auto launch = [&](auto type) {
     using T = typename decltype(type)::type;
     const auto kernel = tall             ? unpack_tall_dq_kernel<T>
-                        : head_dim == 64 ? unpack_dq_kernel<T, 64>
-                                         : unpack_dq_kernel<T, 128>;
+                        : block_rows > 0 ? unpack_dq_kernel<T, 64, true>
+                        : head_dim == 64 ? unpack_dq_kernel<T, 64, false>
+                                         : unpack_dq_kernel<T, 128, false>;
     kernel<<<grid, 256, 0, stream>>>(p);
   };
   if (s.dtype == DType::kBFloat16) {
