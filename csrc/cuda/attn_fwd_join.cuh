@@ -1,6 +1,6 @@
-// Math: out = w_a out_a + w_b out_b, w = exp(lse - L), L = logaddexp(lse_a, lse_b): finished rows
-// and
-//       the earlier partial result that they continue from, both in fp32.
+// Math: out = w_a out_a + w_b out_b, w = exp(lse - L), L = logaddexp(lse_a, lse_b): finished rows,
+//       and the earlier partial result that they continue from, both in fp32. Of rows that carry
+//       nothing only lse is read.
 // Tile map: that of CarryRows.
 // Pipeline: what is carried is read under the tile's last product or, where the next tile's first
 //       scores are under way then, after it. A launch that overlaps with the one before waits for

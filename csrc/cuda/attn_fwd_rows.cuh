@@ -193,7 +193,6 @@ struct CarryRows : StoreRows {
     float inverse_scale;  // 1 / scale
     int state_rows;       // rows of the tensors that the carried ones and lse are slices of
     int final_rows;
-    bool sparse;  // most rows carry nothing: look before reading them
   };
   // The carried weight counts as kGain at exp(lse) / kGain, below the scores to come: these then
   // have their own maximum as 1, and weights as exact in 16 bits as those of a first step. Not
@@ -258,12 +257,7 @@ struct CarryRows : StoreRows {
       const float lse = inside ? p.carry_lse[lse_offset(kernel, work, row)] : -INFINITY;
       const float* from =
           p.carry_out + (inside ? element(kernel, work, row) : 0) + fragment_column(thread);
-      // Where all rows carry something, they are read without waiting for lse.
-      if (p.sparse) {
-        read_row(p, from, lse > -INFINITY, i, o);
-      } else {
-        read_row(p, from, inside, i, o);
-      }
+      read_row(p, from, inside, i, o);  // without waiting for lse
       const bool carried = lse > -INFINITY;
       state.m[i] = carried ? (lse - kLogGain) * p.inverse_scale : kEmptyRowMax;  // of raw scores
       state.l[i] = carried && thread % 4 == 0 ? kGain : 0.f;                     // shares of one

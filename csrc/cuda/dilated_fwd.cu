@@ -34,9 +34,7 @@ void launch_branch(const DilatedParams& params, const Branch& branch, const Carr
   p.carry_out = carry.in;
   p.carry_lse = p.lse;
   p.state_rows = p.Tq;
-  p.inverse_scale = static_cast<float>(1 / params.scale);
   p.partial_out = carry.out;
-  p.sparse = true;
   launch_fwd<Traits>(p, num_sms, stream, /*overlap=*/carry.in != nullptr);
 }
 

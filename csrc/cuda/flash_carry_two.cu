@@ -8,8 +8,7 @@
 //       last tiles of the grid, which are short and fill its end.
 // Pipeline: as flash_fwd.cu; tiles that continue read what is carried as flash_carry.cu.
 // Memory: as flash_fwd.cu; 8 bytes an element more for rows that are not done, or are carried.
-// Limits: those of flash_carry.cu; no window. Up to D = 128 no tile has rows below and above
-//       first_row.
+// Limits: those of flash_carry.cu; no window.
 #include "attn_fwd_launch.cuh"
 
 namespace lctx::cuda {
@@ -54,7 +53,7 @@ struct TwoKeysTiles : OneHeadTiles {
 
 template <int kBlockN>
 struct TwoKeysScores : DenseScores<kBlockN, false> {
-  static constexpr bool kLeavesMany = true;  // the far ones
+  static constexpr bool kLeavesMany = true;  // far ones that only later rows see
 
   struct Params {
     int far_blocks, far_padding;

@@ -8,10 +8,7 @@ the simulation, computes the same. Source: this package.
 
 from __future__ import annotations
 
-import functools
-import heapq
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -23,10 +20,9 @@ from .schedule import Call
 # Of an H200: a hop by the copy engine, and kernels on short rows.
 LINK, FORWARD_FLOPS, BACKWARD_FLOPS, STATISTICS = 370e9, 560e12, 430e12, 3e12
 HOP_SECONDS, MARGIN = 30e-6, 1.2
-CARRIED, WORTH = 8 / 4e12, 0.015  # seconds to carry an element; of a step's, that are worth saving
+CARRIED, WORTH = 8 / 4e12, 0.03  # seconds to carry an element; of a step's, that are worth saving
+MOST_BEFORE = 0.4  # of the rows: the others are to be enough for a launch of long tiles
 ROWS, FEWEST_TILES = 128, 1000  # of a tile; of keys, that are worth two launches
-MULTIPROCESSORS, TILE_ENDS = 132, 90  # what a tile costs beyond its keys, in keys
-MORE_TILES, MOST_TILES = 8, 4096  # row blocks that are tried; tiles from which on none are
 
 
 def _hop_seconds(at: Rank, k: Tensor, v: Tensor) -> float:
@@ -106,41 +102,11 @@ def two_steps(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> TwoSteps | None:
     per_pair = 2 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3])
     if CARRIED * q.numel() < WORTH * own.pairs * per_pair / FORWARD_FLOPS:
         return None
-    least = _side(_hop_seconds(at, k, v), FORWARD_FLOPS, per_pair, rows, own.causal)
-    if least >= rows:
+    first = _side(_hop_seconds(at, k, v), FORWARD_FLOPS, per_pair, rows, own.causal)
+    if first > MOST_BEFORE * rows:
         return None
-    heads, far_keys = q.shape[0] * q.shape[2], far[0].k1 - far[0].k0
-    first = _rows_before(least, rows, own.causal, far[0].q0, far_keys, heads)
     final = far[0].q0 + late if late else alone
     return TwoSteps(own, far[0], first, final, min(alone, first))
-
-
-def _time(tiles: Iterable[int], heads: int) -> int:
-    """When the last of the tiles has ended, if each is taken in its turn for every head."""
-    ends = [0] * MULTIPROCESSORS
-    for keys in tiles:
-        for _ in range(heads):
-            heapq.heapreplace(ends, ends[0] + keys + TILE_ENDS)
-    return max(ends)
-
-
-@functools.lru_cache(maxsize=256)
-def _rows_before(
-    least: int, rows: int, causal: bool, far_row: int, far_keys: int, heads: int
-) -> int:
-    """As many rows as `least` or a few more: with which both launches leave the least idle."""
-
-    def own(begin: int, end: int) -> list[tuple[int, int]]:
-        return [(row, row + ROWS if causal else rows) for row in range(begin, end, ROWS)]
-
-    def time(first: int) -> int:
-        before = (keys for _, keys in reversed(own(0, first)))
-        both = [keys + far_keys * (row >= far_row) for row, keys in reversed(own(first, rows))]
-        continued = [far_keys + TILE_ENDS] * (max(first - far_row, 0) // ROWS)
-        return _time(before, heads) + _time(both + continued, heads)
-
-    tried = range(least, min(least + MORE_TILES * ROWS, rows), ROWS)
-    return min(tried, key=time) if rows // ROWS * heads <= MOST_TILES else least
 
 
 def forward_before(
