@@ -36,7 +36,7 @@ from lctx_kernels.cp import device
 from .machine import describe_machine
 from .results import default_path
 
-TIMEOUT, GRACE, PATIENCE = 1.0, 5.0, 30.0  # seconds; PATIENCE: of a pair for one fault
+TIMEOUT, GRACE, PATIENCE = 1.0, 5.0, 20.0  # seconds; PATIENCE: of a pair for one fault
 LENGTHS = (1100, 700)
 HOPS = (("forward kv", 0), ("backward kv", 0), ("backward dkv", 1))
 LIVING = ("delayed", "another length", "second communicator")
@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run all pairs, print and write the counts."""
     parser = argparse.ArgumentParser(prog="bench.ring_faults", description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=13, help="of processes: so many of each kind")
-    parser.add_argument("--at-once", type=int, default=7)
+    parser.add_argument("--at-once", type=int, default=13)
     parser.add_argument("--save", action="store_true", help="beside ring.json")
     parser.add_argument("--path", type=Path, help="and here")
     options = parser.parse_args(arguments)
