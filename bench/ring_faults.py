@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{kind:20s} {transport:5s} {good} of {len(of_kind)}, slowest {slowest:.2f} s")
     wrong = [e for e in entries if not e["right"]]
     for entry in wrong:
-        print(json.dumps(entry)[:3000])
+        print(json.dumps(entry)[:12000])
     total = len(entries), len(KINDS) * options.pairs
     print(f"{total[0] - len(wrong)} right, {len(wrong)} wrong, {total[1] - total[0]} not tried, "
           f"{time.monotonic() - begin:.0f} s")  # fmt: skip

@@ -82,6 +82,7 @@ struct CarryTwoParams : CarryParams {
 struct CarryGrads : AttnGrads {
   const void* delta = nullptr;  // stat, laid out like lse
   bool first = false;           // nothing is in dk and dv yet; they are not read
+  int64_t rows_in_front = 0;    // of the queries, that are no part of the step
 };
 
 struct LandmarkParams : AttnParams {

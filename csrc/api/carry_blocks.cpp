@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> begin(const Tensor& dout, const OptTensor& dlse, cons
 void step(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& rows,
           const Tensor& dq_sum, const Tensor& dk, const Tensor& dv, bool causal, double scale,
           int64_t window, int64_t query_start, int64_t key_start, int64_t first_row,
-          int64_t first_head, bool first) {
+          int64_t first_head, bool first, int64_t rows_in_front) {
   const Call call("lctx::carry_bwd_step",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(dout), LCTX_ARG(rows),
                    LCTX_ARG(dq_sum), LCTX_ARG(dk), LCTX_ARG(dv)});
@@ -63,6 +63,7 @@ void step(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
   grads.dk = call.stat_rows(LCTX_ARG(dk), {s.B, s.Tk, s.Hkv, s.Dk});
   grads.dv = call.stat_rows(LCTX_ARG(dv), {s.B, s.Tk, s.Hkv, s.Dv});
   grads.first = first;
+  grads.rows_in_front = rows_in_front;
   call.stat(LCTX_ARG(rows), {2, s.B, kAny, kAny});
   const int64_t heads = rows.size(2), pitch = rows.size(3);
   const int64_t block_rows = s.Dk <= 64 ? 128 : 64, blocks = pitch / block_rows;
@@ -71,6 +72,8 @@ void step(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                  first_head >= 0 && first_head + s.Hq <= heads,
              "rows from ", first_row, " of head ", first_head, " on; expected multiples of ",
              block_rows, " within the ", pitch, " rows and ", heads, " heads of `rows`");
+  call.check(rows_in_front >= 0 && rows_in_front < block_rows, "rows_in_front = ", rows_in_front,
+             "; expected fewer than a block of ", block_rows);
   if (s.B * s.Tq * s.Tk == 0) return;
   check_tma(call, params);
   call.check(s.Dk <= 128, "the head size is ", s.Dk, "; expected at most 128");

@@ -42,13 +42,14 @@ bool zero_if_empty(const AttnParams& params, const AttnGrads& grads, cuda::Strea
   return true;
 }
 
-BwdBuffers::BwdBuffers(const Call& call, const AttnShape& s, int64_t dq)
+BwdBuffers::BwdBuffers(const Call& call, const AttnShape& s, int64_t dq, int block_rows)
     : dq_floats(dq),
-      rows_(call.new_stat({2, s.B, s.Hq, cuda::bwd_pitch(s)})),
+      rows_(call.new_stat({2, s.B, s.Hq, cuda::bwd_pitch(s, block_rows)})),
       dq_sum_(call.new_stat({dq})),
       counter_(call.new_plain(ScalarType::Int, {1})) {
   scratch.lse2 = static_cast<float*>(rows_.mutable_data_ptr());
-  scratch.delta = scratch.lse2 + s.B * s.Hq * cuda::bwd_pitch(s);
+  scratch.delta = scratch.lse2 + rows_.numel() / 2;
+  scratch.block_rows = block_rows;
   scratch.dq_sum = static_cast<float*>(dq_sum_.mutable_data_ptr());
   scratch.counter = static_cast<int*>(counter_.mutable_data_ptr());
 }

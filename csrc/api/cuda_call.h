@@ -36,7 +36,7 @@ struct BwdBuffers {
   cuda::BwdScratch scratch;
   int64_t dq_floats;
 
-  BwdBuffers(const Call& call, const AttnShape& s, int64_t dq_floats);
+  BwdBuffers(const Call& call, const AttnShape& s, int64_t dq_floats, int block_rows = 0);
 
  private:
   Tensor rows_, dq_sum_, counter_;

@@ -64,12 +64,16 @@ void flash_bwd_cuda(const Call& call, const FlashParams& params, const AttnGrads
   check_bwd(call, params, grads, 256);
   const bool queries = grads.dq.data != nullptr, keys = grads.dk.data != nullptr;
   const bool fused = queries && keys && !deterministic && params.shape.Dk <= 128;
-  const BwdBuffers buffers(call, params.shape, fused ? cuda::flash_dq_sum_floats(params.shape) : 0);
-  const cuda::BwdScratch& scratch = buffers.scratch;
+  const int rows = cuda::flash_block_rows(params.shape, fused);
+  const int64_t dq_floats = fused ? cuda::flash_dq_sum_floats(params.shape, rows) : 0;
+  const int64_t key_floats = cuda::flash_key_sum_floats(params, fused, gpu.num_sms());
+  BwdBuffers buffers(call, params.shape, dq_floats + key_floats, rows);
+  cuda::BwdScratch& scratch = buffers.scratch;
+  scratch.key_sums = scratch.dq_sum + dq_floats;
   cuda::launch_bwd_rows(params, grads, scratch, buffers.dq_floats, gpu.stream());
   if (keys) cuda::launch_flash_bwd(params, grads, scratch, fused, gpu.num_sms(), gpu.stream());
   if (fused) {
-    cuda::launch_unpack_dq(params, grads, scratch.dq_sum, gpu.stream());
+    cuda::launch_unpack_dq(params, grads, scratch.dq_sum, gpu.stream(), rows);
   } else if (queries) {
     cuda::launch_flash_dq(params, grads, scratch.lse2, scratch.delta, scratch.counter,
                           gpu.num_sms(), gpu.stream());

@@ -50,6 +50,8 @@ void set_state_rows(const Call& call, CarryParams& params) {
                  fits(s.Tq, x.stride_t, s.Hq * s.Dv) && fits(s.Hq, x.stride_h, s.Dv),
              "carry_out and lse are no rows of contiguous tensors of equal length; expected "
              "x[:, a:b] and lse[:, :, a:b] of such tensors on a GPU");
+  call.check(reinterpret_cast<uintptr_t>(x.data) % 16 == 0,
+             "carry_out begins between two multiples of 16 bytes; expected at one on a GPU");
 }
 #endif
 

@@ -33,12 +33,6 @@ void flash_carry_two(const Tensor& q, const Tensor& k, const Tensor& v, const Te
   call.check(final_rows >= 0 && final_rows <= s.Tq, "final_rows = ", final_rows, "; expected 0 to ",
              s.Tq);
   call.check(own_row >= 0 && own_row < s.Tq, "own_row = ", own_row, "; expected 0 to ", s.Tq - 1);
-  // One warpgroup would let all far keys pass that another one takes.
-  const int64_t behind = first_row - own_row, D = std::max(s.Dk, s.Dv);
-  call.check(behind <= 0 || D > 128 || (D > 64 && behind % 128 == 0), "first_row = ", first_row,
-             " with own_row = ", own_row,
-             "; expected at most own_row, or for head dimensions above 64 a multiple of 128 more, "
-             "or head dimensions above 128");
   params.carry_out = call.stat_rows(LCTX_ARG(carry_out), {s.B, s.Tq, s.Hq, s.Dv});
   params.first_row = first_row;
   params.own_row = own_row;

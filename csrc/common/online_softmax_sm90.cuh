@@ -39,8 +39,8 @@ struct RowState {
   float l[2] = {0.f, 0.f};
 
   // Scores -> weights relative to the new maximum. Returns in alpha the factor on what was
-  // accumulated before. Calls between() when alpha and the weights of the first kFirst / 8 of the
-  // columns are known.
+  // accumulated before. Calls between(zero) when alpha and the weights of the first kFirst / 8 of
+  // the columns are known; zero is 0, and known only when some of them are.
   template <int N, int kFirst, class Between>
   __device__ __forceinline__ void update(float (&s)[N / 2], float scale_log2, float (&alpha)[2],
                                          Between&& between) {
@@ -61,7 +61,7 @@ struct RowState {
     }
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
-      if (j == kFirst * N / 64) between();
+      if (j == kFirst * N / 64) between(uint32_t{s[N / 16] > 1e30f});
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = s[4 * j + i];
@@ -74,7 +74,7 @@ struct RowState {
   }
   template <int N>
   __device__ __forceinline__ void update(float (&s)[N / 2], float scale_log2, float (&alpha)[2]) {
-    update<N, 0>(s, scale_log2, alpha, [] {});
+    update<N, 0>(s, scale_log2, alpha, [](uint32_t) {});
   }
 
   // 0, known only when all weights are: what uses it cannot be moved above the exponentials.

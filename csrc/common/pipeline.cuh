@@ -64,15 +64,16 @@ struct Pipeline {
     ptx::mbarrier_wait(full + state.stage() * 8, state.phase() + zero);
   }
 
-  // Consumer: called by every thread, counted once a warp, after this warp's own reads.
+  // Consumer: called by every thread, counted once a warp, after this warp's own reads. `zero` as
+  // in wait().
   template <class State>
-  __device__ __forceinline__ void release(const State& state) const {
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + state.stage() * 8);
+  __device__ __forceinline__ void release(const State& state, uint32_t zero = 0) const {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + state.stage() * 8 + zero);
   }
   // And goes on to the next stage.
   template <class State>
-  __device__ __forceinline__ void leave(State& state) const {
-    release(state);
+  __device__ __forceinline__ void leave(State& state, uint32_t zero = 0) const {
+    release(state, zero);
     state.advance();
   }
   // Lets a stage pass unread.

@@ -174,6 +174,14 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint3
                "r"(r0), "r"(r1), "r"(r2), "r"(r3)
                : "memory");
 }
+// The same for matrices that lie there transposed.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t r0, uint32_t r1,
+                                                  uint32_t r2, uint32_t r3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+      : "memory");
+}
 
 // Reads four 8 x 8 matrices, addressed like stmatrix_x4: register j of lane i is columns 2 (i % 4)
 // + {0, 1} of row i / 4 of matrix j; with trans, of its transpose.

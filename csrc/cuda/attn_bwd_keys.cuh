@@ -1,5 +1,6 @@
 // Math: what becomes of finished dK and dV of a tile.
 //       StoreKeys   dK = scale * sum, dV = sum, in the input dtype
+//       StoreSharedKeys   the same for SharedKeys: those of shared tiles are added to fp32 sums
 //       StoreGroupKeys   the same for the pieces of landmark attention
 //       AddKeys     the same, added to fp32 tensors; the last to add may write the input dtype
 // Tile map: 64 keys of a warpgroup.
@@ -48,6 +49,42 @@ struct StoreKeys {
     T* row = static_cast<T*>(view.data) + work.batch * view.stride_b +
              kernel.position(work, key) * view.stride_t + work.head * view.stride_h;
     write_fragment_row<T, 2 * N>(d, i, factor, row, first_column, kernel.p.D, exists);
+  }
+};
+
+// Sums of a tile: [dV, dK][warp][8 columns j][lane][4], in the order of the registers.
+struct StoreSharedKeys {
+  struct Params {
+    float* key_sums;
+  };
+  static constexpr bool kPrefetches = false, kReadsKeys = false;
+
+  template <class Kernel, int N>
+  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
+                                                const KeyWork& work, const float (&dk)[N],
+                                                const float (&dv)[N]) {
+    if (work.shared == 0) {
+      StoreKeys::finish(kernel, warpgroup, work, dk, dv);
+      return;
+    }
+    const int thread = warpgroup * 128 + warpgroup_thread();
+    float* to = key_sums_of<N>(kernel.p.key_sums, work.shared - 1, 0, thread);
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+      ptx::red_add_v4(to + j * 128, dv[4 * j], dv[4 * j + 1], dv[4 * j + 2], dv[4 * j + 3]);
+    }
+    to = key_sums_of<N>(kernel.p.key_sums, work.shared - 1, 1, thread);
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+      ptx::red_add_v4(to + j * 128, dk[4 * j], dk[4 * j + 1], dk[4 * j + 2], dk[4 * j + 3]);
+    }
+  }
+
+  // Of a thread of both warpgroups, with N values of each.
+  template <int N>
+  static __device__ __forceinline__ float* key_sums_of(float* sums, int tile, int which,
+                                                       int thread) {
+    return sums + (int64_t{tile} * 16 + which * 8 + thread / 32) * (32 * N) + thread % 32 * 4;
   }
 };
 

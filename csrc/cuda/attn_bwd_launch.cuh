@@ -1,6 +1,6 @@
 // Math: none; the host side of attn_bwd_sm90.cuh, shared by all families.
-// Tile map: choose_bwd_tile: keys x queries 128 x 128 for D <= 64, 128 x 64 for D <= 128, 64 x 64
-//       above.
+// Tile map: choose_bwd_tile: keys x queries 128 x 128 for D <= 64, 128 x 64 for D <= 128 (dense:
+//       128 x 80), 64 x 64 above.
 // Pipeline: the tile counter must be zero at launch; one persistent block per multiprocessor.
 // Memory: tiles go through the heads in sections whose queries fit the L2 cache.
 // Limits: those of attn_bwd_sm90.cuh.
@@ -44,7 +44,7 @@ void set_attention_bwd(const AttnParams& params, const AttnGrads& grads, const B
   p.counter = scratch.counter;
   p.per_group = static_cast<int>(s.Hq / s.Hkv);
   p.head_step = 1;
-  p.blocks_per_head = dq_blocks(s.Tq, Tile::kHeadDim);
+  p.blocks_per_head = static_cast<int>(ceil_div(s.Tq, Tile::kBlockM));
   p.Hq = static_cast<int>(s.Hq);
   p.Tq = static_cast<int>(s.Tq);
   p.Tk = static_cast<int>(s.Tk);
@@ -65,16 +65,19 @@ void launch_bwd(const typename Traits::Params& p, int num_sms, Stream stream) {
   check_launch("attn_bwd_sm90_kernel", grid, dim3(Traits::kThreads), stream);
 }
 
-// Calls run(TypeTag<BwdTile>()) with the tile for `params`. kWidest: the largest D there is.
-template <int kWidest = 128, class Run>
+// Calls run(TypeTag<BwdTile>()) with the tile for `params`. kWidest: the largest D there is. kTall:
+// attn_bwd_tall.cuh where it applies.
+template <int kWidest = 128, bool kTall = false, class Run>
 void choose_bwd_tile(const AttnParams& params, bool fused, Run&& run) {
   const auto with_type = [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t D = params.shape.Dk;
     if (D <= 64) {
-      fused ? run(TypeTag<BwdTile<T, 64, true>>()) : run(TypeTag<BwdTile<T, 64, false>>());
+      fused ? run(TypeTag<BwdTile<T, 64, true, false, kTall>>())
+            : run(TypeTag<BwdTile<T, 64, false>>());
     } else if (D <= 128) {
-      fused ? run(TypeTag<BwdTile<T, 128, true>>()) : run(TypeTag<BwdTile<T, 128, false>>());
+      fused ? run(TypeTag<BwdTile<T, 128, true, false, kTall>>())
+            : run(TypeTag<BwdTile<T, 128, false>>());
     } else if constexpr (kWidest == 256) {
       run(TypeTag<BwdTile<T, 256, false>>());
     }

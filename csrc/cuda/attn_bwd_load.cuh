@@ -19,28 +19,31 @@ namespace lctx::cuda {
 static __device__ __align__(16) float zero_statistics[64];
 
 // kGroups_: every 64 keys have statistics of their own, those of the group of keys that they are in
-// (LandmarkKeys).
-template <class T_, int kHeadDim_, bool kFused_, bool kGroups_ = false>
+// (LandmarkKeys). kTall_: attn_bwd_tall.cuh.
+template <class T_, int kHeadDim_, bool kFused_, bool kGroups_ = false, bool kTall_ = false>
 struct BwdTile {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kFused = kFused_, kGroups = kGroups_;
-  static constexpr bool kWide = kHeadDim > 128;                         // attn_bwd_wide.cuh
-  static constexpr bool kWhole = kFused && kHeadDim == 64 && !kGroups;  // attn_bwd_whole.cuh
+  static constexpr bool kFused = kFused_, kGroups = kGroups_, kTall = kTall_;
+  static constexpr bool kWide = kHeadDim > 128;  // attn_bwd_wide.cuh
+  static constexpr bool kWhole =
+      kFused && kHeadDim == 64 && !kGroups && !kTall;  // attn_bwd_whole.cuh
   static constexpr int kConsumers = 2, kBlockN = kWide ? 64 : 64 * kConsumers;
-  static constexpr int kBlockM = dq_block_rows(kHeadDim), kHalves = kBlockM / 64;
-  static constexpr int kStages = kFused ? (kHeadDim == 64 ? 2 : 3) : kWide ? 2 : 4;
+  static constexpr int kBlockM = kTall ? tall_block_rows(kHeadDim) : dq_block_rows(kHeadDim),
+                       kHalves = kBlockM / 64;
+  static constexpr int kStages = kFused ? (kHeadDim == 64 || kTall ? 2 : 3) : kWide ? 2 : 4;
   static_assert(!(kFused && kWide), "no registers for dQ");
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kKeyBytes = tile_bytes(kBlockN, kHeadDim);
   static constexpr int kQueryBytes = tile_bytes(kBlockM, kHeadDim);
   static constexpr int kDsBytes = tile_bytes(kBlockN, kBlockM);
-  static constexpr int kDsBuffers = kWhole ? kStages : 3;
+  static constexpr int kDsBuffers = kWhole || kTall ? kStages : 3;
   static constexpr int kK = 0, kV = kKeyBytes, kQ = 2 * kKeyBytes;
   static constexpr int kDout = kQ + kStages * kQueryBytes;
   static constexpr int kDs = kDout + kStages * kQueryBytes;
   static constexpr int kWeights = kDs;  // kWide: P^T and dS^T
-  static constexpr int kLse2 = kDs + (kFused ? kDsBuffers : kWide ? 2 : 0) * kDsBytes;
+  static constexpr int kDq = kDs + (kFused ? kDsBuffers : kWide ? 2 : 0) * kDsBytes;
+  static constexpr int kLse2 = kDq + (kTall ? kBlockM * kHeadDim * 4 : 0);
   static constexpr int kVectors = kGroups ? kBlockN / 64 : 1;  // a piece of 64 keys has its own
   static constexpr int kVectorBytes = kStages * kVectors * kBlockM * 4;
   static constexpr int kDelta = kLse2 + kVectorBytes;
@@ -49,7 +52,9 @@ struct BwdTile {
   static constexpr int kAsideBytes = 32;  // per consumer warp; as much for the producers
   static constexpr int kAside = kSeen + 64 * kConsumers * 8;
   static constexpr int kBarriers = kAside + (4 * kConsumers + 1) * kAsideBytes;
-  static constexpr int kSharedBytes = kBarriers + 256 + 1024;  // and alignment
+  static constexpr int kAlignment =
+      kTall && kHeadDim > 64 ? 0 : 1024;  // no room: see attn_bwd_sm90_kernel
+  static constexpr int kSharedBytes = kBarriers + 256 + kAlignment;
 };
 
 template <class Tile, class Tiles_, class Keys_, bool kWindowed_>

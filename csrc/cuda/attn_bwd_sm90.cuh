@@ -8,7 +8,7 @@
 //       which keys and queries) and Keys (attn_bwd_keys.cuh: what becomes of finished dK and dV).
 //       kFused: dQ too, five products; it is added in fp32, in an order that changes from run to
 //       run. Else dK and dV only, four products, bitwise reproducible (attn_dq_sm90.cuh has dQ).
-//       Fused at D = 64: attn_bwd_whole.cuh has the steps.
+//       Fused, attn_bwd_whole.cuh has the steps at D = 64, attn_bwd_tall.cuh for dense attention.
 // Pipeline: Q with lse2, dO with delta, in kStages stages of their own barriers. Fused: dS^T goes
 //       through shared memory, since dQ sums over the keys of both warpgroups, in three buffers;
 //       dQ of a block is computed one step late, so that neither warpgroup waits for the other.
@@ -21,6 +21,7 @@
 
 #include "../common/ptx_words.cuh"
 #include "attn_bwd_load.cuh"
+#include "attn_bwd_tall.cuh"
 #include "attn_bwd_whole.cuh"
 #include "attn_bwd_wide.cuh"
 
@@ -283,7 +284,9 @@ struct BwdKernel : BwdLoads<Traits_> {
       ptx::store_shared_int2(aside(warpgroup) + 16, make_int2(own.full_begin, own.full_end));
       ptx::store_shared_int2(aside(warpgroup) + 24, make_int2(all.begin, all.end));
       __syncwarp();
-      if constexpr (Traits::kWhole) {
+      if constexpr (Traits::kTall) {
+        TallBlocks<BwdKernel>{*this, warpgroup}.run(turn, state, dk, dv);
+      } else if constexpr (Traits::kWhole) {
         WholeBlocks<BwdKernel>{*this, warpgroup}.run(turn, state, dk, dv);
       } else if constexpr (Traits::kFused) {
         self().fused_steps(warpgroup, turn, state, dk, dv);
@@ -301,6 +304,7 @@ struct BwdKernel : BwdLoads<Traits_> {
       v_pipe.release(key_state());
       Traits::Keys::finish(*this, warpgroup, find_work_again(index), dk, dv);
     }
+    if constexpr (Traits::kTall) ptx::tma_store_wait_read<0>();
   }
 
   // dV and dK of a block whose scores are there. `share` runs before the last product of a half is
@@ -471,8 +475,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if constexpr (Traits::kGroups) {
     if (Traits::Tiles::has_nothing(p)) return;
   }
+  const uint32_t offset = (1024 - (ptx::smem_address(shared) & 1023)) & 1023;
+  if (offset > Traits::kAlignment) __trap();  // never: there is no other shared memory before it
   run_bwd<std::conditional_t<Traits::kWide, WideBwdKernel<Traits>, BwdKernel<Traits>>>(
-      p, shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023));
+      p, shared + offset);
 }
 
 }  // namespace lctx::cuda

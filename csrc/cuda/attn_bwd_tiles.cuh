@@ -1,6 +1,8 @@
 // Math: none; which keys a tile of the key-stationary backward works on, and which queries see
 // them. Tile map: a tile number stands for (key/value head, batch, block of keys):
 //       DenseKeys    blocks of the whole sequence
+//       SharedKeys   the same, but the tiles of a last round that would leave multiprocessors idle
+//                    are shared out, by their queries
 //       PackedKeys   blocks of the documents of cu_seqlens
 //       SegmentKeys  blocks of segments of w positions, of which every r-th is a row, from a phase
 //                    that depends on the query head (dilated attention; r = 1: local segments). A
@@ -59,6 +61,7 @@ struct KeyWork {
   int origin = 0;  // first row of block 0 of queries
   int block0 = 0;  // that block in dq_sum, in its head
   int piece = 0;   // LandmarkKeys: the first of two pieces of 64 keys
+  int shared = 0;  // SharedKeys: 1 + the number of the tile among those that are shared out
 };
 
 // Blocks [begin, end) of queries, from the origin, see some of the keys, blocks [full_begin,
@@ -125,6 +128,29 @@ struct DenseKeys {
     work.query_begin = 0;
     work.query_end = p.Tq;
     work.shift = p.query_offset;
+    return work;
+  }
+};
+
+// Tiles from `whole` on are shared out: each to `parts` blocks of threads, `part_rows` queries
+// each.
+template <int kBlockN>
+struct SharedKeys {
+  struct Params {
+    int whole, part_rows;
+    FastDivisor parts;
+  };
+  static constexpr bool kStrided = false, kPadded = false;
+
+  template <class P>
+  static __device__ __forceinline__ KeyWork find(const P& p, int index) {
+    const int part = index - p.whole;
+    if (part < 0) return DenseKeys<kBlockN>::find(p, index);
+    const int tile = p.parts.divide(part);
+    KeyWork work = DenseKeys<kBlockN>::find(p, p.whole + tile);
+    work.query_begin = (part - tile * p.parts.divisor) * p.part_rows;
+    work.query_end = min(work.query_begin + p.part_rows, p.Tq);
+    work.shared = tile + 1;
     return work;
   }
 };

@@ -30,15 +30,42 @@ __device__ __forceinline__ auto& choose(A& a, B& b) {
   }
 }
 
+// Between two neighbours: columns of two blocks of 8 each <-> 4 columns of one of them.
+__device__ __forceinline__ void pair_exchange(float (&x)[4]) {
+  const bool odd = threadIdx.x % 2;
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const float got = __shfl_xor_sync(~0u, odd ? x[c] : x[c + 2], 1);
+    x[c] = odd ? got : x[c];
+    x[c + 2] = odd ? x[c + 2] : got;
+  }
+}
+
 struct StoreRows {
   struct Params {};
-  static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
+  static constexpr bool kRetrieves = false, kMakesStates = false;
   static constexpr bool kFollows = false;  // what it overlaps with is part of the same result
+  static constexpr bool kMarks = false;    // it lets the next kernel start by itself
 
   template <class Kernel>
   struct Query {};  // of a memory
   template <class Kernel>
   static constexpr bool kEarly = false;  // it is read under the last product
+  // What the rows continue from: nothing. See CarryRows and JoinRows.
+  template <class Kernel>
+  struct Carried {
+    static constexpr bool kStarts = false;  // the first product adds to the accumulators
+    template <class... Args>
+    __device__ __forceinline__ void start(Args&&...) const {}
+    template <class... Args>
+    __device__ __forceinline__ void scale(Args&&...) const {}
+    template <class... Args>
+    __device__ __forceinline__ void ask(Args&&...) const {}
+    template <class... Args>
+    __device__ __forceinline__ void join(Args&&...) const {}
+    template <class... Args>
+    __device__ __forceinline__ void add(Args&&...) const {}
+  };
 
   // Whether the tile's row `row` is one to keep, and where its lse goes.
   template <class P>
@@ -166,9 +193,7 @@ struct CarryRows : StoreRows {
     float inverse_scale;  // 1 / scale
     int state_rows;       // rows of the tensors that the carried ones and lse are slices of
     int final_rows;
-    bool sparse;  // most rows carry nothing: look before reading them
   };
-  static constexpr bool kCarries = true, kRetrieves = false, kMakesStates = false;
   // The carried weight counts as kGain at exp(lse) / kGain, below the scores to come: these then
   // have their own maximum as 1, and weights as exact in 16 bits as those of a first step. Not
   // further below: the way up is rounded in every step of a ring.
@@ -199,6 +224,24 @@ struct CarryRows : StoreRows {
     return kernel.p.lse + lse_offset(kernel, work, row);
   }
 
+  template <class Kernel>
+  struct Carried : StoreRows::Carried<Kernel> {
+    static constexpr bool kStarts = true;
+    template <int N>
+    __device__ __forceinline__ void start(const Kernel& kernel, int warpgroup, int index,
+                                          float (&o)[N], RowState& state) const {
+      ptx::grid_dependency_wait();
+      begin(kernel, warpgroup, kernel.find_work_again(index), o, state);
+    }
+    // Called after the first weights, so that nothing waits for the reads. `factor` is 1 then.
+    template <int N>
+    __device__ __forceinline__ void scale(float (&o)[N], float (&factor)[2],
+                                          const RowState& state) const {
+      CarryRows::scale(o, factor, state);
+      factor[0] = factor[1] = 1.f;
+    }
+  };
+
   // Puts the carried rows into the accumulators and the row state.
   template <class Kernel>
   static __device__ __forceinline__ void begin(const Kernel& kernel, int warpgroup,
@@ -214,12 +257,7 @@ struct CarryRows : StoreRows {
       const float lse = inside ? p.carry_lse[lse_offset(kernel, work, row)] : -INFINITY;
       const float* from =
           p.carry_out + (inside ? element(kernel, work, row) : 0) + fragment_column(thread);
-      // Where all rows carry something, they are read without waiting for lse.
-      if (p.sparse) {
-        read_row(p, from, lse > -INFINITY, i, o);
-      } else {
-        read_row(p, from, inside, i, o);
-      }
+      read_row(p, from, inside, i, o);  // without waiting for lse
       const bool carried = lse > -INFINITY;
       state.m[i] = carried ? (lse - kLogGain) * p.inverse_scale : kEmptyRowMax;  // of raw scores
       state.l[i] = carried && thread % 4 == 0 ? kGain : 0.f;                     // shares of one
@@ -227,8 +265,7 @@ struct CarryRows : StoreRows {
   }
 
   // Brings what begin() read to the terms of the row. Where nothing is carried, what was read may
-  // be NaN, and `factor` is 0 or the row has seen nothing. Called after the first weights, so that
-  // nothing waits for the reads.
+  // be NaN, and `factor` is 0 or the row has seen nothing.
   template <int N>
   static __device__ __forceinline__ void scale(float (&o)[N], const float (&factor)[2],
                                                const RowState& state) {
@@ -268,16 +305,20 @@ struct CarryRows : StoreRows {
       StoreRows::finish(kernel, warpgroup, work, o, inverse);
     }
     if (p.partial_out == nullptr || (done && row0 + 64 <= p.final_rows)) return;
+    // Two threads exchange halves of 8 columns each, so that both write 16 bytes.
+    const int thread = warpgroup_thread(), odd = thread % 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = work.row0 + warpgroup * 64 + fragment_row(warpgroup_thread()) + 8 * i;
-      if (row >= work.row_end) continue;
-      float* to = p.partial_out + element(kernel, work, row) + fragment_column(warpgroup_thread());
+      const int row = row0 + fragment_row(thread) + 8 * i;
+      float* to = p.partial_out + element(kernel, work, row) + fragment_column(thread) + 6 * odd;
 #pragma unroll
-      for (int j = 0; j < Kernel::kValueDim / 8; ++j) {
-        if (8 * j < p.D) {
-          *reinterpret_cast<float2*>(to + 8 * j) =
-              make_float2(o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
+      for (int j = 0; j < Kernel::kValueDim / 8; j += 2) {
+        float x[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) x[c] = o[4 * (j + c / 2) + 2 * i + c % 2] * inverse[i];
+        pair_exchange(x);
+        if (row < work.row_end && 8 * (j + odd) < p.D) {
+          *reinterpret_cast<float4*>(to + 8 * j) = make_float4(x[0], x[1], x[2], x[3]);
         }
       }
     }
@@ -285,14 +326,21 @@ struct CarryRows : StoreRows {
 };
 
 struct SplitRows {
+  template <class Kernel>
+  using Carried = StoreRows::Carried<Kernel>;
   struct Params {
     float* partial;  // (slots, slot_rows, D), FwdParams::lse is then (slots, slot_rows); nullptr:
                      // every tile has all keys of its rows
     int slot_rows;   // rows of a tile that may exist
     int heads_of_group;  // query heads per key/value head
+    bool marks;          // words of the slots are kUnset until they are written
   };
-  static constexpr bool kCarries = false, kRetrieves = false, kMakesStates = false;
-  static constexpr bool kFollows = false;
+  static constexpr bool kRetrieves = false, kMakesStates = false;
+  static constexpr bool kFollows = false, kMarks = true;
+  // A NaN that arithmetic does not give: theirs are 0x7fffffff.
+  static constexpr uint32_t kUnset = ~0u;
+  static constexpr int kMarkedRows = 16;  // at most
+
   template <class Kernel>
   struct Query {};
   template <class Kernel>
@@ -314,9 +362,46 @@ struct SplitRows {
   template <class Kernel>
   static __device__ __forceinline__ float* lse(const Kernel& kernel, const Work& work, int row) {
     const auto& p = kernel.p;
-    if (p.partial != nullptr) return p.lse + slot_row(p, work, row);
+    if (p.partial != nullptr) {
+      if (p.marks) ptx::mbarrier_wait(marked(kernel), 0);
+      return p.lse + slot_row(p, work, row);
+    }
     const int head = work.head * p.heads_of_group + head_in_group(p, work, row);
     return p.lse + (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq + (row >> p.head_bits);
+  }
+
+  // Barrier for what mark() has done; shared memory behind the queue.
+  template <class Kernel>
+  static __device__ __forceinline__ uint32_t marked(const Kernel& kernel) {
+    static_assert(Kernel::kQueue + TileQueue::kBytes + 8 <=
+                  Kernel::Traits::kBarriers + Kernel::Traits::kBarrierBytes);
+    return kernel.smem + Kernel::kQueue + TileQueue::kBytes;
+  }
+  template <class Kernel>
+  static __device__ __forceinline__ void init(const Kernel& kernel) {
+    if (kernel.p.marks) ptx::mbarrier_init(marked(kernel), 1);
+  }
+
+  // By a warp that does nothing else. The merge starts when all thread blocks have been here, and
+  // must not take for a result what was in memory before: the block's words become kUnset first.
+  template <class Kernel>
+  static __device__ __forceinline__ void mark(const Kernel& kernel) {
+    using Tiles = typename Kernel::Tiles;
+    const auto& p = kernel.p;
+    const int lane = threadIdx.x % 32;
+    if (p.marks) {
+      const float unset = __uint_as_float(kUnset);
+      const int tiles = Tiles::end(p) - Tiles::first(p), slot0 = Tiles::first(p) * p.slot_rows;
+      float* const partial = p.partial + int64_t{slot0} * p.D;
+      for (int i = lane; i < tiles * p.slot_rows * p.D / 4; i += 32) {
+        *reinterpret_cast<float4*>(partial + 4 * i) = make_float4(unset, unset, unset, unset);
+      }
+      for (int i = lane; i < tiles * p.slot_rows; i += 32) p.lse[slot0 + i] = unset;
+      __threadfence();
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(marked(kernel));
+    }
+    if (lane == 0) ptx::grid_dependents_launch();
   }
 
   template <class Kernel>
@@ -325,6 +410,7 @@ struct SplitRows {
                                                 const float (&inverse)[2]) {
     const auto& p = kernel.p;
     const int thread = warpgroup_thread(), column = fragment_column(thread);
+    if (p.marks) ptx::mbarrier_wait(marked(kernel), 0);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row0 + warpgroup * 64 + fragment_row(thread) + 8 * i;

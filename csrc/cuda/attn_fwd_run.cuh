@@ -16,8 +16,11 @@ __device__ __forceinline__ void run_tiles(const typename Kernel::Traits::Params&
   extern __shared__ char shared[];
   char* base = shared + ((1024 - (ptx::smem_address(shared) & 1023)) & 1023);
   Kernel kernel(p, base);
-  if constexpr (!Traits::Rows::kRetrieves) ptx::grid_dependents_launch();
+  if constexpr (!Traits::Rows::kRetrieves && !Traits::Rows::kMarks) ptx::grid_dependents_launch();
   if constexpr (Traits::Rows::kRetrieves) Traits::Rows::init(kernel);
+  if constexpr (Traits::Rows::kMarks) {
+    if (threadIdx.x == 0) Traits::Rows::init(kernel);
+  }
   if (threadIdx.x == 0) kernel.init();
   if (threadIdx.x == 32) {  // meanwhile
     ptx::prefetch_tensor_map(&p.k[0]);
@@ -31,6 +34,12 @@ __device__ __forceinline__ void run_tiles(const typename Kernel::Traits::Params&
   if (threadIdx.x < 128) {
     if constexpr (kMovesRegisters) ptx::setmaxnreg_dec<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) kernel.produce();
+    if constexpr (Traits::Rows::kMakesStates) {
+      if (threadIdx.x / 32 == 1) Traits::Rows::template States<Kernel>::publish_all(kernel);
+    }
+    if constexpr (Traits::Rows::kMarks) {
+      if (threadIdx.x / 32 == 1) Traits::Rows::mark(kernel);
+    }
   } else {
     if constexpr (kMovesRegisters) ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
     // Through a shuffle, so that the compiler knows it is the same for the whole warp.

@@ -38,6 +38,8 @@ struct PlainScores {
   static constexpr bool kRescalesLate = false;
   // Whether maxima change so rarely that looking first is cheaper than rescaling.
   static constexpr bool kRescalesRarely = false;
+  // Whether a warpgroup may leave many blocks to the left that others of its tile see.
+  static constexpr bool kLeavesMany = false;
 
   template <class State>
   static __device__ __forceinline__ bool needs_mask(const KeyRange& keys, int n, const State&) {

@@ -5,6 +5,8 @@
 // Limits: registers: 40/232 (two consumers), 32/160 (three).
 #pragma once
 
+#include <type_traits>
+
 #include "../common/wgmma_layout.h"
 #include "attn_fwd_tiles.cuh"
 
@@ -30,6 +32,7 @@ struct FwdTile {
   static constexpr bool kShifts = kConsumers > 2;  // see row_shift()
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr bool kTakesTurns = false, kWaitsEarly = false, kRescalesLate = false;
+  static constexpr bool kPinsWait = false;
   static constexpr int kPerSm = 1;  // thread blocks on a multiprocessor
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
@@ -57,7 +60,22 @@ struct TurnsTile : Tile {
   static constexpr bool kRescalesLate = Tile::kHeadDim > 64;
   // Eighths of the weights that the source has before the wait. ptxas moves it: with 6 behind a
   // quarter of them, with less further down.
-  static constexpr int kWaitsAfter = Tile::kHeadDim > 64 ? 6 : 7;
+#ifndef WA
+#define WA 6
+#endif
+  static constexpr int kWaitsAfter = Tile::kHeadDim > 64 ? WA : 7;
+};
+
+// Turns gain 1 % at D256 at most.
+template <class Tile>
+using DenseTile = std::conditional_t<(Tile::kHeadDim > 128), Tile, TurnsTile<Tile>>;
+
+// The same, where ptxas moves the wait above all weights: the keys are released with a weight of
+// the first eighth in the address, and the wait stays behind that.
+template <class Tile>
+struct PinnedTile : DenseTile<Tile> {
+  static constexpr bool kPinsWait = DenseTile<Tile>::kWaitsEarly;
+  static constexpr int kWaitsAfter = 6;
 };
 
 // Where the blocks do not divide the keys and all tiles begin with the same short one.

@@ -34,6 +34,7 @@ struct FwdKernel {
   using Scores = typename Traits::Scores;
   using Rows = typename Traits::Rows;
   using State = typename Scores::State;
+  using Carried = typename Rows::template Carried<FwdKernel>;
   static constexpr int kHeadDim = Traits::kHeadDim, kValueDim = Traits::kValueDim;
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kFirstN = Traits::kFirstN;
@@ -193,15 +194,6 @@ struct FwdKernel {
     Scores::mask(p, work, work.position0 + Tiles::position_of(p, warpgroup * 64), n, s, state);
   }
 
-  // What the rows start from; without a carried result they start with the first product.
-  __device__ __forceinline__ void begin_rows(int warpgroup, const Work& work,
-                                             float (&o)[kValueDim / 2], State& state) const {
-    if constexpr (Rows::kCarries) {
-      ptx::grid_dependency_wait();
-      Rows::begin(*this, warpgroup, work, o, state);
-    }
-  }
-
   // Lets `blocks` blocks of keys and values pass unread.
   __device__ __forceinline__ void skip(int blocks, KVState& k_state, KVState& v_state,
                                        int warpgroup = 0) const {
@@ -285,13 +277,14 @@ struct FwdKernel {
     const Work work = find_work_again(turn.index);
     if (Traits::kShifts && work.row0 + warpgroup * 64 < work.row_begin) return;
     State state;
+    Carried carried;
     float o[kValueDim / 2] = {}, inverse[2], lse[2];
-    begin_rows(warpgroup, work, o, state);
+    carried.start(*this, warpgroup, turn.index, o, state);
     state.finish(p.scale_log2, inverse, lse);
-    if constexpr (Rows::kCarries) {
-      Rows::scale(o, inverse, state);
-      inverse[0] = inverse[1] = 1.f;
-    }
+    carried.scale(o, inverse, state);
+    carried.ask(*this, warpgroup, turn.index);
+    carried.join(*this, warpgroup, work, inverse, lse);
+    carried.add(*this, warpgroup, turn.index, o, inverse);
     Rows::finish(*this, warpgroup, work, o, inverse);
     store_lse(warpgroup, work, lse);
   }
@@ -303,12 +296,6 @@ struct FwdKernel {
     gemm_nt<T, kBlockN, 16>(s, smem, 64, smem + Traits::kK, kBlockN);
     wgmma_commit();
     wgmma_wait<0>();
-  }
-
-  template <bool kSecond, class A, class B>
-  static __device__ __forceinline__ auto& choose(A& first, B& second) {
-    if constexpr (kSecond) return second;
-    if constexpr (!kSecond) return first;
   }
 
   __device__ __forceinline__ void consume(int warpgroup) {
@@ -358,9 +345,8 @@ struct FwdKernel {
         wait_first(q_state, k_state);
         issue_scores(warpgroup, q_state, k_state, first_s);
       }
-      if constexpr (Rows::kCarries) {
-        begin_rows(warpgroup, find_work_again(index), o, state);
-      }
+      Carried carried;
+      carried.start(*this, warpgroup, index, o, state);
       if constexpr (Scores::kFolds) {
         Scores::begin(*this, warpgroup, find_work_again(index), n, state);
       }
@@ -372,9 +358,9 @@ struct FwdKernel {
       }
       Scores::template weigh<true>(p, first_s, state, alpha);
       Scores::template to_a<T>(first_s, state, first_weights);
-      if constexpr (Rows::kCarries) Rows::scale(o, alpha, state);
+      carried.scale(o, alpha, state);
 
-      bool started = Rows::kCarries;
+      bool started = Carried::kStarts;
       // Brings o into the terms of the weights that it is to be multiplied with next.
       const auto rescale = [&] {
         if constexpr (Scores::kFolds) {
@@ -400,11 +386,15 @@ struct FwdKernel {
         started = true;
         if constexpr (Scores::kFolds) Scores::turn(p, n, state);
         wgmma_wait<1>();
-        k_pipe.leave(k_state);
+        if constexpr (!Traits::kPinsWait) k_pipe.leave(k_state);
         constexpr bool kMasked = decltype(masked)::value;
         if constexpr (kMasked) mask_block(index, warpgroup, n, s, state);
         if constexpr (Traits::kWaitsEarly) {
-          Scores::template weigh_in_two<Traits::kWaitsAfter>(p, s, state, alpha, finish_values);
+          const auto between = [&](uint32_t zero) {
+            if constexpr (Traits::kPinsWait) k_pipe.leave(k_state, zero);
+            finish_values();
+          };
+          Scores::template weigh_in_two<Traits::kWaitsAfter>(p, s, state, alpha, between);
         } else {
           Scores::template weigh<kMasked>(p, s, state, alpha);
           // ptxas would hoist the wait for P V above the softmax. It does not move it across a
@@ -430,12 +420,14 @@ struct FwdKernel {
       if constexpr (!Rows::kRetrieves) q_pipe.leave(q_state);
 
       if constexpr (kRescalesLate) rescale();
+      carried.ask(*this, warpgroup, index);
       issue_values(v_state, weights, o, started);
       const KVState last = v_state;
       v_state.advance();
       state.finish(p.scale_log2, inverse, lse);
       const Work work = find_work_again(index);
       const int left = keys.begin - tile_keys(work).begin;  // blocks to the left of those it sees
+      carried.join(*this, warpgroup, work, inverse, lse);
       store_lse(warpgroup, work, lse);
       bool retrieves = false;  // and its memory holds the values' other stage
       typename Rows::template Query<FwdKernel> query;
@@ -443,15 +435,23 @@ struct FwdKernel {
         retrieves = Rows::plan(*this, work, q_state, v_state);
         Rows::prepare(*this, warpgroup, work, retrieves, q_state, v_state, query, inverse);
       }
+      bool passed = false;         // they have been let pass
       const auto complete = [&] {  // P V has ended
-        v_pipe.release(last);
-        skip(left, k_state, v_state, warpgroup);
+        if (!Scores::kLeavesMany || !passed) {
+          v_pipe.release(last);
+          skip(left, k_state, v_state, warpgroup);
+        }
         if constexpr (Scores::kFolds) Scores::complete(*this, warpgroup, o, state);
         if constexpr (Rows::kRetrieves) {
           Rows::retrieve(*this, warpgroup, index, retrieves, q_state, v_state, query, o, inverse);
         }
       };
       if constexpr (kPrefetch) {
+        if (Scores::kLeavesMany && left > 1) {  // the next tile is known when all are loaded
+          wgmma_wait<0>();
+          complete();
+          passed = true;
+        }
         turn = next_turn(warpgroup);
         // One block may pass unread while this tile holds a stage, none while its memory holds the
         // other. Else the product is on stale data and ignored: a branch around it would serialise.
@@ -474,6 +474,7 @@ struct FwdKernel {
       } else if (retrieves) {
         v_pipe.release(KVState{v_state.step - 1});
       }
+      carried.add(*this, warpgroup, index, o, inverse);
       Rows::finish(*this, warpgroup, find_work_again(index), o, inverse);
       if constexpr (kPrefetch) {
         wgmma_wait<0>();
@@ -482,6 +483,7 @@ struct FwdKernel {
       }
     }
     Turns::end(warpgroup);
+    if constexpr (Rows::kMakesStates) Rows::template States<FwdKernel>::end(*this);
     if (threadIdx.x % 128 == 0) ptx::tma_store_wait<0>();
     // What this kernel overlapped with has ended when it ends.
     if constexpr (Rows::kRetrieves || Rows::kFollows) ptx::grid_dependency_wait();

@@ -193,15 +193,16 @@ struct SegmentTiles : OneHeadTiles {
 // Row i of a unit (batch, key/value head, up to 64 query heads, kBlockM rows) is query head
 // i % 2^head_bits of position i / 2^head_bits; rows of heads that the group does not have are
 // padding. Every unit has blocks_per_unit blocks of keys. The units' blocks, one list, are dealt in
-// contiguous ranges: thread block c gets `share` grains, one more if c < extra. Its tiles are the
-// units that its range touches; tile c + unit is a number of its own, as either grows by one from
-// tile to tile.
+// contiguous ranges: of a span, which is a unit or all of them, thread block i gets `share` grains,
+// one more if i < extra. Its tiles are the units that its range touches; tile c + unit of thread
+// block c is a number of its own, as either grows by one from tile to tile.
 template <int kBlockM>
 struct SplitTiles {
   struct Params {
     int head_bits;                            // rows of one position: 2^head_bits heads
     int first_block, blocks_per_unit, grain;  // in blocks of keys
-    int share, extra;                         // in grains
+    int share, extra, span;                   // in grains
+    FastDivisor per_span;                     // thread blocks
     FastDivisor per_unit;                     // blocks
     FastDivisor per_m;                        // row blocks per 64 query heads
     FastDivisor per_unit_group;               // row blocks per key/value head
@@ -214,7 +215,8 @@ struct SplitTiles {
   // The first block in the list of thread block `c`.
   template <class P>
   static __device__ __forceinline__ int range_begin(const P& p, int c) {
-    return (c * p.share + min(c, p.extra)) * p.grain;
+    const int span = p.per_span.divide(c), i = c - span * p.per_span.divisor;
+    return (span * p.span + i * p.share + min(i, p.extra)) * p.grain;
   }
   template <class P>
   static __device__ __forceinline__ int first(const P& p) {

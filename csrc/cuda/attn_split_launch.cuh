@@ -4,7 +4,8 @@
 // Tile map: SplitTiles (attn_fwd_tiles.cuh); here its host side and the merge: a thread block a
 //       row, 32 lanes along it, parts dealt to the warps.
 // Pipeline: the merge is launched to overlap with the attention (programmatic dependent launch):
-//       its blocks are resident and wait when the last partial result is written. Sums are always
+//       its blocks start when all of the attention's run, so they may wait for these: for few rows
+//       by looking at the words themselves (SplitRows::mark), else for their end. Sums are always
 //       taken in the same order.
 // Memory: fp32 partial rows, written and read once, mostly in L2: for a decoded token a thousandth
 //       of the keys and values.
@@ -20,27 +21,120 @@ struct SplitMerge {
   const float *partial, *partial_lse;
   TensorView out;
   float* lse;
+  bool marked;  // slots say themselves whether they are written
   int share, extra, blocks_per_unit, slot_rows, block_m, head_bits, heads_of_group, Hq, Tq, D;
   FastDivisor per_share, per_longer;  // blocks of a thread block of the attention: share, share + 1
+  FastDivisor per_span;               // blocks
+  int span_ctas;
   FastDivisor per_slot, per_m, per_group, per_batch;
 
 #if defined(__CUDACC__)
   // The thread block of the attention that has block `n` of the list.
   __device__ __forceinline__ int owner(int n) const {
-    const int longer = extra * (share + 1);
-    return n < longer ? per_longer.divide(n) : extra + per_share.divide(n - longer);
+    const int span = per_span.divide(n), longer = extra * (share + 1);
+    n -= span * per_span.divisor;
+    const int i = n < longer ? per_longer.divide(n) : extra + per_share.divide(n - longer);
+    return span * span_ctas + i;
   }
 #endif
 };
 
 constexpr int kMergeWarps = 16;  // most
 
+#if defined(__CUDACC__)
+__device__ __forceinline__ bool is_unset(float x) {
+  return __float_as_uint(x) == SplitRows::kUnset;
+}
+__device__ __forceinline__ bool is_unset(const float4& x) {
+  return is_unset(x.x) || is_unset(x.y) || is_unset(x.z) || is_unset(x.w);
+}
+
+// Partial rows of which `step` is the distance, in parts; kVectors of 4 elements for each of 32
+// lanes. Waits for those that are not there yet.
+template <int kVectors, int kParts>
+struct PartialRows {
+  float lse[kParts];
+  float4 x[kParts][kVectors];
+
+  __device__ __forceinline__ void read(const SplitMerge& p, const float* row_lse, const float* row,
+                                       int parts, int step) {
+    const float unset = __uint_as_float(SplitRows::kUnset);
+    const int column = threadIdx.x * 4;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const bool exists = i * step < parts;
+      lse[i] = exists ? unset : -INFINITY;
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        const float first = exists && column + j * 128 < p.D ? unset : 0.f;
+        x[i][j] = make_float4(first, first, first, first);
+      }
+    }
+    while (true) {
+      request(p, row_lse, row, step);
+      bool missing = false;
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        missing = missing || is_unset(lse[i]);
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) missing = missing || is_unset(x[i][j]);
+      }
+      if (!__any_sync(~0u, missing)) break;
+    }
+  }
+
+  // Rows come after their lse, and are asked for when it is there: all of them all the time would
+  // be as much to read as the keys.
+  __device__ __forceinline__ void request(const SplitMerge& p, const float* row_lse,
+                                          const float* row, int step) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const int64_t at = static_cast<int64_t>(i * step) * p.slot_rows;
+      const bool wanted = !p.marked || !is_unset(lse[i]);
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        if (wanted && is_unset(x[i][j])) x[i][j] = ptx::load_relaxed_16(row + at * p.D + j * 128);
+      }
+      if (is_unset(lse[i])) lse[i] = ptx::load_relaxed(row_lse + at);
+    }
+  }
+};
+
+// sum_s w_s x_s and sum_s w_s, relative to `top`.
+template <int kVectors>
+struct MergedRow {
+  float top = -1e38f, total = 0.f;  // finite: a row may have no key at all
+  float4 sum[kVectors] = {};
+
+  __device__ __forceinline__ void raise(float to) {
+    const float scale = expf(top - to);
+    top = to;
+    total *= scale;
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      sum[j] = {sum[j].x * scale, sum[j].y * scale, sum[j].z * scale, sum[j].w * scale};
+    }
+  }
+  __device__ __forceinline__ void add(float weight, float weights, const float4 (&x)[kVectors]) {
+    if (weight == 0.f) return;  // whatever x holds
+    total += weights;
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      sum[j].x += weight * x[j].x;
+      sum[j].y += weight * x[j].y;
+      sum[j].z += weight * x[j].z;
+      sum[j].w += weight * x[j].w;
+    }
+  }
+};
+#endif
+
 // kVectors: of 4 elements for each of 32 lanes.
 template <class T, int kVectors>
 __global__ void __launch_bounds__(32 * kMergeWarps)
     split_merge_kernel(const __grid_constant__ SplitMerge p) {
-  __shared__ float4 sums[kMergeWarps][32 * kVectors];
-  __shared__ float totals[kMergeWarps];
+  __shared__ float4 sums[kMergeWarps][32][kVectors];
+  __shared__ float2 totals[kMergeWarps];  // and what they are relative to
   const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
   const int unit = p.per_slot.divide(blockIdx.x), slot_row = p.per_slot.modulo(blockIdx.x);
   const int in_group = p.per_group.modulo(unit), group = p.per_group.divide(unit);
@@ -52,103 +146,74 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
   const int block0 = unit * p.blocks_per_unit, cta0 = p.owner(block0);
   const int parts = p.owner(block0 + p.blocks_per_unit - 1) - cta0 + 1;
   const int64_t first = static_cast<int64_t>(cta0 + unit) * p.slot_rows + slot_row;
-  const float* part_lse = p.partial_lse + first;
-  const float* part = p.partial + first * p.D + lane * 4;
-
-  constexpr int kAhead = kVectors == 1 ? 8 : 4;  // parts in flight
-  float lse[kAhead];
-  float4 x[kAhead][kVectors];
-  const auto load = [&](int from) {
+  constexpr int kAhead = kVectors == 1 ? 8 : 4;
+  if (!p.marked) ptx::grid_dependency_wait();
+  MergedRow<kVectors> merged;
+  for (int from = warp; from < parts; from += kAhead * warps) {
+    PartialRows<kVectors, kAhead> rows;
+    const int64_t at = first + static_cast<int64_t>(from) * p.slot_rows;
+    rows.read(p, p.partial_lse + at, p.partial + at * p.D + lane * 4, parts - from, warps);
+    float top = merged.top;
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      const int64_t step = static_cast<int64_t>(from + a * warps) * p.slot_rows;
-      lse[a] = from + a * warps < parts ? part_lse[step] : -INFINITY;
+    for (int i = 0; i < kAhead; ++i) top = fmaxf(top, rows.lse[i]);
+    merged.raise(top);
 #pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        if (from + a * warps < parts && lane * 4 + j * 128 < p.D) {
-          x[a][j] = *reinterpret_cast<const float4*>(part + step * p.D + j * 128);
-        }
-      }
+    for (int i = 0; i < kAhead; ++i) {
+      const float weight = expf(rows.lse[i] - top);
+      merged.add(weight, weight, rows.x[i]);
     }
-  };
-  ptx::grid_dependency_wait();
-  load(warp);
-  float top = -1e38f;  // finite: a row may have no key at all
-#pragma unroll 4
-  for (int i = lane; i < parts; i += 32) {
-    top = fmaxf(top, part_lse[static_cast<int64_t>(i) * p.slot_rows]);
   }
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-
-  float4 sum[kVectors];
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) sum[j] = make_float4(0.f, 0.f, 0.f, 0.f);
-  float total = 0.f;
-  for (int from = warp;;) {
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      const float weight = expf(lse[a] - top);
-      if (weight == 0.f) continue;  // whatever x holds
-      total += weight;
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        sum[j].x += weight * x[a][j].x;
-        sum[j].y += weight * x[a][j].y;
-        sum[j].z += weight * x[a][j].z;
-        sum[j].w += weight * x[a][j].w;
-      }
-    }
-    from += kAhead * warps;
-    if (from >= parts) break;
-    load(from);
-  }
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) sums[warp][j * 32 + lane] = sum[j];
-  if (lane == 0) totals[warp] = total;
+  for (int j = 0; j < kVectors; ++j) sums[warp][lane][j] = merged.sum[j];
+  if (lane == 0) totals[warp] = make_float2(merged.total, merged.top);
   __syncthreads();
+  // What this kernel overlapped with has ended when it ends.
+  if (p.marked && warp == warps - 1) ptx::grid_dependency_wait();
   if (warp != 0) return;
+  float top = merged.top;
+  for (int other = 1; other < warps; ++other) top = fmaxf(top, totals[other].y);
+  merged.raise(top);
   for (int other = 1; other < warps; ++other) {
-    total += totals[other];
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      const float4 more = sums[other][j * 32 + lane];
-      sum[j].x += more.x;
-      sum[j].y += more.y;
-      sum[j].z += more.z;
-      sum[j].w += more.w;
-    }
+    const float weight = expf(totals[other].y - top);
+    merged.add(weight, weight * totals[other].x, sums[other][lane]);
   }
   const int batch = p.per_batch.divide(group);
   const int q_head = p.per_batch.modulo(group) * p.heads_of_group + head;
   if (lane == 0) {
     p.lse[(static_cast<int64_t>(batch) * p.Hq + q_head) * p.Tq + position] =
-        total == 0.f ? -INFINITY : top + logf(total);
+        merged.total == 0.f ? -INFINITY : top + logf(merged.total);
   }
-  const float inverse = total == 0.f ? 0.f : 1.f / total;
+  const float inverse = merged.total == 0.f ? 0.f : 1.f / merged.total;
   T* out = static_cast<T*>(p.out.data) + batch * p.out.stride_b + position * p.out.stride_t +
            q_head * p.out.stride_h + lane * 4;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (lane * 4 + j * 128 >= p.D) continue;
+    const float4 x = merged.sum[j];
     *reinterpret_cast<uint2*>(out + j * 128) =
-        make_uint2(pack2<T>(sum[j].x * inverse, sum[j].y * inverse),
-                   pack2<T>(sum[j].z * inverse, sum[j].w * inverse));
+        make_uint2(pack2<T>(x.x * inverse, x.y * inverse), pack2<T>(x.z * inverse, x.w * inverse));
   }
+}
+
+// Few rows for a thread block: the merge takes them as they come.
+inline bool marks(const SplitPlan& plan, int block_m) {
+  return block_m == 64 && plan.slot_rows <= SplitRows::kMarkedRows;
 }
 
 template <class T>
 void launch_split_merge(const AttnParams& params, const SplitPlan& plan, int block_m,
                         const float* scratch, Stream stream) {
   const AttnShape& s = params.shape;
-  const int64_t blocks = plan.units * plan.blocks_per_unit;
   SplitMerge p{};
   p.partial = scratch;
   p.partial_lse = scratch + plan.slots * plan.slot_rows * s.Dv;
   p.out = params.out;
   p.lse = static_cast<float*>(params.lse);
-  p.share = static_cast<int>(blocks / plan.ctas);
-  p.extra = static_cast<int>(blocks % plan.ctas);
+  p.marked = marks(plan, block_m);
+  p.share = static_cast<int>(plan.span() / plan.span_ctas);
+  p.extra = static_cast<int>(plan.span() % plan.span_ctas);
+  p.per_span = FastDivisor(static_cast<int>(plan.span()));
+  p.span_ctas = static_cast<int>(plan.span_ctas);
   p.blocks_per_unit = static_cast<int>(plan.blocks_per_unit);
   p.slot_rows = static_cast<int>(plan.slot_rows);
   p.block_m = block_m;
@@ -204,7 +269,7 @@ template <class Traits>
 void launch_split(const AttnParams& params, const SplitPlan& plan, typename Traits::Params& p,
                   float* scratch, int num_sms, Stream stream) {
   const AttnShape& s = params.shape;
-  const int64_t G = s.Hq / s.Hkv, grains = plan.units * plan.blocks_per_unit / plan.grain;
+  const int64_t G = s.Hq / s.Hkv, span = plan.span() / plan.grain;
   const int heads = 1 << plan.head_bits;
   p.q[0] =
       make_map(params.q.data, s.dtype,
@@ -216,8 +281,10 @@ void launch_split(const AttnParams& params, const SplitPlan& plan, typename Trai
   p.first_block = static_cast<int>(plan.first_block);
   p.blocks_per_unit = static_cast<int>(plan.blocks_per_unit);
   p.grain = static_cast<int>(plan.grain);
-  p.share = static_cast<int>(grains / plan.ctas);
-  p.extra = static_cast<int>(grains % plan.ctas);
+  p.share = static_cast<int>(span / plan.span_ctas);
+  p.extra = static_cast<int>(span % plan.span_ctas);
+  p.span = static_cast<int>(span);
+  p.per_span = FastDivisor(static_cast<int>(plan.span_ctas));
   p.per_unit = FastDivisor(p.blocks_per_unit);
   p.per_m = FastDivisor(static_cast<int>(plan.m_blocks));
   p.per_unit_group = FastDivisor(static_cast<int>(plan.m_blocks * plan.head_blocks));
@@ -227,6 +294,7 @@ void launch_split(const AttnParams& params, const SplitPlan& plan, typename Trai
   p.order.num_tiles = static_cast<int>(plan.ctas);
   if (plan.slots > 0) {
     p.partial = scratch;
+    p.marks = marks(plan, Traits::kBlockM);
     p.lse = scratch + plan.slots * plan.slot_rows * s.Dv;
   }
   // All of it, so that the merge finds room beside the attention and can wait there.

@@ -91,7 +91,7 @@ void launch_bwd_rows(const AttnParams& params, const AttnGrads& grads, const Bwd
   LCTX_CHECK(p.rows <= INT32_MAX, "bwd_rows_kernel: ", p.rows, " rows; expected at most 2^31 - 1");
   p.T = static_cast<int>(s.Tq);
   p.D = static_cast<int>(s.Dv);
-  p.pitch = static_cast<int>(bwd_pitch(s));
+  p.pitch = static_cast<int>(bwd_pitch(s, scratch.block_rows));
   p.per_t = FastDivisor(static_cast<int>(s.Hq));
   p.per_b = FastDivisor(std::max(p.T, 1));
   const int lanes = std::min(next_power_of_two(ceil_div(s.Dv, 8)), 32);

@@ -26,21 +26,27 @@ struct BwdScratch {
   float* delta = nullptr;   // (B, Hq, pitch): sum of dout * out over the columns, minus dlse
   float* dq_sum = nullptr;  // dq_sum_floats (dq_sum.cuh), fused only
   int* counter = nullptr;   // one int
+  int block_rows = 0;       // queries of a block of these, where it is not dq_block_rows
+  // flash_key_sum_floats zeros: sums of dk and dv of tiles that several blocks of threads share.
+  float* key_sums = nullptr;
 };
 
+// `block_rows` of launch_flash_bwd.
+int flash_block_rows(const AttnShape& shape, bool fused);
 // Floats of dq_sum.
-int64_t flash_dq_sum_floats(const AttnShape& shape);
-// Rows of lse2 and delta per head: those of dq_sum, a multiple of 64.
-int64_t bwd_pitch(const AttnShape& shape);
+int64_t flash_dq_sum_floats(const AttnShape& shape, int block_rows = 0);
+// Rows of lse2 and delta per head: those of dq_sum, whole blocks.
+int64_t bwd_pitch(const AttnShape& shape, int block_rows = 0);
 
 // Fills lse2 and delta, and zeroes dq_sum where there is one, and the counter.
 void launch_bwd_rows(const AttnParams& params, const AttnGrads& grads, const BwdScratch& scratch,
                      int64_t dq_sum_floats, Stream stream);
+int64_t flash_key_sum_floats(const FlashParams& params, bool fused, int num_sms);
 // dk and dv, and with `fused` the sum of dq.
 void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const BwdScratch& scratch,
                       bool fused, int num_sms, Stream stream);
 void launch_unpack_dq(const AttnParams& params, const AttnGrads& grads, const float* dq_sum,
-                      Stream stream);
+                      Stream stream, int block_rows = 0);
 // The backward's gradient of the queries: writes grads.dq. `lse2` and `delta` are fp32 (B, Hq,
 // bwd_pitch): lse log2 e, +inf where lse is -inf, and rowsum(dout out) - dlse. `counter` as below.
 void launch_flash_dq(const FlashParams& params, const AttnGrads& grads, const float* lse2,

@@ -5,11 +5,12 @@
 // Tile map: attn_fwd_sm90.cuh with SegmentTiles: a tile is (segment, head, batch) and a block of
 //       the rows that the branch selects. Tensors are seen with stride r: no gather, no scatter.
 // Pipeline: one launch a branch, largest rate first, each continuing from what the ones before it
-//       left (CarryRows), so that no merge is computed. The last one, which covers all rows if its
+//       left (JoinRows), so that no pass merges them. The last one, which covers all rows if its
 //       rate is 1, writes out; else a pass over all rows does. Launches overlap at their ends.
 // Memory: a branch reads the rows it selects once and its carried rows (fp32) once. Scratch: fp32
 //       (B, T, H, D), of which only selected rows are touched.
 // Limits: those of flash_fwd.cu; any w, r, T.
+#include "attn_fwd_join.cuh"
 #include "attn_fwd_launch.cuh"
 #include "dilated_branches.h"
 
@@ -24,8 +25,8 @@ struct Carry {
 template <class Tile>
 void launch_branch(const DilatedParams& params, const Branch& branch, const Carry& carry,
                    int* counter, int num_sms, Stream stream) {
-  using Traits =
-      FwdTraits<Tile, SegmentTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN, false>, CarryRows>;
+  using Traits = FwdTraits<PinnedTile<Tile>, SegmentTiles<Tile::kBlockM>,
+                           DenseScores<Tile::kBlockN, false>, JoinRows>;
   typename Traits::Params p{};
   set_attention(params, counter, p);
   set_maps<Tile>(params, p, branch.rate);
@@ -33,9 +34,7 @@ void launch_branch(const DilatedParams& params, const Branch& branch, const Carr
   p.carry_out = carry.in;
   p.carry_lse = p.lse;
   p.state_rows = p.Tq;
-  p.inverse_scale = static_cast<float>(1 / params.scale);
   p.partial_out = carry.out;
-  p.sparse = true;
   launch_fwd<Traits>(p, num_sms, stream, /*overlap=*/carry.in != nullptr);
 }
 

@@ -19,9 +19,12 @@ LCTX_HOST_DEVICE constexpr int dq_block_rows(int head_dim) { return head_dim <= 
 LCTX_HOST_DEVICE constexpr int dq_blocks(int64_t Tq, int head_dim) {
   return static_cast<int>((Tq + dq_block_rows(head_dim) - 1) / dq_block_rows(head_dim));
 }
-// Rows that statistics have room for, per head.
-constexpr int64_t stat_pitch(int64_t Tq, int head_dim) {
-  return int64_t{dq_blocks(Tq, head_dim)} * dq_block_rows(head_dim);
+// Blocks of dense attention (attn_bwd_tall.cuh), by warps: [warp][8 columns j][lane][4], in the
+// order of its registers. At D 65 .. 128 they have 80 queries, transposed: a warp has 16 columns of
+// all of them, and j counts 8 queries.
+LCTX_HOST_DEVICE constexpr int tall_block_rows(int head_dim) { return head_dim <= 64 ? 128 : 80; }
+LCTX_HOST_DEVICE constexpr int tall_warp_floats(int head_dim) {
+  return tall_block_rows(head_dim) * (head_dim <= 64 ? 64 : 128) / 8;
 }
 constexpr int64_t dq_sum_floats(int64_t batches, int64_t heads, int64_t Tq, int head_dim) {
   return batches * heads * dq_blocks(Tq, head_dim) * 2 * kDqPartFloats;

@@ -1,7 +1,12 @@
 // Math: dense softmax attention, backward: dq, dk and dv from dout.
-// Tile map: attn_bwd_sm90.cuh is the kernel; blocks of 128 keys.
-// Pipeline: row statistics (bwd_rows.cu), the main kernel, dQ to its dtype (unpack_dq.cu).
-// Memory: those of its parts.
+// Tile map: attn_bwd_sm90.cuh is the kernel; blocks of 128 keys. Without a mask all tiles take as
+//       long: those of a last round that would leave half of the multiprocessors idle, or more, are
+//       shared out among all of them by their queries (Shares).
+// Pipeline: row statistics (bwd_rows.cu), the main kernel, dK and dV of shared tiles and dQ to
+// their
+//       dtype (unpack_dq.cu).
+// Memory: those of its parts; 8 D bytes a key of shared tiles, at most half as many tiles as there
+//       are multiprocessors.
 // Limits: those of its parts.
 #include "attn_bwd_launch.cuh"
 
@@ -21,6 +26,81 @@ void launch_dense(const FlashParams& params, const AttnGrads& grads, const BwdSc
   launch_bwd<Traits>(p, num_sms, stream);
 }
 
+constexpr int kSharedTileKeys = 128;
+
+// `rest` tiles are shared out, in `parts` of `blocks` blocks of queries.
+struct Shares {
+  int rest = 0, parts = 1, blocks = 0;
+
+  Shares(const FlashParams& params, bool fused, int num_sms) {
+    const AttnShape& s = params.shape;
+    if (!fused || params.causal || params.window > 0 || params.cu_seqlens != nullptr) return;
+    const int64_t tiles = ceil_div(s.Tk, kSharedTileKeys) * s.Hkv * s.B;
+    const int all = static_cast<int>(ceil_div(s.Tq, tall_block_rows(static_cast<int>(s.Dk))));
+    const int left = static_cast<int>(tiles % num_sms);
+    if (left == 0 || all < 2 || num_sms / left < 2) return;
+    rest = left;
+    blocks = static_cast<int>(ceil_div(all, num_sms / left));
+    parts = static_cast<int>(ceil_div(all, blocks));
+  }
+};
+
+struct KeySumsParams {
+  float* sums;
+  TensorView dk, dv;
+  KeyOrder order;
+  int whole, Tk, D;
+  float scale;
+};
+
+// dK and dV of shared tiles: a block to either of a tile.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(256)
+    store_key_sums_kernel(const __grid_constant__ KeySumsParams p) {
+  constexpr int N = kHeadDim / 2;
+  const int tile = blockIdx.x / 2, which = blockIdx.x % 2, thread = threadIdx.x;
+  const float* from = StoreSharedKeys::key_sums_of<N>(p.sums, tile, which, thread);
+  float d[N];
+#pragma unroll
+  for (int j = 0; j < N / 4; ++j) {
+    const float4 x = *reinterpret_cast<const float4*>(from + j * 128);
+    d[4 * j] = x.x, d[4 * j + 1] = x.y, d[4 * j + 2] = x.z, d[4 * j + 3] = x.w;
+  }
+  const TileOrder::Tile place = p.order[p.whole + tile];
+  const TensorView& view = which == 0 ? p.dv : p.dk;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int key =
+        place.m_block * kSharedTileKeys + thread / 128 * 64 + fragment_row(thread % 128) + 8 * i;
+    T* row = static_cast<T*>(view.data) + place.batch * view.stride_b + key * view.stride_t +
+             place.head * view.stride_h;
+    write_fragment_row<T, kHeadDim>(d, i, which == 0 ? 1.f : p.scale, row, 0, p.D, key < p.Tk);
+  }
+}
+
+template <class Tile>
+void launch_shared(const FlashParams& params, const AttnGrads& grads, const BwdScratch& scratch,
+                   const Shares& shares, int num_sms, Stream stream) {
+  using Traits = BwdTraits<Tile, SharedKeys<Tile::kBlockN>, StoreSharedKeys, false>;
+  static_assert(Tile::kBlockN == kSharedTileKeys);
+  const AttnShape& s = params.shape;
+  typename Traits::Params p{};
+  set_attention_bwd<Tile>(params, grads, scratch, p);
+  p.order = KeyOrder(make_order("lctx::flash_bwd", ceil_div(s.Tk, Tile::kBlockN), s.Hkv, s.B,
+                                bwd_section(s, s.Tq)));
+  p.whole = p.order.num_tiles - shares.rest;
+  p.parts = FastDivisor(shares.parts);
+  p.part_rows = shares.blocks * Tile::kBlockM;
+  p.key_sums = scratch.key_sums;
+  const KeySumsParams sums{scratch.key_sums, grads.dk, grads.dv, p.order,
+                           p.whole,          p.Tk,     p.D,      p.scale};
+  p.order.num_tiles = p.whole + shares.rest * shares.parts;
+  launch_bwd<Traits>(p, num_sms, stream);
+  const auto kernel = store_key_sums_kernel<typename Tile::T, Tile::kHeadDim>;
+  kernel<<<shares.rest * 2, 256, 0, stream>>>(sums);
+  check_launch("store_key_sums_kernel", dim3(shares.rest * 2), dim3(256), stream);
+}
+
 template <class Tile>
 void launch_packed(const FlashParams& params, const AttnGrads& grads, const BwdScratch& scratch,
                    int num_sms, Stream stream) {
@@ -38,10 +118,22 @@ void launch_packed(const FlashParams& params, const AttnGrads& grads, const BwdS
 
 }  // namespace
 
+int64_t flash_key_sum_floats(const FlashParams& params, bool fused, int num_sms) {
+  return Shares(params, fused, num_sms).rest * int64_t{2} * kSharedTileKeys *
+         (params.shape.Dk <= 64 ? 64 : 128);
+}
+
 void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const BwdScratch& scratch,
                       bool fused, int num_sms, Stream stream) {
-  choose_bwd_tile<256>(params, fused, [&](auto tile) {
+  choose_bwd_tile<256, true>(params, fused, [&](auto tile) {
     using Tile = typename decltype(tile)::type;
+    const Shares shares(params, fused, num_sms);
+    if constexpr (Tile::kFused) {
+      if (shares.rest > 0) {
+        launch_shared<Tile>(params, grads, scratch, shares, num_sms, stream);
+        return;
+      }
+    }
     if (params.cu_seqlens != nullptr) {
       launch_packed<Tile>(params, grads, scratch, num_sms, stream);
     } else if (params.window > 0) {

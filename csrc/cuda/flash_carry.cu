@@ -15,8 +15,8 @@ namespace {
 
 template <class Tile, bool kWindowed>
 void launch_step(const CarryParams& params, int* counter, int num_sms, Stream stream) {
-  using Traits =
-      FwdTraits<Tile, DenseTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN, kWindowed>, CarryRows>;
+  using Traits = FwdTraits<DenseTile<Tile>, DenseTiles<Tile::kBlockM>,
+                           DenseScores<Tile::kBlockN, kWindowed>, CarryRows>;
   const AttnShape& s = params.shape;
   auto p = fwd_params<Traits>(params, counter);
   p.query_offset = static_cast<int>(params.query_start - params.key_start);

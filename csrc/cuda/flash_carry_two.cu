@@ -8,8 +8,7 @@
 //       last tiles of the grid, which are short and fill its end.
 // Pipeline: as flash_fwd.cu; tiles that continue read what is carried as flash_carry.cu.
 // Memory: as flash_fwd.cu; 8 bytes an element more for rows that are not done, or are carried.
-// Limits: those of flash_carry.cu; no window. Up to D = 128 no tile has rows below and above
-//       first_row.
+// Limits: those of flash_carry.cu; no window.
 #include "attn_fwd_launch.cuh"
 
 namespace lctx::cuda {
@@ -54,6 +53,8 @@ struct TwoKeysTiles : OneHeadTiles {
 
 template <int kBlockN>
 struct TwoKeysScores : DenseScores<kBlockN, false> {
+  static constexpr bool kLeavesMany = true;  // far ones that only later rows see
+
   struct Params {
     int far_blocks, far_padding;
   };
@@ -109,8 +110,8 @@ struct TwoKeysRows : CarryRows {
 
 template <class Tile>
 void launch_two(const CarryTwoParams& params, int* counter, int num_sms, Stream stream) {
-  using Traits =
-      FwdTraits<Tile, TwoKeysTiles<Tile::kBlockM>, TwoKeysScores<Tile::kBlockN>, TwoKeysRows>;
+  using Traits = FwdTraits<DenseTile<Tile>, TwoKeysTiles<Tile::kBlockM>,
+                           TwoKeysScores<Tile::kBlockN>, TwoKeysRows>;
   const AttnShape& s = params.shape;
   auto p = fwd_params<Traits>(params, counter);
   const int64_t far_rows = params.far_rows;
@@ -130,9 +131,12 @@ void launch_two(const CarryTwoParams& params, int* counter, int num_sms, Stream 
   p.row_shift = row_shift<Tile>(s.Tq - params.own_row);
   const int64_t m_blocks = ceil_div(s.Tq - params.own_row, Tile::kBlockM);
   // Sections of fewer tiles would end with long ones.
-  const int64_t section =
+  const int64_t group = s.Hq / s.Hkv, groups = s.B * s.Hkv;
+  const int64_t most =
       std::max(heads_per_section(s, s.Tk + far_rows, 16), ceil_div(kFewestTiles, m_blocks));
-  p.order = make_order("lctx::flash_carry_two", m_blocks, s.Hq, s.B, section);
+  const int64_t sections = ceil_div(groups, ceil_div(most, group));
+  p.order =
+      make_order("lctx::flash_carry_two", m_blocks, s.Hq, s.B, ceil_div(groups, sections) * group);
   const int64_t carried = std::max<int64_t>(params.own_row - params.first_row, 0);
   p.num_tiles = static_cast<int>(p.order.num_tiles + ceil_div(carried, Tile::kBlockM) * s.Hq * s.B);
   p.per_carried_row = FastDivisor(static_cast<int>(s.Hq * s.B));

@@ -13,10 +13,6 @@
 namespace lctx::cuda {
 namespace {
 
-// Turns gain 1 % at D256 at most.
-template <class Tile>
-using DenseTile = std::conditional_t<(Tile::kHeadDim > 128), Tile, TurnsTile<Tile>>;
-
 // Without a window the mask costs half as much.
 template <class Tile, bool kWindowed>
 void launch_dense(const FlashParams& params, int* counter, int num_sms, Stream stream,

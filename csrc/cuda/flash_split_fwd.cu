@@ -5,8 +5,9 @@
 //       multiprocessor, to two thread blocks where there is room.
 //         D <= 64   64 x 128, two blocks    D <= 128  64 x 64, two     D <= 256  64 x 64, one
 //       More rows take the tiles of flash_fwd.cu.
-// Pipeline: a static share of the blocks of keys for each thread block; a second, overlapping
-//       launch merges (attn_split_launch.cuh). The same sums in the same order on every run.
+// Pipeline: a static share of the blocks of keys for each thread block (split_plan.h); a second,
+//       overlapping launch merges (attn_split_launch.cuh). The same sums in the same order on every
+//       run.
 // Memory: keys and values once for up to 64 rows; scratch of one partial tile for each
 //       multiprocessor and for each tile of rows.
 // Limits: those of flash_fwd.cu; no cu_seqlens.

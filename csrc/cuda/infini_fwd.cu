@@ -94,9 +94,9 @@ void choose_tile(const InfiniParams& params, bool beside, const InfiniStates& st
                  int num_sms, Stream stream) {
   const bool delta = beside && params.update == InfiniUpdate::kDelta;
   const auto run = [&](auto launch) { launch(params, beside, states, counter, num_sms, stream); };
-  using Wide = FwdTile<T, 128, 128, 2, true>;
+  using Wide = TurnsTile<FwdTile<T, 128, 128, 2, true>>;
   if (states.D <= 64) {
-    run(launch_rows<FwdTile<T, 64, 128, 3, true>, false, false>);
+    run(launch_rows<TurnsTile<FwdTile<T, 64, 128, 3, true>>, false, false>);
   } else if (states.D <= 128 && !delta) {
     run(launch_rows<Wide, true, false>);
   } else if (states.D <= 128) {

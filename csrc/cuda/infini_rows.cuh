@@ -64,10 +64,13 @@ struct MemoryTiles : LocalTiles<kBlockM> {
 // A forward tile with room for a row of norms, and for one more of a state that is made.
 template <class Tile, bool kMakesStates>
 struct MemoryTile : Tile {
+  static constexpr int kWaitsAfter = 4;  // measured; in dense attention it is more
   static constexpr int kRowBytes = (kNormOffset + Tile::kHeadDim) * 4;
   static constexpr int kNorms = Tile::kBarriers + Tile::kBarrierBytes;
   static constexpr int kStateRow = kNorms + kRowBytes;
-  static constexpr int kSharedBytes = Tile::kSharedBytes + (kMakesStates ? 2 : 1) * kRowBytes;
+  static constexpr int kStateJob = kStateRow + kRowBytes;  // see StateTile::publish_all
+  static constexpr int kSharedBytes =
+      Tile::kSharedBytes + (kMakesStates ? 2 * kRowBytes + 16 : kRowBytes);
 };
 
 // kMakesStates: there may be tiles that make states, by the delta rule if kDelta.

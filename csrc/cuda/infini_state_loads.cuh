@@ -57,6 +57,8 @@ struct StateLoads {
                          work.row0 + at, 0, work.head, work.batch);
       }
     };
+    const InfiniStates& x = kernel.p.states;  // the state that the segment reads
+    ptx::bulk_prefetch(x.M(work.chain, work.segment), static_cast<uint32_t>(x.matrix()) * 4);
     for (int i = Traits::kStages; i < kAhead; ++i) fetch(i * kBlockN);
     for (int at = 0; at < work.rows; at += kBlockN) {
       fetch(at + kAhead * kBlockN);

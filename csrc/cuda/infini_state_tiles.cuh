@@ -20,18 +20,17 @@
 #include "infini_keys.cuh"
 #include "infini_matrix.cuh"
 #include "infini_state_loads.cuh"
+#include "infini_state_memory.cuh"
 
 namespace lctx::cuda {
 
 template <class Kernel, bool kDelta>
-struct StateTile : StateLoads<Kernel, kDelta> {
+struct StateTile : StateMemory<Kernel>, StateLoads<Kernel, kDelta> {
   using Traits = typename Kernel::Traits;
   using T = typename Kernel::T;
   using QState = typename Kernel::QState;
   using KVState = typename Kernel::KVState;
   static constexpr int kHeadDim = Kernel::kHeadDim, kBlockN = Kernel::kBlockN;
-  static constexpr int kThreads = 128 * Traits::kConsumers;
-  static constexpr int kBarrier = 4;  // attention uses 1 + warpgroup
   static_assert(kHeadDim == 64 * Traits::kConsumers && kHeadDim == kBlockN,
                 "every consumer has rows of M; sigma(K) and M share a shape");
   // Sigma is applied to a part of a block under the products of the part before.
@@ -39,23 +38,16 @@ struct StateTile : StateLoads<Kernel, kDelta> {
   static constexpr int kPartBytes = kPartRows * kChunkRowBytes;
   static constexpr int kRowsAtOnce = 16, kBatch = kPartRows / kRowsAtOnce;
   static constexpr int kBatchBytes = kRowsAtOnce * kChunkRowBytes;
-  using Sums = float[kHeadDim / 2];
+  using Memory = StateMemory<Kernel>;
+  using Memory::find, Memory::fragment_row0, Memory::index, Memory::kernel, Memory::kThreads;
+  using Memory::load_last, Memory::load_z, Memory::sync, Memory::thread, Memory::wait_for_state;
+  using Memory::warpgroup, Memory::x;
+  using typename Memory::Sums;
   using ColumnSums = float[kDelta ? 8 : 2];  // delta: of the columns of unit(); of the rows of M
   static constexpr int kSums = kDelta ? 16 : 1;  // shares of a column
 
-  const Kernel& kernel;
-  const InfiniStates& x;
-  const int warpgroup, index;
+  using Memory::Memory;
 
-  __device__ __forceinline__ StateTile(const Kernel& kernel, int warpgroup, int index)
-      : kernel(kernel), x(kernel.p.states), warpgroup(warpgroup), index(index) {}
-
-  // Found again wherever it is needed: cheaper than registers that are alive meanwhile.
-  __device__ __forceinline__ StateWork find() const {
-    return find_state_work(kernel.p, ptx::opaque(index));
-  }
-
-  static __device__ __forceinline__ void sync() { ptx::named_barrier_sync(kBarrier, kThreads); }
   __device__ __forceinline__ uint32_t keys(const KVState& state) const {
     return kernel.smem + Traits::kK + state.stage() * Traits::kKBytes;
   }
@@ -70,58 +62,8 @@ struct StateTile : StateLoads<Kernel, kDelta> {
 
   // ---- states ----
 
-  __device__ __forceinline__ void wait_for_state(const StateWork& work) const {
-    while (ptx::load_acquire(x.ready + work.chain) <= work.segment) __nanosleep(100);
-  }
-
-  // The same in the whole warp.
-  __device__ __forceinline__ bool is_there() const {
-    const StateWork work = find();
-    return __all_sync(~0u, ptx::load_acquire(x.ready + work.chain) > work.segment);
-  }
-
-  // Of the consumers.
-  __device__ __forceinline__ int thread() const { return warpgroup * 128 + warpgroup_thread(); }
-  __device__ __forceinline__ int fragment_row0() const {
-    return warpgroup * 64 + fragment_row(warpgroup_thread());
-  }
-
-  // After all stores of state `s`.
-  __device__ __forceinline__ void publish(const StateWork& work, int s) const {
-    sync();
-    if (thread() == 0) ptx::store_release(x.ready + work.chain, s + 1);
-  }
-
-  // State 0: the memory in.
-  __device__ __forceinline__ void store_first() const {
-    const StateWork work = find();
-    if (work.segment != 0) return;
-    const bool given = x.M_in != nullptr;
-    const float* M_in = x.M_in + work.chain * x.matrix();  // perhaps not aligned
-    const float* z_in = x.z_in + int64_t{work.chain} * x.D;
-    float sum = 0.f;
-    for (int i = thread() % 32; i < x.D; i += 32) sum += given ? fabsf(z_in[i]) : 0.f;
-    const float scale = memory_scale(sum_over_lanes(sum, 32) / static_cast<float>(x.D));
-    float2* full = reinterpret_cast<float2*>(x.M(work.chain, 0));
-    uint32_t* half = static_cast<uint32_t*>(x.half) + x.state(work.chain, 0) * (x.matrix() / 2);
-#pragma unroll 4
-    for (int i = thread(); i < x.D * x.D / 2; i += kThreads) {
-      const float2 pair = given ? float2{M_in[2 * i], M_in[2 * i + 1]} : float2{0.f, 0.f};
-      full[i] = pair;
-      half[i] = pack2<T>(pair.x * scale, pair.y * scale);
-    }
-    float* norm = x.norm(work.chain, 0);
-    for (int i = thread(); i < x.D; i += kThreads) {
-      const float z = given ? z_in[i] : 0.f;
-      x.z(work.chain, 0)[i] = z;
-      norm[kNormOffset + i] = z * scale;
-    }
-    if (thread() < kNormOffset) norm[thread()] = scale;
-    publish(work, 0);
-  }
-
   // The z that the segment leaves, and its scale. sums: over this thread's rows of the segment.
-  __device__ __forceinline__ float store_z(const ColumnSums& sums) const {
+  __device__ __forceinline__ float store_z(const ColumnSums& sums, float last_z) const {
     const StateWork work = find();
     const int s = work.segment + 1, column = thread(), lane = thread() % 32;
     const uint32_t buffer = kernel.smem + Traits::kO;
@@ -148,7 +90,7 @@ struct StateTile : StateLoads<Kernel, kDelta> {
       for (int i = 0; i < kSums; ++i) {
         total += __int_as_float(ptx::load_shared_4(buffer + (i * kHeadDim + column) * 4));
       }
-      total += x.z(work.chain, work.segment)[column];
+      total += last_z;
     }
     if (column < kHeadDim) ptx::store_shared_4(row() + column * 4, __float_as_uint(total));
     sync();
@@ -165,47 +107,6 @@ struct StateTile : StateLoads<Kernel, kDelta> {
       if (column < kNormOffset) norm[column] = scale;
     }
     return scale;
-  }
-
-  // This thread's part of the state that the segment reads, zero outside.
-  __device__ __forceinline__ void load_last(Sums& last) const {
-    const StateWork work = find();
-    wait_for_state(work);
-    const float* from = x.M(work.chain, work.segment) + int64_t{fragment_row0()} * x.D +
-                        fragment_column(warpgroup_thread());
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 8; ++j) {
-        const bool inside = fragment_row0() + 8 * i < x.D && 8 * j < x.D;
-        const float2 pair = inside ? *reinterpret_cast<const float2*>(from + 8 * i * x.D + 8 * j)
-                                   : float2{0.f, 0.f};
-        last[4 * j + 2 * i] = pair.x;
-        last[4 * j + 2 * i + 1] = pair.y;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store_next(const Sums& M, float scale) const {
-    const StateWork work = find();
-    const int s = work.segment + 1;
-    const int64_t at = int64_t{fragment_row0()} * x.D + fragment_column(warpgroup_thread());
-    float* full = x.M(work.chain, s) + at;
-    T* half = static_cast<T*>(x.half) + x.state(work.chain, s) * x.matrix() + at;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (fragment_row0() + 8 * i >= x.D) continue;
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 8; ++j) {
-        if (8 * j >= x.D) continue;
-        const float2 pair{M[4 * j + 2 * i], M[4 * j + 2 * i + 1]};
-        *reinterpret_cast<float2*>(full + 8 * i * x.D + 8 * j) = pair;
-        if (s == x.S) continue;
-        *reinterpret_cast<uint32_t*>(half + 8 * i * x.D + 8 * j) =
-            pack2<T>(pair.x * scale, pair.y * scale);
-      }
-    }
-    publish(work, s);
   }
 
   // ---- sigma ----
@@ -405,9 +306,7 @@ struct StateTile : StateLoads<Kernel, kDelta> {
   // M -= decay (scale last), both as sums of two bf16 terms: fp16 would not hold every decay.
   // `last` is of the state read, and becomes free.
   __device__ __forceinline__ void subtract(QState& q_state, const SplitOperand<kHeadDim>& decay,
-                                           Sums& last, Sums& M) const {
-    const StateWork work = find();
-    const float scale = x.norm(work.chain, work.segment)[0];
+                                           float scale, Sums& last, Sums& M) const {
     const uint32_t high = kernel.smem + Traits::kO, low = queries(q_state);
     const FragmentAddress<kHeadDim> address(high, warpgroup * 64, warpgroup_thread());
     kernel.q_pipe.wait(q_state);
@@ -445,27 +344,38 @@ struct StateTile : StateLoads<Kernel, kDelta> {
 
   __device__ __forceinline__ void run(QState& q_state, KVState& k_state, KVState& v_state, Sums& M,
                                       float (&r)[kBlockN / 2]) const {
-    store_first();
+    this->store_first();
     if (warpgroup_thread() == 0) ptx::tma_store_wait_read<0>();
-    sync();  // the memory of O is this tile's
+    this->wait_for_last();  // and the memory of O is this tile's
     ColumnSums sums = {};
     float scale;
     if constexpr (kDelta) {
       add_delta(k_state, v_state, M, r, sums);
       const SplitOperand<kHeadDim> decay(r, -1.f);
+      const StateWork work = find();
+      const float last_scale = x.norm(work.chain, work.segment)[0], last_z = load_z();
       load_last(r);
-      scale = store_z(sums);
-      subtract(q_state, decay, r, M);
+      scale = store_z(sums, last_z);
+      subtract(q_state, decay, last_scale, r, M);
+      sync();  // the memory of O, which both read
     } else {
-      const bool there = is_there();
-      if (there) load_last(r);
+      const bool there = this->is_there();
+      float last_z = 0.f;
+      const auto load = [&] {
+        last_z = load_z();
+        load_last(r);
+      };
+      if (there) load();
       add_linear(k_state, v_state, M, sums);
-      if (!there) load_last(r);
-      scale = store_z(sums);
+      if (!there) {
+        wait_for_state(find());
+        load();
+      }
+      scale = store_z(sums, last_z);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) M[i] += r[i];
     }
-    store_next(M, scale);
+    this->store_next(M, scale);
   }
 };
 

@@ -13,11 +13,10 @@
 // Tile map: a unit is (batch, key/value head, segment, part of its rows); persistent blocks of two
 //       warpgroups of 64 rows each, and a producer warp.
 // Pipeline: stages of 128 rows of K and V. The warpgroups take turns at the tensor cores. Rows
-// leave
-//       from registers.
+//       leave through the memory of the keys and values that they belong to.
 // Memory: k and v once, dM (and M) once a unit, dk and dv once.
 // Limits: used by infini_bwd; bf16, fp16; D a multiple of 8 up to 128.
-#include "../common/epilogue.cuh"
+#include "../common/online_softmax_sm90.cuh"
 #include "../common/tensor_map.h"
 #include "infini_grads.h"
 #include "infini_kernel.cuh"
@@ -187,16 +186,40 @@ struct UpdateKernel {
     gemm_rn<T, kHeadDim, kHeadDim>(d, R.x, dM_tile(1), kHeadDim, true);
   }
 
-  // Rows of d, times `factor`, to `view`.
-  __device__ __forceinline__ void store(const UpdateUnit& unit, int first, const Sums& d,
-                                        float factor, const TensorView& view) const {
+  // Rows of d, times `factor`, to where the same rows of a tile were, which nobody reads any more.
+  // A warp writes and reads its own rows.
+  __device__ __forceinline__ void stage(const FragmentAddress<kRows>& address, const Sums& d,
+                                        float factor) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = first + first_row() + 8 * i;
-      T* to = static_cast<T*>(view.data) + unit.batch * view.stride_b +
-              int64_t{unit.row0 + row} * view.stride_t + unit.head * view.stride_h;
-      write_fragment_row<T, kHeadDim>(d, i, factor, to, 0, x.D, row < unit.rows);
+    for (int t = 0; t < kSteps; ++t) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words[i] = pack2<T>(d[8 * t + 2 * i] * factor, d[8 * t + 2 * i + 1] * factor);
+      }
+      ptx::stmatrix_x4(address(t), words[0], words[1], words[2], words[3]);
     }
+    ptx::fence_async_proxy();  // the next keys or values come by the copy engine
+    __syncwarp();
+  }
+  // Whole rows of them to `view`.
+  __device__ __forceinline__ void store(const UpdateUnit& unit, int first, uint32_t tile,
+                                        const TensorView& view) const {
+    constexpr int kUnits = kHeadDim / 8, kRowsAtOnce = 32 / kUnits;
+    const int lane = warpgroup_thread() % 32, column = lane % kUnits * 8;
+    const int row0 = static_cast<int>(threadIdx.x / 32) * 16 + lane / kUnits;
+    const int rows = column < x.D ? unit.rows - first - row0 : 0;
+    T* to = static_cast<T*>(view.data) + unit.batch * view.stride_b +
+            int64_t{unit.row0 + first + row0} * view.stride_t + unit.head * view.stride_h + column;
+    const uint32_t from = tile + swizzled_unit(kRows, row0, column / 8);
+#pragma unroll
+    for (int i = 0; i < 16; i += kRowsAtOnce) {
+      // The swizzle of row row0 + i: lane / kUnits and i have no bit in common.
+      const uint4 x = ptx::load_shared_16((from ^ i % 8 * 16) + i * kChunkRowBytes);
+      if (i < rows) ptx::store_global_16(to, x);
+      to += kRowsAtOnce * view.stride_t;
+    }
+    __syncwarp();
   }
 
   // dk from dR, which is scaled, without what dz adds to it (linear: with it). delta: de, scaled
@@ -222,8 +245,9 @@ struct UpdateKernel {
       d[at] = (d[at] * inverse + sum.x) * fminf(s.x, 1.f);
       d[at + 1] = (d[at + 1] * inverse + sum.y) * fminf(s.y, 1.f);
     });
+    stage(address, d, 1.f);
+    store(unit, first, keys(), p.dk);
     pipe.release(state);
-    store(unit, first, d, 1.f, p.dk);
   }
 
   __device__ __forceinline__ void run_linear(const UpdateUnit& unit, int first,
@@ -246,7 +270,8 @@ struct UpdateKernel {
     wgmma_commit();
     pass_turn();
     wgmma_wait<0>();
-    store(unit, first, dv, inverse, p.dv);
+    stage({keys() + Traits::kTileBytes, warpgroup() * 64, warpgroup_thread()}, dv, inverse);
+    store(unit, first, keys() + Traits::kTileBytes, p.dv);
     finish_keys(unit, first, address, inverse, {0.f, 0.f}, dk, norms);
   }
 
@@ -293,7 +318,6 @@ struct UpdateKernel {
     Sums dU, W;
     float inverse_norm[2], de[2];
     run_products(unit, address, dU, W, inverse_norm, de);
-    store(unit, first, dU, inverse, p.dv);
     uint32_t U[kSteps][4], dn[kSteps][4];
     const FragmentAddress<kRows> values(keys() + Traits::kTileBytes, warpgroup() * 64,
                                         warpgroup_thread());
@@ -308,6 +332,7 @@ struct UpdateKernel {
         dn[t][i] = pack2<T>(-dU[at] * inverse_norm[i % 2], -dU[at + 1] * inverse_norm[i % 2]);
       }
     }
+    stage(values, dU, inverse);
     take_turn();
     wgmma_fence();
 #pragma unroll
@@ -317,6 +342,7 @@ struct UpdateKernel {
     gemm_rs<T, kHeadDim, kHeadDim, kMajorK>(W, dn, smem + Traits::kState, kHeadDim, true);
     wgmma_commit();
     pass_turn();
+    store(unit, first, keys() + Traits::kTileBytes, p.dv);
     wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -1,7 +1,8 @@
 // Math: dq = scale * the sum that the fused backward (lctx::flash_bwd, of lctx::flash_fwd) made in
 //       fp32 (dq_sum.cuh), in the input dtype.
 // Tile map: a block of 256 threads to a part of 64 x 64; a thread takes 8 columns of two rows,
-//       which lie 64 bytes in a row in the sum.
+//       which lie 64 bytes in a row in the sum. kTallRows: a block to a block of the sum, through
+//       shared memory.
 // Pipeline: none.
 // Memory: the sum once, dq once: 8 threads write 128 bytes of a row.
 // Limits: bf16, fp16; D a multiple of 8 up to 128; dq contiguous.
@@ -9,6 +10,7 @@
 
 #include "../common/dtype.cuh"
 #include "../common/launch.h"
+#include "../common/ptx.cuh"
 #include "../common/wgmma.cuh"
 #include "cuda_backend.h"
 #include "dq_sum.cuh"
@@ -24,14 +26,15 @@ struct UnpackParams {
   float scale;
 };
 
-template <class T, int kHeadDim>
+// kByWarps: tall_block_rows.
+template <class T, int kHeadDim, bool kByWarps>
 __global__ void __launch_bounds__(256) unpack_dq_kernel(const __grid_constant__ UnpackParams p) {
   const int block = blockIdx.x / 2, part = blockIdx.x % 2;
   const int head = p.per_head.divide(block), m = block - head * p.blocks;
   const int b = p.per_batch.divide(head), h = head - b * p.per_batch.divisor;
   const int j = threadIdx.x % 8, row8 = threadIdx.x / 8 % 8, warp = threadIdx.x / 64;
-  const float4* from = p.sum + static_cast<int64_t>(blockIdx.x) * (kDqPartFloats / 4) + j * 128 +
-                       warp * 32 + row8 * 4;
+  const float4* from = p.sum + static_cast<int64_t>(blockIdx.x) * (kDqPartFloats / 4) +
+                       (kByWarps ? j * 32 + warp * 256 : j * 128 + warp * 32) + row8 * 4;
   uint32_t upper[4], lower[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -52,32 +55,83 @@ __global__ void __launch_bounds__(256) unpack_dq_kernel(const __grid_constant__ 
   }
 }
 
+constexpr int kTallRows = tall_block_rows(128), kTallWarpFloats = tall_warp_floats(128);
+constexpr int kUnits = 16;  // 16 bytes of a row of 128 columns
+
+__device__ __forceinline__ uint32_t tall_place(uint32_t tile, int row, int unit) {
+  return tile + row * kUnits * 16 + ((unit ^ row % 8) << 4);
+}
+
+template <class T>
+__global__ void __launch_bounds__(256)
+    unpack_tall_dq_kernel(const __grid_constant__ UnpackParams p) {
+  __shared__ __align__(16) char rows[kTallRows * kUnits * 16];
+  const uint32_t tile = ptx::smem_address(rows);
+  const int head = p.per_head.divide(blockIdx.x), m = blockIdx.x - head * p.blocks;
+  const int b = p.per_batch.divide(head), h = head - b * p.per_batch.divisor;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const float4* from = p.sum + (int64_t{blockIdx.x} * 8 + warp) * (kTallWarpFloats / 4) + lane;
+  uint32_t x[kTallRows / 8][2];
+#pragma unroll
+  for (int j = 0; j < kTallRows / 8; ++j) {
+    const float4 y = from[j * 32];
+    x[j][0] = pack2<T>(y.x * p.scale, y.y * p.scale);
+    x[j][1] = pack2<T>(y.z * p.scale, y.w * p.scale);
+  }
+  const int unit = warp * 2 + lane / 8 % 2, row = lane / 16 * 8 + lane % 8;
+#pragma unroll
+  for (int j = 0; j < kTallRows / 16; ++j) {
+    ptx::stmatrix_x4_trans(tall_place(tile, 16 * j + row, unit), x[2 * j][0], x[2 * j][1],
+                           x[2 * j + 1][0], x[2 * j + 1][1]);
+  }
+  __syncthreads();
+  const int own = threadIdx.x % kUnits, end = min(p.Tq - m * kTallRows, kTallRows);
+  if (own * 8 >= p.D) return;
+  T* to = static_cast<T*>(p.dq.data) + b * p.dq.stride_b + m * kTallRows * p.dq.stride_t +
+          h * p.dq.stride_h + own * 8;
+  for (int i = threadIdx.x / kUnits; i < end; i += 256 / kUnits) {
+    *reinterpret_cast<uint4*>(to + i * p.dq.stride_t) =
+        ptx::load_shared_16(tall_place(tile, i, own));
+  }
+}
+
 }  // namespace
 
-int64_t bwd_pitch(const AttnShape& s) { return stat_pitch(s.Tq, s.Dk <= 64 ? 64 : 128); }
+int flash_block_rows(const AttnShape& s, bool fused) {
+  return fused && s.Dk <= 128 ? tall_block_rows(static_cast<int>(s.Dk)) : 0;
+}
 
-int64_t flash_dq_sum_floats(const AttnShape& s) {
-  return dq_sum_floats(s.B, s.Hq, s.Tq, s.Dk <= 64 ? 64 : 128);
+int64_t bwd_pitch(const AttnShape& s, int block_rows) {
+  const int rows = block_rows > 0 ? block_rows : dq_block_rows(s.Dk <= 64 ? 64 : 128);
+  return ceil_div(s.Tq, rows) * rows;
+}
+
+int64_t flash_dq_sum_floats(const AttnShape& s, int block_rows) {
+  return s.B * s.Hq * bwd_pitch(s, block_rows) * (s.Dk <= 64 ? 64 : 128);
 }
 
 void launch_unpack_dq(const AttnParams& params, const AttnGrads& grads, const float* dq_sum,
-                      Stream stream) {
+                      Stream stream, int block_rows) {
   const AttnShape& s = params.shape;
+  const bool tall = block_rows == kTallRows;
   const int head_dim = s.Dk <= 64 ? 64 : 128;
   UnpackParams p{};
   p.sum = reinterpret_cast<const float4*>(dq_sum);
   p.dq = grads.dq;
   p.Tq = static_cast<int>(s.Tq);
   p.D = static_cast<int>(s.Dk);
-  p.blocks = dq_blocks(s.Tq, head_dim);
+  p.blocks = static_cast<int>(ceil_div(s.Tq, tall ? kTallRows : dq_block_rows(head_dim)));
   p.per_head = FastDivisor(std::max(p.blocks, 1));
   p.per_batch = FastDivisor(static_cast<int>(s.Hq));
   p.scale = static_cast<float>(params.scale);
-  const dim3 grid(static_cast<unsigned>(s.B * s.Hq * p.blocks * 2));
+  const dim3 grid(static_cast<unsigned>(s.B * s.Hq * p.blocks * (tall ? 1 : 2)));
   if (grid.x == 0) return;
   const auto launch = [&](auto type) {
     using T = typename decltype(type)::type;
-    const auto kernel = head_dim == 64 ? unpack_dq_kernel<T, 64> : unpack_dq_kernel<T, 128>;
+    const auto kernel = tall             ? unpack_tall_dq_kernel<T>
+                        : block_rows > 0 ? unpack_dq_kernel<T, 64, true>
+                        : head_dim == 64 ? unpack_dq_kernel<T, 64, false>
+                                         : unpack_dq_kernel<T, 128, false>;
     kernel<<<grid, 256, 0, stream>>>(p);
   };
   if (s.dtype == DType::kBFloat16) {

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "copy_ring.h"
 #include "nccl_ring.h"
 
@@ -52,12 +54,29 @@ py::capsule as_capsule(uint64_t address, int64_t bytes, int device) {
   });
 }
 
-using Sent = std::tuple<int, uint64_t, int64_t, int64_t>;
+// Whole numbers of a tuple, read without the generic casters: they are a tenth of a hop's time.
+template <size_t kCount>
+std::array<int64_t, kCount> numbers(py::handle item) {
+  if (!PyTuple_Check(item.ptr()) || PyTuple_GET_SIZE(item.ptr()) != kCount) {
+    throw py::type_error("expected tuples of " + std::to_string(kCount) + " integers");
+  }
+  std::array<int64_t, kCount> found;
+  for (size_t i = 0; i < kCount; ++i) {
+    found[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(item.ptr(), static_cast<Py_ssize_t>(i)));
+    if (found[i] == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  }
+  return found;
+}
 
-std::vector<Message> messages(const std::vector<Sent>& given) {
+// Tuples of peer, address, bytes and place.
+std::vector<Message> messages(const py::list& given) {
   std::vector<Message> found;
-  for (const auto& [peer, data, bytes, place] : given) {
-    if (bytes > 0) found.push_back({peer, data, bytes, place, {}});
+  found.reserve(given.size());
+  for (const py::handle item : given) {
+    const auto [peer, data, bytes, place] = numbers<4>(item);
+    if (bytes > 0) {
+      found.push_back({static_cast<int>(peer), static_cast<CUdeviceptr>(data), bytes, place, {}});
+    }
   }
   return found;
 }
@@ -65,8 +84,7 @@ std::vector<Message> messages(const std::vector<Sent>& given) {
 CUstream stream_of(uint64_t stream) { return reinterpret_cast<CUstream>(stream); }
 
 int64_t post(Ring& ring, uint64_t stream, int64_t call, int phase, int step, int part,
-             const std::vector<Sent>& sends, const std::vector<Sent>& recvs,
-             const std::vector<std::pair<uint64_t, int64_t>>& pieces, double timeout) {
+             const py::list& sends, const py::list& recvs, const py::list& pieces, double timeout) {
   Hop hop;
   hop.call = call;
   hop.phase = phase;
@@ -75,12 +93,17 @@ int64_t post(Ring& ring, uint64_t stream, int64_t call, int phase, int step, int
   hop.sends = messages(sends);
   hop.recvs = messages(recvs);
   if (!pieces.empty()) {
-    int64_t bytes = 0;
-    for (const auto& piece : pieces) bytes += piece.second;
-    if (hop.sends.size() != 1 || hop.sends[0].bytes != bytes) {
+    std::vector<std::pair<CUdeviceptr, int64_t>> all;
+    int64_t total = 0;
+    for (const py::handle item : pieces) {
+      const auto [data, bytes] = numbers<2>(item);
+      all.emplace_back(static_cast<CUdeviceptr>(data), bytes);
+      total += bytes;
+    }
+    if (hop.sends.size() != 1 || hop.sends[0].bytes != total) {
       throw std::runtime_error("the pieces are not those of the only message");
     }
-    hop.sends[0].pieces.assign(pieces.begin(), pieces.end());
+    hop.sends[0].pieces = std::move(all);
   }
   hop.timeout = timeout;
   const py::gil_scoped_release release;
@@ -142,6 +165,7 @@ PYBIND11_MODULE(_ring, m) {
       .def("done", &Ring::done, release())
       .def("synchronize", &Ring::synchronize, release())
       .def("abort", &Ring::abort, release())
+      .def("free_failed", &Ring::free_failed, release())
       .def("close", &Ring::close, release())
       .def("failure", [](Ring& ring) { return as_dict(ring.failure()); })
       .def("log", [](Ring& ring) {

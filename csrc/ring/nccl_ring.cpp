@@ -58,8 +58,27 @@ void check(Result result, const char* what, Comm comm) {
 }  // namespace nccl
 
 namespace {
+
 constexpr auto kPatience = std::chrono::seconds(2);
-}
+
+// Calls that NCCL starts together. Left open after an error a group would swallow whatever else its
+// thread asks of NCCL.
+class Group {
+ public:
+  Group() { LCTX_NCCL(ncclGroupStart); }
+  ~Group() {
+    if (open_) nccl::api().ncclGroupEnd();
+  }
+  void end() {
+    open_ = false;
+    LCTX_NCCL(ncclGroupEnd);
+  }
+
+ private:
+  bool open_ = true;
+};
+
+}  // namespace
 
 NcclRing::NcclRing(int rank, int world_size, const std::vector<std::string>& ids, int max_ctas)
     : Ring(rank, world_size) {
@@ -99,8 +118,12 @@ bool NcclRing::allocate(int64_t bytes) {
 }
 
 void NcclRing::deregister() {
+  if (!aborted_) take_back();
+}
+
+void NcclRing::take_back() {
   for (int channel = 0; channel < kChannels; ++channel) {
-    if (handles_[channel] != nullptr && !aborted_) {
+    if (handles_[channel] != nullptr) {
       nccl::api().ncclCommDeregister(comms_[channel], handles_[channel]);
     }
     handles_[channel] = nullptr;
@@ -117,14 +140,14 @@ void NcclRing::warm_up() {
   const int next = (rank_ + 1) % world_size_, previous = (rank_ + world_size_ - 1) % world_size_;
   for (int channel = 0; channel < kChannels; ++channel) {
     char* base = static_cast<char*>(memory_);
-    LCTX_NCCL(ncclGroupStart);
+    Group group;
     LCTX_NCCL(ncclSend, base, 1, nccl::kInt8, next, comms_[channel], channels_[channel]);
     LCTX_NCCL(ncclRecv, base + 16, 1, nccl::kInt8, previous, comms_[channel], channels_[channel]);
     if (next != previous) {
       LCTX_NCCL(ncclSend, base, 1, nccl::kInt8, previous, comms_[channel], channels_[channel]);
       LCTX_NCCL(ncclRecv, base + 32, 1, nccl::kInt8, next, comms_[channel], channels_[channel]);
     }
-    LCTX_NCCL(ncclGroupEnd);
+    group.end();
     LCTX_CU(cuStreamSynchronize, channels_[channel]);
   }
 }
@@ -133,7 +156,7 @@ void NcclRing::enqueue(Hop& hop, CUstream stream) {
   const std::lock_guard<std::timed_mutex> own(using_);
   if (aborted_) throw std::runtime_error("the communicator was given up");
   const nccl::Comm comm = comms_[hop.channel()];
-  LCTX_NCCL(ncclGroupStart);
+  Group group;
   for (const Message& m : hop.sends) {
     LCTX_NCCL(ncclSend, reinterpret_cast<const void*>(m.data), static_cast<size_t>(m.bytes),
               nccl::kInt8, m.peer, comm, stream);
@@ -142,18 +165,27 @@ void NcclRing::enqueue(Hop& hop, CUstream stream) {
     LCTX_NCCL(ncclRecv, reinterpret_cast<void*>(m.data), static_cast<size_t>(m.bytes), nccl::kInt8,
               m.peer, comm, stream);
   }
-  LCTX_NCCL(ncclGroupEnd);
+  group.end();
 }
 
+// NCCL frees a communicator's connections before the registrations that are left, which then use
+// freed memory (2.28, 2.30), and to deregister asks the proxies of peers, who may never answer. In
+// a group an abort only tells kernels, and calls that wait, to stop; what is deregistered then asks
+// nobody, and the end of the group frees.
 void NcclRing::release(const std::vector<Hop*>&) {
   if (aborted_) return;
   driver().cuStreamSynchronize_(rescue_);  // what fills the missing data comes first
-  // One at a time in a process, and not under a hop, unless that one hangs as well.
-  static std::mutex one_at_a_time;
-  const std::lock_guard<std::mutex> turn(one_at_a_time);
-  std::unique_lock<std::timed_mutex> own(using_, kPatience);
   aborted_ = true;
+  nccl::api().ncclGroupStart();
   for (nccl::Comm comm : comms_) nccl::api().ncclCommAbort(comm);
+}
+
+void NcclRing::dispose() {
+  if (!aborted_) return;
+  const std::unique_lock<std::timed_mutex> own(using_, kPatience);
+  if (!own) return;  // a hop is still being enqueued: nothing is freed under it
+  take_back();
+  nccl::api().ncclGroupEnd();
 }
 
 std::string NcclRing::missing(const Hop& hop) {

@@ -33,15 +33,18 @@ class NcclRing : public Ring {
   void enqueue(Hop& hop, CUstream stream) override;
   bool starts_first() const override { return true; }
   void release(const std::vector<Hop*>& pending) override;
+  void dispose() override;
   std::string missing(const Hop& hop) override;
   std::string asynchronous_error() override;
 
  private:
+  void take_back();
+
   nccl::Comm comms_[kChannels] = {};
   void* handles_[kChannels] = {};
   void* memory_ = nullptr;
-  std::timed_mutex using_;  // the communicators: none may be given up while a hop is enqueued
-  bool aborted_ = false;
+  std::timed_mutex using_;  // the communicators: none may be freed while a hop is enqueued
+  std::atomic<bool> aborted_{false};
 };
 
 }  // namespace lctx::ring

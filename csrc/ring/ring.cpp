@@ -47,16 +47,26 @@ void Ring::throw_if_failed() const {
   if (!failure_.empty()) throw std::runtime_error(failure_);
 }
 
+CUevent Ring::done_event(int64_t number) const {
+  for (const auto& pending : pending_) {  // the latest are last, and asked for most
+    for (auto one = pending.rbegin(); one != pending.rend() && one->number >= number; ++one) {
+      if (one->number == number) return one->done;
+    }
+  }
+  return nullptr;
+}
+
 int64_t Ring::post(CUstream stream, Hop posted) {
   const std::lock_guard<std::mutex> order(posting_);
   auto hop = std::make_shared<Hop>(std::move(posted));
   hop->posted = seconds_now();
   const int channel = hop->channel();
-  Pending pending{hop, nullptr, nullptr};
+  Pending pending{};
+  pending.hop = hop;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     throw_if_failed();
-    hop->number = next_number_++;
+    pending.number = hop->number = next_number_++;
     pending.ready = take_event();
     pending.done = take_event();
   }
@@ -68,12 +78,11 @@ int64_t Ring::post(CUstream stream, Hop posted) {
   if (starts_first()) LCTX_CU(cuStreamWaitEvent, stream, pending.ready, 0);
   LCTX_CU(cuEventRecord, pending.done, channels_[channel]);
   const std::lock_guard<std::mutex> lock(mutex_);
-  tickets_[hop->number] = pending.done;
-  const bool idle = pending_[0].empty() && pending_[1].empty();
+  const bool was_idle = idle();
   pending_[channel].push_back(pending);
   log_.push_back(hop);
   if (log_.size() > kLogLength) log_.pop_front();
-  if (idle) changed_.notify_all();
+  if (was_idle) changed_.notify_all();
   return hop->number;
 }
 
@@ -82,37 +91,42 @@ void Ring::wait(int64_t number, CUstream stream) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     throw_if_failed();
-    const auto found = tickets_.find(number);
-    if (found == tickets_.end()) return;  // it is done
-    done = found->second;
+    done = done_event(number);
+    if (done == nullptr) return;  // it is done
   }
   LCTX_CU(cuStreamWaitEvent, stream, done, 0);
 }
 
 bool Ring::done(int64_t number) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = tickets_.find(number);
-  return found == tickets_.end() || driver().cuEventQuery_(found->second) == CUDA_SUCCESS;
+  CUevent event = done_event(number);
+  return event == nullptr || driver().cuEventQuery_(event) == CUDA_SUCCESS;
 }
 
 void Ring::synchronize() {
   std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait(
-      lock, [this] { return !failure_.empty() || (pending_[0].empty() && pending_[1].empty()); });
+  changed_.wait(lock, [this] { return !failure_.empty() || idle(); });
   throw_if_failed();
 }
 
 void Ring::abort(const std::string& reason) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (!failure_.empty()) return;
-  Hop none;
-  for (const auto& pending : pending_) {
-    if (!pending.empty()) {
-      fail(*pending.front().hop, reason);
-      return;
-    }
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!watching_) {
+    if (failure_.empty()) failure_ = reason;
+    return;
   }
-  fail(none, reason);
+  abort_reason_ = reason;
+  changed_.notify_all();
+  changed_.wait(lock, [this] { return !failure_.empty() || !watching_; });
+}
+
+bool Ring::free_failed(double seconds) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (failure_.empty()) return true;
+  dispose_ = true;
+  changed_.notify_all();
+  return changed_.wait_for(lock, std::chrono::duration<double>(seconds),
+                           [this] { return disposed_ || !watching_; });
 }
 
 void Ring::close() {
@@ -139,27 +153,43 @@ Hop Ring::failure() {
 void Ring::watch() {
   driver().cuCtxSetCurrent_(context_);
   std::unique_lock<std::mutex> lock(mutex_);
+  const auto asked = [this] {
+    return closing_ || !abort_reason_.empty() || !idle() || (dispose_ && !disposed_);
+  };
   double closing_since = 0;
   while (true) {
-    const bool idle = pending_[0].empty() && pending_[1].empty();
-    if (closing_ && idle) return;
-    if (idle) {
-      changed_.wait(lock,
-                    [this] { return closing_ || !pending_[0].empty() || !pending_[1].empty(); });
+    if (!abort_reason_.empty() && failure_.empty()) fail_first(abort_reason_);
+    abort_reason_.clear();
+    if (dispose_ && !disposed_) {
+      lock.unlock();
+      dispose();
+      lock.lock();
+      disposed_ = true;
+      changed_.notify_all();
+    }
+    if (closing_ && idle()) break;
+    if (idle()) {
+      changed_.wait(lock, asked);
       continue;
     }
     const double now = seconds_now();
     for (int channel = 0; channel < kChannels; ++channel) look_after(channel, now);
     if (closing_ && closing_since == 0) closing_since = now;
-    if (closing_ && now - closing_since > 1 && failure_.empty()) {
-      for (const auto& pending : pending_) {
-        if (!pending.empty() && failure_.empty()) fail(*pending.front().hop, "closed");
-      }
-    }
-    if (closing_ && now - closing_since > 3) return;  // a kernel of the caller hangs
-    if (pending_[0].empty() && pending_[1].empty()) changed_.notify_all();
+    if (closing_ && now - closing_since > 1 && failure_.empty() && !idle()) fail_first("closed");
+    if (closing_ && now - closing_since > 3) break;  // a kernel of the caller hangs
+    if (idle()) changed_.notify_all();
     changed_.wait_for(lock, kInterval);
   }
+  watching_ = false;
+  changed_.notify_all();
+}
+
+void Ring::fail_first(const std::string& what) {
+  for (const auto& pending : pending_) {
+    if (!pending.empty()) return fail(*pending.front().hop, what);
+  }
+  Hop none;
+  fail(none, what);
 }
 
 void Ring::look_after(int channel, double now) {
@@ -168,7 +198,6 @@ void Ring::look_after(int channel, double now) {
     Pending& first = pending.front();
     if (failure_.empty()) first.hop->done = now;
     if (first.hop->ready == 0) first.hop->ready = now;
-    tickets_.erase(first.hop->number);
     free_events_.push_back(first.ready);
     free_events_.push_back(first.done);
     pending.pop_front();

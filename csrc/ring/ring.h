@@ -15,7 +15,6 @@
 #include <mutex>
 #include <string>
 #include <thread>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -65,6 +64,11 @@ class Ring {
   void synchronize();
   // Gives up every hop under way.
   void abort(const std::string& reason);
+  // After a failure, frees what no hop uses any more, or lets it be freed; returns whether that is
+  // done within so many seconds. To free memory waits for all that the GPU does, and the driver
+  // serves no other thread meanwhile, not even a watchdog: to be called when nothing is under way,
+  // on all ranks before either goes on.
+  bool free_failed(double seconds);
   // Ends the watchdog; a hop under way is given up. Every subclass calls it in its destructor,
   // where its release() still is.
   void close();
@@ -79,8 +83,11 @@ class Ring {
   // Whether what the caller's stream is given later waits until the exchange may begin: a kernel
   // that takes all multiprocessors would else begin before it, and keep it from starting.
   virtual bool starts_first() const { return false; }
-  // Lets the channels' streams go on without their peers; called again while they do not.
+  // Lets the channels' streams go on without their peers; called again while they do not. Always on
+  // the watchdog's thread.
   virtual void release(const std::vector<Hop*>& pending) = 0;
+  // Frees what was given up: once, when free_failed() asks, on the same thread.
+  virtual void dispose() {}
   // Which messages of a hop have not come, as text.
   virtual std::string missing(const Hop& hop) = 0;
   // An error of the transport itself, or "".
@@ -93,11 +100,15 @@ class Ring {
  private:
   struct Pending {
     std::shared_ptr<Hop> hop;
+    int64_t number;
     CUevent ready, done;
   };
 
   CUevent take_event();
+  CUevent done_event(int64_t number) const;  // null where the hop is done
   void watch();
+  bool idle() const { return pending_[0].empty() && pending_[1].empty(); }
+  void fail_first(const std::string& what);
   void look_after(int channel, double now);
   void fail(Hop& hop, const std::string& what);
   void throw_if_failed() const;
@@ -107,14 +118,14 @@ class Ring {
   std::mutex mutex_;    // of everything below; never held where a call may wait for the GPU
   std::condition_variable changed_;
   std::deque<Pending> pending_[kChannels];
-  std::unordered_map<int64_t, CUevent> tickets_;  // of hops under way, their `done`
   std::vector<CUevent> free_events_;
   std::deque<std::shared_ptr<Hop>> log_;
   double front_since_[kChannels] = {};  // when the first pending hop was found ready
   int64_t next_number_ = 1;
   Hop failed_hop_;
-  std::string failure_;
-  bool closing_ = false;
+  std::string failure_, abort_reason_;
+  bool dispose_ = false, disposed_ = false;  // whether it is asked for, and done
+  bool closing_ = false, watching_ = true;
   std::thread watchdog_;
 };
 

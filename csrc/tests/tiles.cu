@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ 
   if (threadIdx.x == 0) ptx::tma_store_wait<0>();
 }
 
-// ---- fragments: registers -> stmatrix -> TMA store, and back by ldmatrix ----
+// ---- fragments: registers -> stmatrix -> TMA store, and back by ldmatrix, transposed and not ----
 
 struct FragmentParams {
   CUtensorMap out;              // (64, N)
@@ -97,13 +97,20 @@ __global__ void __launch_bounds__(kThreads)
       ptx::tma_store_5d(&p.out, tile + c * chunk_bytes(64), c * kChunkColumns, 0, 0, 0, 0);
     }
     ptx::tma_store_commit();
+    ptx::tma_store_wait_read<0>();
   }
+  __syncthreads();
 #pragma unroll 1
   for (int t = 0; t < N / 16; ++t) {
     const uint32_t at = tile + swizzled_unit(64, row, 2 * t + lane / 16);
     uint32_t plain[4], trans[4];
-    ptx::ldmatrix_x4(at, plain);
     ptx::ldmatrix_x4_trans(at, trans);
+    __syncwarp();
+    ptx::stmatrix_x4(at, 0, 0, 0, 0);
+    __syncwarp();
+    ptx::stmatrix_x4_trans(at, trans[0], trans[1], trans[2], trans[3]);
+    __syncwarp();
+    ptx::ldmatrix_x4(at, plain);  // as before
     for (int i = 0; i < 4; ++i) {
       p.read[(t * kThreads + threadIdx.x) * 4 + i] = plain[i];
       p.read_trans[(t * kThreads + threadIdx.x) * 4 + i] = trans[i];

@@ -27,6 +27,7 @@ from .transport import Hop, RingError
 
 PHASES = ("forward kv", "backward kv", "backward dkv")
 CODES = {phase: code for code, phase in enumerate(PHASES)}
+FREE_SECONDS = 5.0  # NCCL looks every half second whether a communicator was given up
 CHANNELS_WANTED = 8  # NCCL's blocks for a hop; registered, each moves 40 GB/s both ways
 
 
@@ -99,6 +100,14 @@ class DeviceTransport(GroupTransport):
     def _post(self) -> Any:
         return self.ring.post
 
+    def _free_failed(self) -> None:
+        """Free what failed transports of this process hold, while nothing is under way here."""
+        torch.cuda.synchronize(self.device)
+        others = [t.ring for t in _OPEN if t is not self and hasattr(t, "ring")]
+        for seconds in (0.0, FREE_SECONDS):
+            for ring in others:
+                ring.free_failed(seconds)
+
     # ---- memory ----
 
     @property
@@ -155,15 +164,16 @@ class DeviceTransport(GroupTransport):
 
     def post(self, hop: Hop) -> Any:
         """As Transport; raises RingError after a failure."""
-        sends, recvs, places = [], [], iter(hop.places)
-        for peer, x in hop.sends:
-            sends.append((peer, x.data_ptr(), x.nbytes, next(places)))
+        sends, recvs, places = [], [], hop.places
+        for i, (peer, x) in enumerate(hop.sends):
+            sends.append((peer, x.data_ptr(), x.nbytes, places[i]))
         for peer, x in hop.recvs:
             recvs.append((peer, x.data_ptr(), x.nbytes, 0))
+        pieces = [(x.data_ptr(), x.nbytes) for x in hop.pieces] if hop.pieces else []
         try:
             return self._post(
                 self.stream, self.call_number, CODES[hop.phase], hop.step, hop.part, sends, recvs,
-                [(x.data_ptr(), x.nbytes) for x in hop.pieces], self.timeout,
+                pieces, self.timeout,
             )  # fmt: skip
         except RuntimeError as error:
             raise self._failed(error) from error
@@ -180,6 +190,11 @@ class DeviceTransport(GroupTransport):
     def done(self, ticket: Any) -> bool:
         """As Transport."""
         return bool(self.ring.done(ticket))
+
+    def use_stream(self, stream: int) -> int:
+        """As Transport."""
+        before, self.stream = self.stream, stream
+        return before
 
     def synchronize(self) -> None:
         """Wait on the host until every posted hop is done.
@@ -248,12 +263,13 @@ class CopyTransport(DeviceTransport):
 
     kind = "p2p"
     gathers: ClassVar[bool] = True
+    by_copy_engine: ClassVar[bool] = True
 
     def __init__(self, group: Any, device: torch.device, timeout: float = 0.0) -> None:
         super().__init__(group, device, timeout)
         problem = ""
         try:
-            torch.cuda.synchronize(device)  # makes the context
+            self._free_failed()  # makes the context, too
             self.ring = self.module.CopyRing(self.rank, self.world_size)
             said = [socket.gethostname().encode(), _boot_id(), self.ring.words_handle()]
         except RuntimeError as error:
@@ -322,7 +338,7 @@ class NcclTransport(DeviceTransport):
             raise NotImplementedError(
                 f'transport="nccl": {problem or "another rank cannot"}; nearest is transport="pg"'
             )
-        torch.cuda.synchronize(device)
+        self._free_failed()
         half, most = len(first) // 2, min(32, CHANNELS_WANTED * self.world_size)
         halves = [first[:half], first[half:]]
         self.ring = self.module.NcclRing(self.rank, self.world_size, halves, most)

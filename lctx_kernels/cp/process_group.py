@@ -46,6 +46,7 @@ class GroupTransport:
     """The hops of one rank of a process group. One for each group, made at its first call."""
 
     gathers: ClassVar[bool] = False
+    by_copy_engine: ClassVar[bool] = False
 
     def __init__(self, group: Any, device: torch.device) -> None:
         import torch.distributed as dist
@@ -211,6 +212,10 @@ class GroupTransport:
     def done(self, ticket: Ticket) -> bool:
         """As Transport."""
         return all(work.is_completed() for _, _, work in ticket.works)
+
+    def use_stream(self, stream: int) -> int:
+        """As Transport; the group uses the current stream."""
+        return 0
 
     def abort(self) -> None:
         """As Transport."""

@@ -193,11 +193,6 @@ class Schedule:
         calls = self.wire_calls(rank, source)
         return _tile(((call.k0, call.k1) for call in calls), self.wire_rows(source))
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019
-    def row_starts(self, rank: int) -> frozenset[int]:
-        """First rows of all calls."""
-        return frozenset(call.q0 for calls in self.calls[rank] for call in calls)
-
     def pairs(self, rank: int, source: int) -> int:
         """(query, key) pairs that `rank` computes on the keys of `source`."""
         return sum(call.pairs for call in self.calls[rank][source])

@@ -9,6 +9,7 @@ Source: Liu et al. 2023 (arXiv 2310.01889), algorithm 1.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .._dtypes import stat_dtype
 from .keys import KeyRing, Memory, Rank, Wire, intervals
+from .lanes import Lanes
 from .layout import head_groups, home_slot
 from .schedule import Call
 from .together import forward_before, forward_together, own_calls, two_steps
@@ -66,15 +68,24 @@ def _forward_calls(
 
     With `first`, every row belongs to one call and carries nothing.
     """
-    for call, count in zip(calls, counts, strict=True):
+    lanes = Lanes(at.transport, q.device, _apart(calls) and len(calls) > 1)
+    lanes.fork()
+    for lane, (call, count) in enumerate(zip(calls, counts, strict=True)):
         q0, q1, k0, k1, causal, window, start = call
         in_kernel = count if q.is_cuda or count == q1 - q0 else 0
-        torch.ops.lctx.flash_carry(
-            q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], carry[:, q0:q1], lse[:, :, q0:q1], causal,
-            at.scale, window, 0, start, False, first, out[:, q0:q1], in_kernel,
-        )  # fmt: skip
+        with lanes.on(lane):
+            torch.ops.lctx.flash_carry(
+                q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], carry[:, q0:q1], lse[:, :, q0:q1], causal,
+                at.scale, window, 0, start, False, first, out[:, q0:q1], in_kernel,
+            )  # fmt: skip
         if in_kernel < count:
             out[:, q0 : q0 + count] = carry[:, q0 : q0 + count]
+    lanes.join()
+
+
+def _apart(calls: Sequence[Call]) -> bool:
+    """Whether no row has two of the calls."""
+    return all(a.q1 <= b.q0 for a, b in itertools.pairwise(calls))
 
 
 class Saved(NamedTuple):
@@ -119,10 +130,8 @@ class SavedInBlocks(NamedTuple):
 
     @staticmethod
     def fits(at: Rank, q: Tensor) -> bool:
-        """Whether the rows of every call begin with a block."""
-        block = 128 if q.shape[-1] <= 64 else 64
-        plain = q.is_cuda and not at.deterministic and q.shape[-1] <= 128
-        return plain and all(q0 % block == 0 for q0 in at.schedule.row_starts(at.rank))
+        """Whether there is such a kernel."""
+        return q.is_cuda and not at.deterministic and q.shape[-1] <= 128
 
     def heads(self, begin: int, end: int) -> SavedInBlocks:
         """Query heads [begin, end)."""
@@ -134,12 +143,14 @@ class SavedInBlocks(NamedTuple):
     def add(
         self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, first: bool
     ) -> None:
-        """Add the gradients of one call; with `first`, nothing is in dk and dv yet."""
+        """As `Saved.add`; rows of the call's first block that are in front of it take no part."""
         q0, q1, k0, k1, causal, window, start = call
+        front = q0 % (128 if self.q.shape[-1] <= 64 else 64)
+        rows, keys = slice(q0 - front, q1), slice(k0, k1)
         torch.ops.lctx.carry_bwd_step(
-            self.dout[:, q0:q1], self.q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], self.rows, self.dq_sum,
-            dk[:, k0:k1], dv[:, k0:k1], causal, at.scale, window, 0, start, q0, self.first_head,
-            first,
+            self.dout[:, rows], self.q[:, rows], k[:, keys], v[:, keys], self.rows, self.dq_sum,
+            dk[:, keys], dv[:, keys], causal, at.scale, window, 0, start + front, q0 - front,
+            self.first_head, first, front,
         )  # fmt: skip
 
     def result(self, at: Rank) -> Tensor:
@@ -263,29 +274,52 @@ def backward(
     ticket = ring.post(0)
     own = _save(at, dout, dlse, q, out, lse)
     early, late = own_calls(at, q, k, v)
+    lanes = Lanes(at.transport, q.device, once and len(late) > 1)
+    lanes.fork()
     for call in early:
         own.add(at, call, k, v, dk, dv, once)
+    if isinstance(own, Saved):
+        lanes.fork()  # dq is added in this order
     for step in range(1, at.world_size):
         if ticket is not None:
-            yield ticket
+            for lane in range(len(lanes)):
+                with lanes.on(lane):
+                    yield ticket
         ring.turn()
+        if step > 1:
+            lanes.meet()  # keys of the step before are no longer read
         source = at.schedule.source(at.rank, step)
-        ticket = ring.post(step)
+        with lanes.on(0):
+            ticket = ring.post(step)
+        if step == at.world_size - 1:
+            lanes.join()  # own keys come behind these kernels
         calls = at.schedule.wire_calls(at.rank, source)
+        spread = len(parts) == 1 and _apart(calls) and at.schedule.keys_once(at.rank, source)
         for part in parts:
-            yield from part.arrive()
-            if at.schedule.first[source] <= step <= at.schedule.last[source]:
-                assert ring.held is not None
-                rows, (total, empty) = slice(part.h0, part.h1), part.sum_of(step)
-                mine = own.heads(part.h0 * G, part.h1 * G)
-                keys, values = ring.held.k[:, :, rows], ring.held.v[:, :, rows]
-                for call in calls:
-                    mine.add(at, call, keys, values, total.k, total.v, empty)
-            part.post(step)
+            with lanes.on(part.part):
+                yield from part.arrive()
+                if at.schedule.first[source] <= step <= at.schedule.last[source]:
+                    assert ring.held is not None
+                    rows, (total, empty) = slice(part.h0, part.h1), part.sum_of(step)
+                    mine = own.heads(part.h0 * G, part.h1 * G)
+                    keys, values = ring.held.k[:, :, rows], ring.held.v[:, :, rows]
+                    for lane, call in lanes.deal(calls, spread, part.part):
+                        with lanes.on(lane):
+                            mine.add(at, call, keys, values, total.k, total.v, empty)
+                part.post(step)
     if ticket is not None:
         yield ticket
-    for call in late:
-        own.add(at, call, k, v, dk, dv, once)
+    if len(late) > 1 and _apart(late) and once:
+        with lanes.on(0):
+            for lane, call in lanes.deal(late, True, 0):
+                with lanes.on(lane):
+                    own.add(at, call, k, v, dk, dv, once)
+    else:
+        if isinstance(own, Saved):
+            lanes.join()
+        for call in late:
+            own.add(at, call, k, v, dk, dv, once)
+    lanes.join()
     dk_out, dv_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     for part in parts:
         yield from part.arrive()

@@ -20,7 +20,8 @@ from .schedule import Call
 # Of an H200: a hop by the copy engine, and kernels on short rows.
 LINK, FORWARD_FLOPS, BACKWARD_FLOPS, STATISTICS = 370e9, 560e12, 430e12, 3e12
 HOP_SECONDS, MARGIN = 30e-6, 1.2
-CARRIED, WORTH = 8 / 4e12, 0.015  # seconds to carry an element; of a step's, that are worth saving
+CARRIED, WORTH = 8 / 4e12, 0.03  # seconds to carry an element; of a step's, that are worth saving
+MOST_BEFORE = 0.4  # of the rows: the others are to be enough for a launch of long tiles
 ROWS, FEWEST_TILES = 128, 1000  # of a tile; of keys, that are worth two launches
 
 
@@ -102,15 +103,10 @@ def two_steps(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> TwoSteps | None:
     if CARRIED * q.numel() < WORTH * own.pairs * per_pair / FORWARD_FLOPS:
         return None
     first = _side(_hop_seconds(at, k, v), FORWARD_FLOPS, per_pair, rows, own.causal)
-    if first >= rows or _shares_tiles(far[0].q0 - first, q.shape[3]):
+    if first > MOST_BEFORE * rows:
         return None
     final = far[0].q0 + late if late else alone
     return TwoSteps(own, far[0], first, final, min(alone, first))
-
-
-def _shares_tiles(behind: int, head_dim: int) -> bool:
-    """Whether the kernel has a tile with rows of both kinds, which it refuses."""
-    return behind > 0 and (head_dim <= 64 or behind % ROWS != 0)
 
 
 def forward_before(

@@ -56,9 +56,11 @@ class Transport(Protocol):
 
     Attributes:
         gathers: Whether a send may consist of pieces anywhere in the device's memory.
+        by_copy_engine: Whether hops need no multiprocessor.
     """
 
     gathers: ClassVar[bool]
+    by_copy_engine: ClassVar[bool]
 
     def memory(self, size: int, device: torch.device) -> Tensor:
         """(size,) uint8, which all buffers of a call's hops are parts of; every rank asks."""
@@ -71,6 +73,9 @@ class Transport(Protocol):
 
     def done(self, ticket: Any) -> bool:
         """Whether `wait` would return at once."""
+
+    def use_stream(self, stream: int) -> int:
+        """Post and wait on this CUDA stream from now on; returns the one before, 0 without any."""
 
     def abort(self) -> None:
         """Give up everything posted; the transport cannot be used any more."""
@@ -110,6 +115,8 @@ def run_alone(steps: Steps[Result], transport: Transport) -> Result:
     except StopIteration as end:
         result: Result = end.value
         return result
+    finally:
+        steps.close()  # and leave the streams that it was on
 
 
 class Simulator:
@@ -176,6 +183,7 @@ class SimulatedRank:
     simulator: Simulator
     own: int
     gathers: ClassVar[bool] = False
+    by_copy_engine: ClassVar[bool] = False
 
     def memory(self, size: int, device: torch.device) -> Tensor:
         """As Transport."""
@@ -208,6 +216,10 @@ class SimulatedRank:
         """As Transport."""
         if not self.done(ticket):
             raise RuntimeError("a simulated rank cannot wait: Simulator.run runs all of them")
+
+    def use_stream(self, stream: int) -> int:
+        """As Transport."""
+        return 0
 
     def abort(self) -> None:
         """As Transport."""

@@ -6,6 +6,9 @@ import cp_workers
 import pytest
 from processes import run_ranks
 
+from lctx_kernels import cp
+from lctx_kernels.cp.transport import run_alone
+
 pytestmark = pytest.mark.dist
 
 TIMEOUT = 2.0
@@ -83,3 +86,22 @@ def test_backwards_in_another_order():
     for rank, outcome in enumerate(run_ranks(cp_workers.other_order, 4, 2, TIMEOUT)):
         check_ring_error(outcome, rank)
         assert outcome.fields["phase"].startswith("backward")
+
+
+def test_a_failed_wait_ends_the_steps():
+    """The streams that a step is on are left with the exception, not when it is forgotten."""
+    left = []
+
+    def steps():
+        try:
+            yield "ticket"
+        finally:
+            left.append(True)
+
+    class Late:
+        def wait(self, ticket):
+            raise cp.RingError("late", rank=0, step=0, phase="forward kv", peers=(1,), bytes=0)
+
+    with pytest.raises(cp.RingError) as kept:
+        run_alone(steps(), Late())
+    assert left and kept.value.peers == (1,)

@@ -23,7 +23,7 @@ BUGS = {
         steps,
         "keys, values = ring.held.k[:, :, rows], ring.held.v[:, :, rows]",
         "held = ring.held if step == 1 else Wire(k, k, v)\n"
-        "                keys, values = held.k[:, :, rows], held.v[:, :, rows]",
+        "                    keys, values = held.k[:, :, rows], held.v[:, :, rows]",
     ),
     "stale keys in the forward": (
         keys,
@@ -170,8 +170,8 @@ BUGS = {
     ),
     "own keys without gradient": (
         steps,
-        "    for call in late:\n        own.add(at, call, k, v, dk, dv, once)\n",
-        "",
+        "        for call in late:\n            own.add(at, call, k, v, dk, dv, once)\n",
+        "        pass\n",
     ),
     "own keys that come first are forgotten": (
         steps,

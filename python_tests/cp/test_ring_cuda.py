@@ -8,6 +8,7 @@ from helpers import errors
 
 import lctx_kernels as lk
 from lctx_kernels import _ops, cp, reference
+from lctx_kernels.cp import together
 from lctx_kernels.cp.keys import Rank
 from lctx_kernels.cp.schedule import schedule_of
 from lctx_kernels.cp.together import two_steps
@@ -61,8 +62,11 @@ def test_results_are_as_accurate_as_on_one_device(options, layout, n, dtype):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("options", [{}, {"causal": False}], ids=str)
-def test_first_two_steps_in_one_kernel(options, n, dtype):
-    plan = cp.make_plan(4096 * n, n)
+def test_first_two_steps_in_one_kernel(options, n, dtype, monkeypatch):
+    """Tiles have rows that see the foreign keys and rows that do not."""
+    monkeypatch.setattr(together, "MARGIN", 1e-3)  # as if a hop took next to no time
+    monkeypatch.setattr(together, "WORTH", 0.0)
+    plan = cp.make_plan(4096 * n + 37, n)
     schedule = schedule_of(plan, options.get("causal", True), 0)
     for rank, length in enumerate(plan.lengths):
         sizes = [(2, length, heads, 128) for heads in (4, 2, 2)]
@@ -102,6 +106,27 @@ def test_gradients_are_as_accurate_as_on_one_device(options, layout, n):
     for ours, again, theirs, wanted in zip(first, second, single, exact, strict=True):
         assert torch.equal(ours, again)
         assert errors(ours, wanted).rms <= 1.02 * errors(theirs, wanted).rms
+
+
+@needs_backward
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_of_documents(deterministic, layout, D):
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(1, 1100, 4, D, Hkv=2))
+    dout = gpu_qkv(1, 1100, 4, D, seed=5)[0]
+    exact_leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    documents = int32([0, 1, 300, 300, 999, 1100])  # no chunk begins with a block of rows
+    plan = cp.make_plan(1100, 2, layout=layout, cu_seqlens=documents)
+    out = whole(plan, *exact_leaves)[0]
+    exact = torch.autograd.grad(out, exact_leaves, dout.double())
+    alone = lk.flash_attention(q, k, v, cu_seqlens=documents.cuda())
+    single = torch.autograd.grad(alone, (q, k, v), dout)
+    out = simulated(plan, q, k, v, deterministic=deterministic)[0]
+    for mine, theirs, wanted in zip(
+        torch.autograd.grad(out, (q, k, v), dout), single, exact, strict=True
+    ):
+        assert errors(mine, wanted).rms <= 1.02 * errors(theirs, wanted).rms
 
 
 @needs_backward

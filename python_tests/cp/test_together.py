@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lctx_kernels import cp
+from lctx_kernels.cp import together
 from lctx_kernels.cp.keys import Rank
 from lctx_kernels.cp.schedule import Call, schedule_of
 from lctx_kernels.cp.together import own_calls, two_steps
@@ -20,6 +21,14 @@ def tensors(plan, rank, Hq=32, Hkv=8):
     return [torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes]
 
 
+@pytest.fixture
+def wherever_it_can(monkeypatch):
+    """The first two steps go together however little that saves."""
+    monkeypatch.setattr(together, "WORTH", 0.0)
+    monkeypatch.setattr(together, "MOST_BEFORE", 0.99)
+
+
+@pytest.mark.usefixtures("wherever_it_can")
 @pytest.mark.parametrize("heads", [(32, 8), (16, 16)])
 def test_zigzag_on_two_ranks(heads):
     plan = cp.make_plan(16384, 2)
@@ -36,6 +45,15 @@ def test_zigzag_on_two_ranks(heads):
     assert shares == sorted(shares, reverse=True)
 
 
+@pytest.mark.parametrize("T, heads", [(16384, (16, 16)), (65536, (32, 8)), (65536, (16, 16))])
+def test_what_is_faster_step_by_step(T, heads):
+    plan = cp.make_plan(T, 2)
+    assert all(two_steps(rank_of(plan, r), *tensors(plan, r, *heads)) is None for r in (0, 1))
+    plan = cp.make_plan(16384, 2)
+    assert all(two_steps(rank_of(plan, r), *tensors(plan, r)) is not None for r in (0, 1))
+
+
+@pytest.mark.usefixtures("wherever_it_can")
 @pytest.mark.parametrize("n", [3, 4, 8])
 def test_rows_that_no_later_step_has_are_done(n):
     plan = cp.make_plan(n * 8192, n)

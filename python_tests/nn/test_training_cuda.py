@@ -23,11 +23,11 @@ FUNCTIONS = {
 }
 
 
-def trace(method, options, device, dtype):
+def trace(method, options, heads, device, dtype):
     """Losses of the first steps of the same model on the same text."""
     torch.manual_seed(0)
     config = nn.LlamaConfig(
-        VOCAB, 256, 2, 4, num_kv_heads=2, attention=method,
+        VOCAB, 256, 2, heads, num_kv_heads=min(heads, 2), attention=method,
         options={} if options is None else {method: options},
     )  # fmt: skip
     model = nn.Llama(config).to(device)
@@ -46,16 +46,17 @@ def trace(method, options, device, dtype):
     return torch.tensor(losses)
 
 
+@pytest.mark.parametrize("heads", [4, 2, 1], ids=["D64", "D128", "D256"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_losses_of_training_are_those_of_fp32(name, monkeypatch):
+def test_losses_of_training_are_those_of_fp32(name, heads, monkeypatch):
     method, options = OPTIONS[name]
-    right = trace(method, options, "cpu", None)
-    ours = trace(method, options, "cuda", torch.bfloat16)
+    right = trace(method, options, heads, "cpu", None)
+    ours = trace(method, options, heads, "cuda", torch.bfloat16)
     for module, names in FUNCTIONS.items():
         for function in names:
             plain = functools.partial(getattr(module, function), backend="reference")
             monkeypatch.setattr(module, function, plain)
-    plain = trace(method, options, "cuda", torch.bfloat16)
+    plain = trace(method, options, heads, "cuda", torch.bfloat16)
     assert right[-1] < right[0] - 1  # it learns
     error, allowed = (ours - right).abs().max(), (plain - right).abs().max()
     # The rest of the model is in bf16 in both: its rounding is most of either difference.

@@ -27,11 +27,19 @@ def test_head_dimensions(D, causal, dtype, deterministic):
 @deterministic
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize(
-    ("Tq", "Tk"), [(1, 1), (1, 777), (63, 63), (129, 1000), (1000, 129), (700, 701), (192, 384)]
+    ("Tq", "Tk"),
+    [(1, 1), (1, 777), (63, 63), (129, 1000), (1000, 129), (700, 701), (192, 384), (161, 80)],
 )
 @pytest.mark.parametrize("causal", [True, False])
 def test_lengths(Tq, Tk, D, causal, deterministic):
     check(*gpu_qkv(1, Tq, 2, D, Tk=Tk), causal=causal, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("D", [64, 96, 128])
+@pytest.mark.parametrize(("T", "H", "Hkv"), [(1000, 34, 17), (1000, 34, 34), (200, 6, 3)])
+def test_tiles_of_the_last_round(T, H, Hkv, D):
+    """Without a mask they are shared out: 4 of 136 and 8 of 272 tiles on 132 multiprocessors."""
+    check(*gpu_qkv(1, T, H, D, Hkv=Hkv), causal=False)
 
 
 @deterministic
@@ -76,8 +84,9 @@ def test_empty_tensors(deterministic):
             assert x.grad.shape == x.shape and (x.grad == 0).all()
 
 
-def test_same_bits_from_run_to_run():
-    q, k, v = (x.requires_grad_() for x in gpu_qkv(2, 1500, 4, 128, Hkv=2))
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_same_bits_from_run_to_run(D):
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(2, 1500, 4, D, Hkv=2))
     out = lk.flash_attention(q, k, v, deterministic=True)
     dout = torch.randn_like(out)
     first, *others = (

@@ -75,10 +75,6 @@ def test_own_and_far_keys_together(own_row, final, T, far, first_row, causal, D,
     arguments = (
         q, k, v, far_k, far_v, carry, lse, out, causal, D**-0.5, first_row, own_row, done
     )  # fmt: skip
-    if first_row > own_row and (D <= 64 or (D <= 128 and (first_row - own_row) % 128)):
-        with pytest.raises(ValueError, match="first_row"):  # rows of both kinds in a tile
-            torch.ops.lctx.flash_carry_two(*arguments)
-        return
     torch.ops.lctx.flash_carry_two(*arguments)
     out[:, done:] = carry[:, done:].to(dtype)
     exact_out, exact_lse = [], []
@@ -107,6 +103,43 @@ def test_rows_without_keys_keep_nothing():
     assert (carry == 0).all() and (lse == -torch.inf).all()
     out = torch.ops.lctx.flash_carry(*arguments, True)
     assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_same_bits_from_run_to_run(D):
+    """Two steps of a ring forward, one after the other and together, and backward."""
+    q, k, v = gpu_qkv(2, 1500, 4, D, Hkv=2)
+    far_k, far_v = gpu_qkv(2, 700, 2, D, seed=7)[1:]
+    dout, options = gpu_qkv(2, 1500, 4, D, seed=9)[0], (True, D**-0.5, 0, 700, 0)
+
+    def forward():
+        carry = torch.empty_like(q, dtype=torch.float32)
+        lse = q.new_empty(2, 4, 1500, dtype=torch.float32)
+        torch.ops.lctx.flash_carry(q, far_k, far_v, carry, lse, *options, False, True)
+        out = torch.ops.lctx.flash_carry(q, k, v, carry, lse, *options[:3], 0, 0, True)
+        both, both_lse = torch.empty_like(q), torch.empty_like(lse)
+        torch.ops.lctx.flash_carry_two(
+            q, k, v, far_k, far_v, carry, both_lse, both, True, D**-0.5, 0, 0, 1500
+        )
+        return out, lse, both, both_lse
+
+    def backward(out, lse):
+        sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v, far_k, far_v)]
+        delta = torch.ops.lctx.attn_delta(dout, None, out)
+        common, mask = (lse, delta, sums[0]), (True, D**-0.5, 0)
+        torch.ops.lctx.flash_carry_bwd(dout, q, k, v, *common, *sums[1:3], *mask, 0, 0, True, True)
+        torch.ops.lctx.flash_carry_bwd(
+            dout, q, far_k, far_v, *common, *sums[3:], *mask, 700, 0, True, True
+        )
+        return sums
+
+    def run():
+        results = forward()
+        return *results, *backward(*results[:2])
+
+    first = run()
+    for _ in range(100):
+        assert all(map(torch.equal, first, run()))
 
 
 def test_bad_arguments_are_refused():

@@ -175,7 +175,7 @@ def test_pieces_equal_the_whole(update, D):
         assert errors(a, b).rms < 4e-3
 
 
-@pytest.mark.parametrize("D", [128, 256])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @updates
 def test_same_bits_from_run_to_run(update, D):
     q, k, v = (x.requires_grad_() for x in gpu_qkv(2, 1500, 4, D, Hkv=2))

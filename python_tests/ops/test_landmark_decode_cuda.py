@@ -56,6 +56,6 @@ def test_strided_caches():
 def test_two_runs_are_bitwise_equal():
     q, k, v = gpu_qkv(3, 1, 6, 128, Tk=7777, Hkv=2)
     first = lk.landmark_attention(q, k, v, block_size=64, return_lse=True)
-    for _ in range(5):
+    for _ in range(100):
         second = lk.landmark_attention(q, k, v, block_size=64, return_lse=True)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
