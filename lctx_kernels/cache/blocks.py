@@ -97,19 +97,15 @@ class BlockStore:
         k, v = (x.flatten(1, 2) for x in self.blocks)
         if not self.offload:
             return Fetch(k, v, pairs)
-        wanted, index = pairs.cpu().unique(return_inverse=True)
-        device = pairs.device
-        index = index.to(device, non_blocking=True)
-        if device.type != "cuda":
+        wanted, index = pairs.unique(return_inverse=True)
+        if pairs.device.type != "cuda":
             return Fetch(k.index_select(1, wanted), v.index_select(1, wanted), index)
         if self.stream is None:
-            self.stream = torch.cuda.Stream(device)
-        gathered = []
-        for x in (k, v):
-            room = x.new_empty(x.shape[0], wanted.numel(), *x.shape[2:], pin_memory=True)
-            gathered.append(torch.index_select(x, 1, wanted, out=room))
+            self.stream = torch.cuda.Stream(pairs.device)
+        self.stream.wait_stream(torch.cuda.current_stream(pairs.device))  # blocks may be on the way
+        wanted.record_stream(self.stream)
         with torch.cuda.stream(self.stream):
-            k, v = (x.to(device, non_blocking=True) for x in gathered)
+            k, v = (x.gathered(self.dropped, wanted) for x in (self.k, self.v))
         return Fetch(k, v, index, self.stream)
 
     def select(self, rows: Tensor) -> BlockStore:
@@ -149,13 +145,22 @@ class _Blocks(Buffer):
         chosen.length, chosen.planned = self.length, self.planned
         return chosen
 
+    def gathered(self, start: int, wanted: Tensor) -> Tensor:
+        """(B, n, L, D) blocks of single heads from pinned memory, by a kernel of the GPU."""
+        if self.pinned is None:
+            raise ValueError("_Blocks: nothing was appended yet")
+        blocks = self.pinned.on_gpu()[:, start : self.length].flatten(1, 2)
+        if blocks.shape[-1] * blocks.element_size() % 8:
+            return blocks.index_select(1, wanted)
+        return blocks.view(torch.int64).index_select(1, wanted).view(blocks.dtype)  # wide reads
+
     def _new(self, like: Tensor, shape: Sequence[int]) -> Tensor:
         if not self.offload:
             return super()._new(like, shape)
         if self.gpu is None:
             return torch.empty(shape, dtype=like.dtype)
-        self.pinned = PinnedRoom(shape, like.dtype)
-        return self.pinned.value
+        pinned = self.pinned = PinnedRoom(shape, like.dtype, self.gpu)
+        return pinned.value
 
     def _move(self, like: Tensor, start: int, size: int) -> None:
         self._wait()
