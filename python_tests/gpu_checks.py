@@ -43,9 +43,7 @@ def exact_attention(q, k, v, *, causal=False, scale=None):
         end = min(begin + step, Tq)
         seen = max(Tk - Tq + end, 0) if causal else Tk
         rows, keys, values = q[:, begin:end].double(), k[:, :seen], v[:, :seen]
-        pieces.append(
-            reference.flash_attention(rows, keys, values, causal=causal, scale=scale)[0]
-        )
+        pieces.append(reference.flash_attention(rows, keys, values, causal=causal, scale=scale)[0])
     return torch.cat(pieces, 1)
 
 

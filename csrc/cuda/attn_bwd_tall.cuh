@@ -1,6 +1,5 @@
 // Math: that of attn_bwd_sm90.cuh, fused, for dense attention with D <= 128.
-// Tile map: the same, 80 queries at a time, or 128 for D <= 64. Of a product of 64 columns the
-// tensor
+// Tile map: the same, 80 queries at a time, or 128 for D <= 64. Of a product of 64 columns tensor
 //       cores read as much shared memory as there is time for; of one of 80 they read 10 % less.
 //       There dQ is computed transposed, since a product has 64 rows: a warpgroup has 64 of its
 //       columns; for D <= 64 it has 64 of its queries.
@@ -8,8 +7,7 @@
 //       dQ is computed in its own step: the warpgroups meet when dS is shared. Where the
 //       exponentials go is left to the compiler: most of them wait for dP^T with the arithmetic
 //       that follows, which is faster than all of them under dP^T.
-// Memory: that of attn_bwd_sm90.cuh; but dQ leaves by bulk additions from shared memory, each
-// warp's
+// Memory: that of attn_bwd_sm90.cuh; but dQ leaves by bulk additions from shared memory, a warp's
 //       part by itself, so that no other warp has to be waited for. Statistics: those of a thread's
 //       queries, half of lse2 when the scores are there (there are registers for half of it); for
 //       D <= 64 a thread loads 4 of 128 and has the others by shuffles.

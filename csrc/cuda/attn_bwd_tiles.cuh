@@ -1,5 +1,5 @@
-// Math: none; which keys a tile of the key-stationary backward works on, and which queries see
-// them. Tile map: a tile number stands for (key/value head, batch, block of keys):
+// Math: none; on which keys a tile of the key-stationary backward works, which queries see them.
+// Tile map: a tile number stands for (key/value head, batch, block of keys):
 //       DenseKeys    blocks of the whole sequence
 //       SharedKeys   the same, but the tiles of a last round that would leave multiprocessors idle
 //                    are shared out, by their queries

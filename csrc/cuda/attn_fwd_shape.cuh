@@ -60,10 +60,7 @@ struct TurnsTile : Tile {
   static constexpr bool kRescalesLate = Tile::kHeadDim > 64;
   // Eighths of the weights that the source has before the wait. ptxas moves it: with 6 behind a
   // quarter of them, with less further down.
-#ifndef WA
-#define WA 6
-#endif
-  static constexpr int kWaitsAfter = Tile::kHeadDim > 64 ? WA : 7;
+  static constexpr int kWaitsAfter = Tile::kHeadDim > 64 ? 6 : 7;
 };
 
 // Turns gain 1 % at D256 at most.

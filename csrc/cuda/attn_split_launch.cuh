@@ -1,12 +1,13 @@
 // Math: rows whose keys were split: out = sum_s w_s out_s / sum_s w_s, w_s = exp(lse_s - max lse),
 //       lse = max lse + log sum_s w_s, over the parts s in their order. A part without visible keys
-//       (-inf) has weight 0, whatever its rows hold.
+//       (-inf) has weight 0, whatever its rows hold; they are written all the same.
 // Tile map: SplitTiles (attn_fwd_tiles.cuh); here its host side and the merge: a thread block a
 //       row, 32 lanes along it, parts dealt to the warps.
 // Pipeline: the merge is launched to overlap with the attention (programmatic dependent launch):
 //       its blocks start when all of the attention's run, so they may wait for these: for few rows
-//       by looking at the words themselves (SplitRows::mark), else for their end. Sums are always
-//       taken in the same order.
+//       by looking at the words themselves (SplitRows::mark), else for their end. That the marks
+//       are there first rests on a fence before the launch is let go, and on relaxed loads: PTX
+//       promises no order to an overlapping launch. Sums are always taken in the same order.
 // Memory: fp32 partial rows, written and read once, mostly in L2: for a decoded token a thousandth
 //       of the keys and values.
 // Limits: those of attn_fwd_sm90.cuh; 2^31 - 1 blocks of keys over all heads.
@@ -79,7 +80,7 @@ struct PartialRows {
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) missing = missing || is_unset(x[i][j]);
       }
-      if (!__any_sync(~0u, missing)) break;
+      if (!p.marked || !__any_sync(~0u, missing)) break;
     }
   }
 

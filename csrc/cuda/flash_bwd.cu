@@ -2,9 +2,8 @@
 // Tile map: attn_bwd_sm90.cuh is the kernel; blocks of 128 keys. Without a mask all tiles take as
 //       long: those of a last round that would leave half of the multiprocessors idle, or more, are
 //       shared out among all of them by their queries (Shares).
-// Pipeline: row statistics (bwd_rows.cu), the main kernel, dK and dV of shared tiles and dQ to
-// their
-//       dtype (unpack_dq.cu).
+// Pipeline: row statistics (bwd_rows.cu), the main kernel; dK and dV of shared tiles and dQ get
+//       their dtype (unpack_dq.cu).
 // Memory: those of its parts; 8 D bytes a key of shared tiles, at most half as many tiles as there
 //       are multiprocessors.
 // Limits: those of its parts.

@@ -1,7 +1,7 @@
-// Math: none; how a tile of infini_state_tiles.cuh reads a state, writes the next and hands it
-// over. Tile map: a warpgroup has 64 rows of M, in the fragments of a product. Pipeline: consumers
-// wait for no store: a warp of the producer's publishes what they hand over. Memory: M of the state
-// read once in fp32; of the next once in fp32 and once in 16 bits, the
+// Math: none; how a tile of infini_state_tiles.cuh reads a state, writes the next, hands it over.
+// Tile map: a warpgroup has 64 rows of M, in the fragments of a product.
+// Pipeline: consumers wait for no store: a warp of the producer's publishes what they hand over.
+// Memory: M of the state is read once in fp32; of the next once in fp32 and once in 16 bits, the
 //       latter in whole rows through the memory of O.
 // Limits: those of infini_state_tiles.cuh.
 #pragma once
