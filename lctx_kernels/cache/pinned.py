@@ -18,7 +18,7 @@ LEAST_BYTES = 1 << 26  # below, torch's own pinned memory, which is at hand agai
 
 
 class PinnedRoom:
-    """An uninitialised tensor in pinned memory, until `free`.
+    """A tensor in pinned memory, of any values, until `free`.
 
     Args:
         shape, dtype: Of `value`.
@@ -40,7 +40,7 @@ class PinnedRoom:
         with contextlib.suppress(AttributeError, OSError):  # a system without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)
         self.value = torch.frombuffer(pages, dtype=dtype).view(*shape)
-        self.value.zero_()
+        self.value.zero_()  # so that the pages are there, and large, when they are pinned
         with torch.cuda.device(gpu):
             error = torch.cuda.cudart().cudaHostRegister(self.value.data_ptr(), self.size, 0)
         if int(error) != 0:

@@ -65,7 +65,7 @@ class DeviceTransport(GroupTransport):
         self.size = 0
         self.bytes = torch.empty(0, dtype=torch.uint8, device=device)
         self.exchanges = 0
-        self.stream = 0  # that the last call was on
+        self.stream = -1  # that the last call was on; -1 before the first
         _OPEN.add(self)
 
     # ---- what ranks tell each other ----
@@ -118,8 +118,11 @@ class DeviceTransport(GroupTransport):
     def memory(self, size: int, device: torch.device) -> Tensor:
         """As Transport. Grows, never shrinks; all ranks ask for the same."""
         stream = torch._C._cuda_getCurrentRawStream(self.index)
-        if stream != self.stream and self.stream:  # the memory is still in use there
-            before = torch.cuda.ExternalStream(self.stream, device=device)
+        if self.stream not in (stream, -1):  # the memory is still in use there
+            before = (
+                torch.cuda.ExternalStream(self.stream, device=device) if self.stream
+                else torch.cuda.default_stream(device)
+            )  # fmt: skip
             torch.cuda.current_stream(device).wait_stream(before)
         self.stream = stream
         if size > self.size:

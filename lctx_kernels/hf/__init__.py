@@ -140,7 +140,7 @@ def register() -> None:
     """Make converted models and `attn_implementation="lctx_dense"` known to transformers.
 
     `convert` does it too; call it before `AutoModelForCausalLM.from_pretrained` of a saved one, or
-    of any causal model with exact attention by this package: padded rows, sliding windows, packed
+    of a causal model with exact attention by this package: padded rows, sliding windows, packed
     texts (position_ids that restart) and caches that grow are served.
 
     Raises:

@@ -14,6 +14,9 @@ from .padding import by_rows, tokens_of
 
 NAME = "lctx_dense"  # "flash" in a name means other libraries to transformers
 
+HARMLESS = frozenset(["position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"])
+"""Tensors that layers hand to every attention function and that change no score here."""
+
 
 def attention(
     module: Any,
@@ -32,16 +35,15 @@ def attention(
     Returns (B, Tq, Hq, D) and None.
 
     Raises:
-        NotImplementedError: A 4-D mask, dropout, soft-capped scores, attention sinks, a layer that
-            is not causal.
+        NotImplementedError: A 4-D mask, dropout, soft-capped scores, a layer that is not causal, or
+            does not say over how many tokens it slides, or has more to say of its scores.
     """
     where = type(module).__name__
     if attention_mask is not None and attention_mask.dim() > 2:
         raise NotImplementedError(
             f"{where}: attention_mask has {attention_mask.dim()} dimensions; expected 2, (B, T)"
         )
-    if kwargs.get("s_aux") is not None or not getattr(module, "is_causal", True):
-        raise NotImplementedError(f"{where}: expected a causal layer without attention sinks")
+    _refuse_other_scores(module, where, kwargs)
     refuse_in_scores(where, dropout, kwargs.get("softcap"))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     window = kwargs.get("sliding_window")
@@ -56,6 +58,26 @@ def attention(
     one = [x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v)]
     out = attend(one[0], one[1], one[2], attention_mask)
     return out.view(*q.shape[:3], v.shape[-1]), None
+
+
+def _refuse_other_scores(module: Any, where: str, kwargs: dict[str, Any]) -> None:
+    """What a layer's scores or visibility depend on beyond queries, keys and a window."""
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"{where}: is_causal is False; expected a causal layer")
+    config = getattr(module, "config", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    unsaid = "sliding_window" not in kwargs and getattr(config, "sliding_window", None) is not None
+    if chunk is not None or unsaid:
+        raise NotImplementedError(
+            f"{where}: config has attention_chunk_size or a sliding_window that the layer does not "
+            "hand on; expected layers that see everything, or hand on `sliding_window`"
+        )
+    given = sorted(n for n, x in kwargs.items() if isinstance(x, Tensor) and n not in HARMLESS)
+    if given:
+        raise NotImplementedError(
+            f"{where}: {', '.join(given)} given to the attention function, which no kernel takes; "
+            "expected layers whose scores are those of queries and keys alone"
+        )
 
 
 def mask(
@@ -77,18 +99,22 @@ def mask(
         NotImplementedError: Another visibility, or a cache longer than what it holds.
     """
     if not allow_is_causal_skip:
-        if q_length != kv_length or attention_mask is not None:
+        if q_length != kv_length:
             raise NotImplementedError(
-                f"{NAME}: a mask function of your own, a compiled static cache, or packed texts "
-                "together with a cache or an attention_mask; expected one causal text per row, "
-                "or packed texts from their first token on"
+                f"{NAME}: a static cache of {kv_length} tokens, packed texts with a cache, or a "
+                "mask function of your own; expected a cache that grows"
+            )
+        if attention_mask is not None:
+            raise NotImplementedError(
+                f"{NAME}: packed texts, or a mask function of your own, with an attention_mask; "
+                "expected position_ids alone, from the first token on"
             )
         starts: Tensor | None = _documents(batch_size, q_length, mask_function, local_size, device)
         return starts
     if attention_mask is None and kv_length > int(q_offset) - kv_offset + q_length:
         raise NotImplementedError(
-            f"{NAME}: a cache of {kv_length} tokens that holds {int(q_offset) + q_length}, and no "
-            "attention_mask; expected a cache that grows, or attention_mask"
+            f"{NAME}: a static cache of {kv_length} tokens that holds {int(q_offset) + q_length}; "
+            "expected a cache that grows"
         )
     return tokens_of(attention_mask, kv_offset, kv_length)
 

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from hf.tiny import base, hf, tokens
+import transformers
+from hf.tiny import SHAPE, base, hf, tokens
 from transformers.masking_utils import create_causal_mask
+
+from lctx_kernels.hf import dense
 
 T = 37
 CHANGES = {"mistral": {"sliding_window": 9}, "gemma2": {"attn_logit_softcapping": 5.0}}
@@ -66,9 +69,9 @@ def test_generation():
 
 def test_refusals():
     _, model = models("llama")
-    dense = torch.zeros(2, 1, T, T, dtype=torch.float64)
+    square = torch.zeros(2, 1, T, T, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="attention_mask has 4 dimensions; expected 2"):
-        model(tokens(2, T), attention_mask=dense)
+        model(tokens(2, T), attention_mask=square)
     inputs = {"config": model.config, "inputs_embeds": torch.zeros(2, T, 8)}
     inputs |= {"attention_mask": None, "past_key_values": None}
 
@@ -84,6 +87,34 @@ def test_refusals():
     _, capped = models("gemma2")
     with pytest.raises(NotImplementedError, match="softcap is"):
         capped(tokens(2, T))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        (
+            "Llama4",
+            {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+        ),
+        ("Phimoe", {"sliding_window": 8, "num_local_experts": 2}),
+    ],
+)
+def test_layers_that_do_not_hand_on_their_window_are_refused(family, changes):
+    config = getattr(transformers, f"{family}TextConfig", None)
+    config = config or getattr(transformers, f"{family}Config")
+    model = getattr(transformers, f"{family}ForCausalLM")(config(**SHAPE | changes))
+    model.set_attn_implementation("lctx_dense")
+    with pytest.raises(NotImplementedError, match="attention_chunk_size or a sliding_window"):
+        model(tokens(1, T))
+
+
+def test_what_else_would_change_scores_is_refused():
+    _, model = models("llama")
+    layer = model.model.layers[0].self_attn
+    q, k, v = torch.randn(3, 1, 4, T, 8).unbind()
+    dense.attention(layer, q, k, v, None, position_ids=torch.arange(T)[None])
+    with pytest.raises(NotImplementedError, match="position_bias, sinks given to the attention"):
+        dense.attention(layer, q, k, v, None, sinks=torch.zeros(4), position_bias=torch.zeros(T))
 
 
 def test_compiled():
