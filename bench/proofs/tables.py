@@ -25,9 +25,16 @@ def read(folder: Path, name: str) -> Any:
 
 
 def conditions(results: Sequence[Any]) -> str:
-    """The machine line and the days."""
-    lines = {f"{machine_line(x['machine'])}; {x['date']}." for x in results}
-    return " ".join(sorted(lines))
+    """A line for each machine, with its commits and days."""
+    runs_of: dict[str, set[tuple[str, str]]] = {}
+    for x in results:
+        line, commit = machine_line(x["machine"]).rsplit(" ", 1)
+        runs_of.setdefault(line, set()).add((commit, x["date"]))
+    lines = []
+    for line, runs in sorted(runs_of.items()):
+        commits, days = (", ".join(sorted(set(names))) for names in zip(*runs, strict=True))
+        lines.append(f"{line}{'s' if ', ' in commits else ''} {commits}; {days}.")
+    return " ".join(lines)
 
 
 def runs(folder: Path) -> list[Any]:
