@@ -191,8 +191,9 @@ def _carry(D: int) -> None:
     out, lse = fp32(1, LENGTH, 4, D), fp32(1, 4, LENGTH, value=-torch.inf)
     for keys, start, last in (((k, v), 0, False), (far, LENGTH, True)):
         torch.ops.lctx.flash_carry(q, *keys, out, lse, True, 0.1, 0, LENGTH, start, last)
-    arguments = (out, lse, torch.empty_like(q), True, 0.1, 0, 0, LENGTH // 2)
-    torch.ops.lctx.flash_carry_two(q, k, v, *far, *arguments)
+    for first_row in (0, LENGTH // 2):  # a tile of rows of one kind, and of both
+        arguments = (out, lse, torch.empty_like(q), True, 0.1, first_row, 0, LENGTH // 2)
+        torch.ops.lctx.flash_carry_two(q, k, v, *far, *arguments)
 
 
 def _carry_bwd(D: int) -> None:
@@ -212,6 +213,10 @@ def _carry_bwd(D: int) -> None:
         torch.ops.lctx.carry_bwd_step(
             q, q, k, v, rows, dq_sum, dk, dv, True, 0.1, 0, 0, 0, 0, 0, first
         )
+    late = q[:, 128:]  # behind 37 rows that are no part of the step
+    torch.ops.lctx.carry_bwd_step(
+        late, late, k, v, rows, dq_sum, dk, dv, True, 0.1, 0, 128, 0, 128, 0, False, 37
+    )
     torch.ops.lctx.carry_bwd_end(dq_sum, q, 0.1)
 
 
