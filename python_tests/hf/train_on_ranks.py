@@ -5,6 +5,7 @@ import os
 import sys
 
 from hf.tiny import converted, hf, tokens
+from torch import distributed
 from transformers import Trainer, TrainingArguments
 
 
@@ -27,6 +28,8 @@ def main(folder):
         results[cls.__name__] = {"losses": losses, "gates": gates}
     if int(os.environ.get("RANK", "0")) == 0:
         print("RESULTS " + json.dumps(results))
+    if distributed.is_initialized():  # its threads must not outlive the interpreter
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
