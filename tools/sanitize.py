@@ -292,7 +292,7 @@ def sanitize(tool: str, op: str, device: str) -> tuple[bool, str]:
         return False, f"{tool:<10} {op:<16} took more than {TIMEOUT_S} s"
     lines = done.stdout.splitlines() + done.stderr.splitlines()
     every = findings(lines)
-    found = [x[0] for x in every if not is_known(tool, op, x)]
+    found = [", ".join(x) for x in every if not is_known(tool, op, x)]
     what = f"{tool:<10} {op:<16}"
     if op == PLANTED:
         return bool(found), f"{what} {len(found)} findings; at least one was planted"
