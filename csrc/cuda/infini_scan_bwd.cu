@@ -1,6 +1,6 @@
 // Math: gradients of the states, from the last to the first. With dM the gradient of the state that
 //       segment s leaves and R_s what retrieval of segment s adds, the state that it reads gets
-//         linear: dM + R_s (delta: infini_delta_scan.cu), and likewise z;
+//         linear: dM + R_s (delta: infini_delta_scan_bwd.cu), and likewise z;
 //       nothing passes a state that is detached. delta: dk += dz o min(sigma(k), 1), where
 //       infini_local_bwd.cu does not.
 // Tile map: z: a block per (batch, key/value head), a thread per element. M: a thread per four
