@@ -7,7 +7,8 @@
 //       holds rows 64 w .. of dM as the accumulator of the product. A producer warp loads T.
 // Pipeline: T arrives in stages of 64 columns of a term. Per segment: the warpgroups write dM
 //       transposed into one of two tiles (B), meet once, add A B = (-T) dM onto dM, then R, which
-//       was loaded a segment ahead.
+//       was loaded a segment ahead. Both are asked for in the L2 cache earlier: the row statistics,
+//       which run beside, keep memory busy.
 // Memory: per segment and head reads T (each of D / 32 blocks, once from HBM) and R, writes dM:
 //       12 D^2 bytes. A chain of S dependent steps.
 // Limits: used by infini_bwd; D a multiple of 8 up to 256.
@@ -29,6 +30,8 @@ struct ScanTraits {
   static constexpr int kConsumerThreads = 2 * kHeadDim;
   static constexpr int kThreads = kConsumerThreads + 32;
   static constexpr int kStages = kHeadDim == 256 ? 4 : 8;
+  static constexpr bool kFetches = kHeadDim <= 128;  // above, nothing runs beside it
+  static constexpr int kAhead = 4;                   // segments
   static constexpr int kStageBytes = chunk_bytes(kHeadDim);
   static constexpr int kTermBytes = tile_bytes(kColumns, kHeadDim);
   static constexpr int kTiles = kStages * kStageBytes;  // of dM: two, of two terms
@@ -38,6 +41,7 @@ struct ScanTraits {
 
 struct ScanParams {
   CUtensorMap decays;  // column, row, 1, state, term
+  const void* data;    // the same
   InfiniGradStates states;
 };
 
@@ -63,8 +67,22 @@ struct ScanKernel {
         column0(blockIdx.y * kColumns),
         pipe(smem + Traits::kBarriers) {}
 
+  // What a segment further on reads is asked for in the L2 cache, once a chain.
+  __device__ __forceinline__ void fetch(int s) const {
+    if (!Traits::kFetches || s < 0 || blockIdx.y != 0) return;
+    const uint32_t bytes = static_cast<uint32_t>(x.matrix()) * 4;
+    const int64_t terms = int64_t{x.chains()} * x.S * x.matrix(), at = x.state(0, chain, s);
+    const auto* decay = static_cast<const T*>(p.data) + at * x.matrix();
+    for (int term = 0; term < Traits::kTerms; ++term) {
+      ptx::bulk_prefetch(decay + term * terms, bytes / 2);
+    }
+    for (int part = 0; part < x.splits; ++part) ptx::bulk_prefetch(x.dM_of(part, chain, s), bytes);
+  }
+
   __device__ __forceinline__ void produce() {
+    for (int i = 1; i < Traits::kAhead; ++i) fetch(x.S - 1 - i);
     for (int s = x.S - 1; s >= 0; --s) {
+      fetch(s - Traits::kAhead);
       for (int i = 0; i < Traits::kTerms * Traits::kChunks; ++i) {
         const uint32_t full = pipe.acquire(state, Traits::kStageBytes);
         ptx::tma_load_5d(smem + state.stage() * Traits::kStageBytes, &p.decays, full,
@@ -206,7 +224,7 @@ void launch(const InfiniGradStates& states, const void* decays, Stream stream) {
   const MapLayout layout{{D, D, 1, num_states, Traits::kTerms},
                          {D, 0, matrix, num_states * matrix},
                          {kChunkColumns, Traits::kHeadDim, 1, 1, 1}};
-  const ScanParams p{make_map(decays, DType::kBFloat16, layout), states};
+  const ScanParams p{make_map(decays, DType::kBFloat16, layout), decays, states};
   const dim3 grid(states.chains(), static_cast<unsigned>(ceil_div(states.D, Traits::kColumns)));
   launch_memory<Traits>("infini_delta_scan_bwd_kernel", infini_delta_scan_bwd_kernel<Traits>, p,
                         grid, stream);

@@ -33,7 +33,6 @@ struct StateTile : StateMemory<Kernel>, StateLoads<Kernel, kDelta> {
   static constexpr int kHeadDim = Kernel::kHeadDim, kBlockN = Kernel::kBlockN;
   static_assert(kHeadDim == 64 * Traits::kConsumers && kHeadDim == kBlockN,
                 "every consumer has rows of M; sigma(K) and M share a shape");
-  static_assert(Traits::kStages == 2, "FwdKernel::key_tile");
   // Sigma is applied to a part of a block under the products of the part before.
   static constexpr int kPartRows = 64, kParts = kBlockN / kPartRows;
   static constexpr int kPartBytes = kPartRows * kChunkRowBytes;
