@@ -144,6 +144,9 @@ struct InfiniParams : AttnParams {
   void* z_states = nullptr;  // stat (B, Hkv, S, Dk)
   void* M_out = nullptr;     // stat (B, Hkv, Dk, Dv): after the last segment
   void* z_out = nullptr;     // stat (B, Hkv, Dk)
+  // CUDA, delta rule: (2, B, Hkv, S, Dk, Dk) bf16, -T of every segment is the sum of the two. Saved
+  // for the backward; nullptr: not wanted.
+  const void* decays = nullptr;
   TensorView out_local;  // softmax part before the gate, in the input dtype; saved for the backward
 };
 

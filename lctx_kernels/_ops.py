@@ -43,6 +43,7 @@ def _infini_fwd(a: SimpleNamespace) -> tuple[Tensor, ...]:
     (B, T, H, Dk), (Hkv, Dv) = a.q.shape, a.v.shape[-2:]
     S = (T + a.segment_len - 1) // a.segment_len
     stat = stat_dtype(a.q.dtype)
+    keeps = a.save_local and a.update == "delta" and a.q.device.type == "cuda"
     return (
         a.q.new_empty(B, T, H, Dv),
         a.q.new_empty((B, T, H, Dv) if a.save_local else 0),
@@ -51,6 +52,7 @@ def _infini_fwd(a: SimpleNamespace) -> tuple[Tensor, ...]:
         a.q.new_empty(B, Hkv, S, Dk, dtype=stat),
         a.q.new_empty(B, Hkv, Dk, Dv, dtype=stat),
         a.q.new_empty(B, Hkv, Dk, dtype=stat),
+        a.q.new_empty((2, B, Hkv, S, Dk, Dk) if keeps else 0, dtype=torch.bfloat16),
     )
 
 

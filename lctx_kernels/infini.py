@@ -118,7 +118,7 @@ def infini_attention(
     else:
         M_in, z_in = (None, None) if mem is None else mem
         inputs = (q, k, v, M_in, z_in, gate, q_mem, k_mem)
-        out, _, _, _, _, M, z = _ops.call("infini_fwd", {
+        out, _, _, _, _, M, z, _ = _ops.call("infini_fwd", {
             "q": q, "k": k, "v": v, "q_mem": q_mem, "k_mem": k_mem, "M": M_in, "z": z_in,
             "gate": gate, "segment_len": segment_len, "update": update, "first": first,
             "detach_every": detach_every,

@@ -85,7 +85,7 @@ void launch(const Call& call, const InfiniParams& params, const OptTensor& M, co
 }
 #endif
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infini_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infini_fwd(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& q_mem,
     const OptTensor& k_mem, const OptTensor& M, const OptTensor& z, const OptTensor& gate,
     int64_t segment_len, const std::string& update, const std::string& first, int64_t detach_every,
@@ -103,7 +103,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infini_fwd(
   Tensor z_states = call.new_stat({s.B, s.Hkv, S, s.Dk});
   Tensor M_out = call.new_stat({s.B, s.Hkv, s.Dk, s.Dv});
   Tensor z_out = call.new_stat({s.B, s.Hkv, s.Dk});
+  const bool keeps = save_local && call.is_cuda() && params.update == InfiniUpdate::kDelta;
+  Tensor decays =
+      call.new_plain(ScalarType::BFloat16, keeps ? Shape{2, s.B, s.Hkv, S, s.Dk, s.Dk} : Shape{0});
   if (needs_local) params.out_local = view(out_local);
+  if (keeps) params.decays = decays.mutable_data_ptr();
   params.M_states = M_states.mutable_data_ptr();
   params.z_states = z_states.mutable_data_ptr();
   params.M_out = M_out.mutable_data_ptr();
@@ -112,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infini_fwd(
   if (call.is_cuda()) check_limits(call, params);
   if (call.is_cuda() && S > 0) {
     launch(call, params, M, z);
-    return {out, out_local, lse, M_states, z_states, M_out, z_out};
+    return {out, out_local, lse, M_states, z_states, M_out, z_out, decays};
   }
 #endif
   // Without a segment the memory goes out as it came in.
@@ -120,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infini_fwd(
   set_state(z, S == 0 ? z_out : torch::stable::select(z_states, 2, 0));
   if (S > 0) cpu::infini_fwd(params, thread_pool());
   if (!save_local) out_local = call.new_rows({0});
-  return {out, out_local, lse, M_states, z_states, M_out, z_out};
+  return {out, out_local, lse, M_states, z_states, M_out, z_out, decays};
 }
 
 }  // namespace

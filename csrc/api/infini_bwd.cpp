@@ -20,7 +20,6 @@ void launch(const Call& call, const InfiniParams& params, const InfiniGrads& gra
   Tensor norms = call.new_stat({s.B, s.Hkv, S, 4 + s.Dk});
   Tensor dM = call.new_stat({plan.splits, s.B, s.Hkv, S, s.Dk, s.Dv});
   Tensor dz = call.new_stat({plan.splits, s.B, s.Hkv, S, s.Dk});
-  Tensor decay = call.new_stat({key_parts, s.B, s.Hkv, S, s.Dk, s.Dk});
   Tensor dz_keys = call.new_stat({key_parts, s.B, s.Hkv, S, s.Dk});
   Tensor retrieved = call.new_stat({s.B, s.Hq, s.Tq});
   Tensor rows = call.new_stat({2, s.B, s.Hq, cuda::bwd_pitch(s)});
@@ -36,7 +35,6 @@ void launch(const Call& call, const InfiniParams& params, const InfiniGrads& gra
   scratch.norms = stat(norms);
   scratch.dM = stat(dM);
   scratch.dz = stat(dz);
-  scratch.decay = stat(decay);
   scratch.dz_keys = stat(dz_keys);
   scratch.retrieved = stat(retrieved);
   scratch.lse2 = stat(rows);
@@ -57,14 +55,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infin
     const Tensor& dout, const OptTensor& dM_out, const OptTensor& dz_out, const Tensor& q,
     const Tensor& k, const Tensor& v, const OptTensor& q_mem, const OptTensor& k_mem,
     const OptTensor& M, const OptTensor& z, const OptTensor& gate, const Tensor& out_local,
-    const Tensor& lse, const Tensor& M_states, const Tensor& z_states, int64_t segment_len,
-    const std::string& update, const std::string& first, int64_t detach_every, double scale,
-    bool deterministic) {
+    const Tensor& lse, const Tensor& M_states, const Tensor& z_states, const Tensor& decays,
+    int64_t segment_len, const std::string& update, const std::string& first, int64_t detach_every,
+    double scale, bool deterministic) {
   const Call call(
       "lctx::infini_bwd",
       {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(q_mem), LCTX_ARG(k_mem), LCTX_ARG(M),
        LCTX_ARG(z), LCTX_ARG(gate), LCTX_ARG(out_local), LCTX_ARG(lse), LCTX_ARG(M_states),
-       LCTX_ARG(z_states), LCTX_ARG(dout), LCTX_ARG(dM_out), LCTX_ARG(dz_out)});
+       LCTX_ARG(z_states), LCTX_ARG(decays), LCTX_ARG(dout), LCTX_ARG(dM_out), LCTX_ARG(dz_out)});
   InfiniParams params = make_params(call, {q, k, v, q_mem, k_mem, M, z, gate},
                                     {segment_len, update, first, detach_every, scale});
   const AttnShape& s = params.shape;
@@ -73,6 +71,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> infin
   params.out_local = call.rows(LCTX_ARG(out_local), {s.B, s.Tq, s.Hq, s.Dv});
   params.M_states = call.stat(LCTX_ARG(M_states), {s.B, s.Hkv, S, s.Dk, s.Dv});
   params.z_states = call.stat(LCTX_ARG(z_states), {s.B, s.Hkv, S, s.Dk});
+  const bool kept = call.is_cuda() && params.update == InfiniUpdate::kDelta;
+  params.decays = call.plain(LCTX_ARG(decays), ScalarType::BFloat16,
+                             kept ? Shape{2, s.B, s.Hkv, S, s.Dk, s.Dk} : Shape{0});
 
   InfiniGrads grads;
   auto [dq, dk, dv] = set_grads(call, dout, std::nullopt, params, grads);

@@ -98,7 +98,9 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 
   // M_states, z_states: the memory that each of the S segments reads, kept for the backward, as is
-  // out_local, the softmax part of out, which is empty without save_local.
+  // out_local, the softmax part of out, which is empty without save_local. decays, on a GPU and by
+  // the delta rule: what a segment multiplies the memory with, less the unit matrix, in two bf16
+  // terms (2, B, Hkv, S, Dk, Dk); empty else and without save_local.
   // The backward returns empty dq_mem/dk_mem when q_mem/k_mem are not given (their gradient is in
   // dq, dk), an empty dgate without gate, and empty dM/dz without memory.
   m.def(
@@ -106,12 +108,12 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "Tensor? z, Tensor? gate, int segment_len, str update, str first, int detach_every, float "
       "scale, bool save_local, bool deterministic) "
       "-> (Tensor out, Tensor out_local, Tensor lse, Tensor M_states, Tensor z_states, Tensor "
-      "M_out, Tensor z_out)");
+      "M_out, Tensor z_out, Tensor decays)");
   m.def(
       "infini_bwd(Tensor dout, Tensor? dM_out, Tensor? dz_out, Tensor q, Tensor k, Tensor v, "
       "Tensor? q_mem, Tensor? k_mem, Tensor? M, Tensor? z, Tensor? gate, Tensor out_local, "
-      "Tensor lse, Tensor M_states, Tensor z_states, int segment_len, str update, str first, "
-      "int detach_every, float scale, bool deterministic) "
+      "Tensor lse, Tensor M_states, Tensor z_states, Tensor decays, int segment_len, str update, "
+      "str first, int detach_every, float scale, bool deterministic) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_mem, Tensor dk_mem, Tensor dM, Tensor dz, "
       "Tensor dgate)");
 

@@ -151,7 +151,6 @@ struct InfiniBwdScratch {
   float* norms = nullptr;      // (B, Hkv, S, 4 + D)
   float* dM = nullptr;         // (splits, B, Hkv, S, D, D)
   float* dz = nullptr;         // (splits, B, Hkv, S, D)
-  float* decay = nullptr;      // (key_splits, B, Hkv, S, D, D), delta rule only
   float* dz_keys = nullptr;    // (key_splits, B, Hkv, S, D), delta rule only
   float* retrieved = nullptr;  // (B, Hq, T)
   float* lse2 = nullptr;       // (B, Hq, bwd_pitch), as the next

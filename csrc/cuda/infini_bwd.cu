@@ -3,11 +3,11 @@
 // Pipeline: gradients of the rows through retrieval, and its share of dM and dz of every segment
 //       (infini_retrieve_bwd.cu); row statistics and the gate (infini_stats_bwd.cu), by the delta
 //       rule beside the next; the scans from the last segment to the first (infini_scan_bwd.cu,
-//       infini_delta_scan.cu); gradients of keys and values (infini_update_bwd.cu), for the delta
-//       rule before the scan of dz. Above D = 128 infini_wide_*.cu take the place of retrieval and
-//       update.
-// Memory: D x D floats per segment and key/value head for dM, as many for the delta rule's decays,
-//       above D = 128 twice as many for the terms of M and dM.
+//       infini_delta_scan_bwd.cu); gradients of keys and values (infini_update_bwd.cu), for the
+//       delta rule before the scan of dz. Above D = 128 infini_wide_*.cu take the place of
+//       retrieval and update.
+// Memory: D x D floats per segment and key/value head for dM, above D = 128 twice as many more for
+//       the terms of M and dM. The decays come from the forward.
 // Limits: those of its parts.
 #include <algorithm>
 
@@ -74,11 +74,8 @@ void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& gra
                               int num_sms, Stream stream) {
   const InfiniGradStates states = make_states(params, grads, plan, scratch);
   InfiniScratch again;
-  again.decay = scratch.decay;
   again.norms = scratch.norms;
-  InfiniPlan key_plan;
-  key_plan.splits = plan.key_splits;
-  InfiniStates forward(params, key_plan, again);
+  const InfiniStates forward(params, InfiniPlan(), again);
   const bool delta = params.update == InfiniUpdate::kDelta, is_wide = params.shape.Dk > 128;
   const InfiniWide wide = make_infini_wide(params, scratch);
   launch_infini_norms(forward, stream);
@@ -91,12 +88,7 @@ void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& gra
     launch_infini_retrieve_bwd(params, grads, states, scratch.dq_sum, num_sms, stream);
   }
   if (delta) {
-    launch_infini_decays(params, forward, /*tf32=*/false, num_sms, stream);
-    if (is_wide) {
-      launch_infini_add_decays(forward, stream);
-      forward.splits = 1;
-    }
-    launch_infini_delta_scan_bwd(states, forward, stream);
+    launch_infini_delta_scan_bwd(states, params.decays, stream);
     // The scan is a chain of steps that leaves most of a multiprocessor idle.
     launch_infini_row_stats(params, grads, states, /*overlap=*/!is_wide, stream);
   } else {

@@ -6,7 +6,7 @@
 // is
 //       made in one of two ways (plan_infini). Beside attention: tiles that make a state
 //       (infini_state_tiles.cuh) come before those that attend in the same segment, in one kernel.
-//       Before it: infini_sums_fwd.cu, infini_scan_fwd.cu and infini_delta_scan.cu.
+//       Before it: infini_sums_fwd.cu, infini_scan_fwd.cu and infini_delta_scan_fwd.cu.
 // Pipeline: beside, the tiles of a segment wait for states that were begun a segment earlier.
 //       Before: sums of every segment, a scan over D x D states, then attention; the delta rule
 //       adds D x D decays, which need the prefix of z.
@@ -141,7 +141,9 @@ void launch_infini_fwd(const InfiniParams& params, const InfiniPlan& plan,
     launch_infini_gains(params, states, num_sms, stream);
     launch_infini_z_scan(states, stream);
     if (params.update == InfiniUpdate::kDelta) {
-      launch_infini_decays(params, states, /*tf32=*/true, num_sms, stream);
+      const bool keeps = states.decays != nullptr;
+      launch_infini_decays(params, states, /*tf32=*/!keeps, num_sms, stream);
+      if (keeps) launch_infini_keep_decays(states, stream);
       launch_infini_delta_scan(states, dtype, stream);
     } else {
       launch_infini_linear_scan(states, dtype, stream);

@@ -52,7 +52,7 @@ struct InfiniGradStates {
   }
 };
 
-// In this order: rows' gradients through retrieval and its part of dM and dz; (delta) decays again;
+// In this order: rows' gradients through retrieval and its part of dM and dz;
 // statistics of the local part, and dgate, (delta) beside the scan; scan of dM; (linear) scan of
 // dz; gradients of keys and values; (delta) scan of dz, and what it adds to dk.
 void launch_infini_retrieve_bwd(const InfiniParams& params, const InfiniGrads& grads,
@@ -63,7 +63,7 @@ int64_t infini_row_blocks(const AttnShape& shape);  // shares of dgate a batch a
 void launch_infini_row_stats(const InfiniParams& params, const InfiniGrads& grads,
                              const InfiniGradStates& states, bool overlap, Stream stream);
 void launch_infini_linear_scan_bwd(const InfiniGradStates& states, Stream stream);
-void launch_infini_delta_scan_bwd(const InfiniGradStates& states, const InfiniStates& forward,
+void launch_infini_delta_scan_bwd(const InfiniGradStates& states, const void* decays,
                                   Stream stream);
 void launch_infini_z_scan_bwd(const InfiniGradStates& states, Stream stream);
 // Writes what the memory adds to dk and dv to `dk` and `dv`, in the inputs' type; delta rule:

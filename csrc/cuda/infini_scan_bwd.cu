@@ -1,12 +1,12 @@
 // Math: gradients of the states, from the last to the first. With dM the gradient of the state that
 //       segment s leaves and R_s what retrieval of segment s adds, the state that it reads gets
-//         linear: dM + R_s (delta: infini_delta_scan.cu), and likewise z;
+//         linear: dM + R_s (delta: infini_delta_scan_bwd.cu), and likewise z;
 //       nothing passes a state that is detached. delta: dk += dz o min(sigma(k), 1), where
 //       infini_local_bwd.cu does not.
 // Tile map: z: a block per (batch, key/value head), a thread per element. M: a thread per four
 //       elements of the matrix and chain. dk: a thread per 8 columns of a row.
 // Pipeline: a thread walks through the segments; the shares of the next kAhead segments are loaded
-//       before they are needed.
+//       before they are needed, of z kVectorsAhead.
 // Memory: in place: per segment and head D^2 (4 read + 4 written) bytes: memory's speed. Parts of a
 //       segment are added in their order.
 // Limits: used by infini_bwd; D a multiple of 8; 2^31 - 1 rows.
@@ -20,7 +20,7 @@
 namespace lctx::cuda {
 namespace {
 
-constexpr int kAhead = 4;
+constexpr int kAhead = 4, kVectorsAhead = 8;
 
 struct Four {
   float4 x = {0.f, 0.f, 0.f, 0.f};
@@ -78,19 +78,28 @@ __global__ void __launch_bounds__(128)
   if (column >= x.D) return;
   float carry = 0.f;
   if (x.dz_out != nullptr && !x.detached(x.S)) carry = x.dz_out[int64_t{chain} * x.D + column];
-  for (int s0 = x.S - 1; s0 >= 0; s0 -= kAhead) {
-    float shares[kAhead] = {};
+  for (int s0 = x.S - 1; s0 >= 0; s0 -= kVectorsAhead) {
+    // First parts, often the only ones, before anything waits for one of them.
+    float shares[kVectorsAhead], keys[kVectorsAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
+    for (int i = 0; i < kVectorsAhead; ++i) {
+      const int s = s0 - i;
+      const bool adds = s >= 0 && !x.empty(s);
+      shares[i] = adds ? x.dz_of(0, chain, s)[column] : 0.f;
+      keys[i] = adds && x.dz_keys != nullptr ? x.dz_keys[x.state(0, chain, s) * x.D + column] : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kVectorsAhead; ++i) {
       const int s = s0 - i;
       if (s < 0 || x.empty(s)) continue;
-      for (int part = 0; part < x.splits; ++part) shares[i] += x.dz_of(part, chain, s)[column];
-      for (int part = 0; x.dz_keys != nullptr && part < x.key_splits; ++part) {
+      for (int part = 1; part < x.splits; ++part) shares[i] += x.dz_of(part, chain, s)[column];
+      shares[i] += keys[i];
+      for (int part = 1; x.dz_keys != nullptr && part < x.key_splits; ++part) {
         shares[i] += x.dz_keys[x.state(part, chain, s) * x.D + column];
       }
     }
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
+    for (int i = 0; i < kVectorsAhead; ++i) {
       const int s = s0 - i;
       if (s < 0) break;
       x.dz_of(0, chain, s)[column] = carry;

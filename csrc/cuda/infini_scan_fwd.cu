@@ -6,11 +6,13 @@
 //       before they are needed.
 // Memory: per segment and head at most D^2 (4 read + 4 + 2 written) bytes: memory's speed. Gains
 //       lie where the state after them is written. Parts of a segment are added in their order.
+//       Decays that are kept: 8 D^2 bytes read or written a part, 4 more for what is kept.
 // Limits: used by infini_fwd, the norms by infini_bwd too; D a multiple of 8.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "../common/launch.h"
+#include "infini_matrix.cuh"
 #include "infini_states.h"
 
 namespace lctx::cuda {
@@ -120,7 +122,34 @@ __global__ void __launch_bounds__(128)
   }
 }
 
+// Four elements of a matrix a thread.
+__global__ void __launch_bounds__(256)
+    infini_keep_decays_kernel(const __grid_constant__ InfiniStates x, int64_t count) {
+  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  if (i >= count) return;
+  float4 sum{0.f, 0.f, 0.f, 0.f};
+#pragma unroll 4
+  for (int part = 0; part < x.splits; ++part) {
+    float4* at = reinterpret_cast<float4*>(x.decay) + part * count + i;
+    const float4 T = *at;
+    sum = sum + T;
+    *reinterpret_cast<uint4*>(at) = {ptx::round_tf32(T.x), ptx::round_tf32(T.y),
+                                     ptx::round_tf32(T.z), ptx::round_tf32(T.w)};
+  }
+  const SplitPair<__nv_bfloat16> a(-sum.x, -sum.y), b(-sum.z, -sum.w);
+  uint2* terms = static_cast<uint2*>(x.decays) + i;
+  terms[0] = make_uint2(a.high, b.high);
+  terms[count] = make_uint2(a.low, b.low);
+}
+
 }  // namespace
+
+void launch_infini_keep_decays(const InfiniStates& states, Stream stream) {
+  const int64_t count = int64_t{states.chains()} * states.S * states.matrix() / 4;
+  const dim3 grid(static_cast<unsigned>(ceil_div(count, 256))), block(256);
+  infini_keep_decays_kernel<<<grid, block, 0, stream>>>(states, count);
+  check_launch("infini_keep_decays_kernel", grid, block, stream);
+}
 
 void launch_infini_z_scan(const InfiniStates& states, Stream stream) {
   const dim3 grid(states.chains()), block(256);

@@ -6,6 +6,7 @@
 // Limits: those of infini_state_tiles.cuh.
 #pragma once
 
+#include "infini_matrix.cuh"
 #include "infini_state_loads.cuh"
 
 namespace lctx::cuda {
@@ -133,6 +134,37 @@ struct StateMemory {
         last[4 * j + 2 * i] = pair.x;
         last[4 * j + 2 * i + 1] = pair.y;
       }
+    }
+  }
+
+  // What is kept for the backward, through the memory of O, which all have left. A warp writes and
+  // reads its own rows.
+  __device__ __forceinline__ void store_decay(const SplitOperand<kHeadDim>& decay) const {
+    constexpr int kUnits = kHeadDim / 8, kRowsAtOnce = 32 / kUnits;
+    const StateWork work = find();
+    const int thread = warpgroup_thread(), lane = thread % 32, unit = lane % kUnits;
+    const int row0 = thread / 32 * 16 + lane / kUnits;
+    const uint32_t tile = kernel.smem + Traits::kO + warpgroup * tile_bytes(64, kHeadDim);
+    const FragmentAddress<64> address(tile, 0, thread);
+    auto* to =
+        static_cast<__nv_bfloat16*>(x.decays) + x.state(work.chain, work.segment) * x.matrix();
+    to += int64_t{warpgroup * 64 + row0} * x.D + unit * 8;
+#pragma unroll
+    for (int term = 0; term < 2; ++term) {
+#pragma unroll
+      for (int t = 0; t < kHeadDim / 16; ++t) {
+        const uint32_t (&r)[4] = decay.terms[term][t];
+        ptx::stmatrix_x4(address(t), r[0], r[1], r[2], r[3]);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 16; i += kRowsAtOnce) {
+        if (warpgroup * 64 + row0 + i >= x.D || unit * 8 >= x.D) continue;
+        ptx::store_global_16(to + int64_t{i} * x.D,
+                             ptx::load_shared_16(tile + swizzled_unit(64, row0 + i, unit)));
+      }
+      __syncwarp();
+      to += int64_t{x.chains()} * x.S * x.matrix();
     }
   }
 

@@ -303,10 +303,10 @@ struct StateTile : StateMemory<Kernel>, StateLoads<Kernel, kDelta> {
     release();
   }
 
-  // M -= decay (scale last), both as sums of two bf16 terms: fp16 would not hold every decay.
+  // M += decay last, decay = -T, both as sums of two bf16 terms: fp16 would not hold every decay.
   // `last` is of the state read, and becomes free.
   __device__ __forceinline__ void subtract(QState& q_state, const SplitOperand<kHeadDim>& decay,
-                                           float scale, Sums& last, Sums& M) const {
+                                           Sums& last, Sums& M) const {
     const uint32_t high = kernel.smem + Traits::kO, low = queries(q_state);
     const FragmentAddress<kHeadDim> address(high, warpgroup * 64, warpgroup_thread());
     kernel.q_pipe.wait(q_state);
@@ -317,7 +317,7 @@ struct StateTile : StateMemory<Kernel>, StateLoads<Kernel, kDelta> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = 8 * t + 2 * i;
-        const SplitPair<__nv_bfloat16> pair(last[at] * scale, last[at + 1] * scale);
+        const SplitPair<__nv_bfloat16> pair(last[at], last[at + 1]);
         h[i] = pair.high;
         l[i] = pair.low;
         M[at] += last[at];
@@ -351,12 +351,13 @@ struct StateTile : StateMemory<Kernel>, StateLoads<Kernel, kDelta> {
     float scale;
     if constexpr (kDelta) {
       add_delta(k_state, v_state, M, r, sums);
-      const SplitOperand<kHeadDim> decay(r, -1.f);
       const StateWork work = find();
-      const float last_scale = x.norm(work.chain, work.segment)[0], last_z = load_z();
+      const SplitOperand<kHeadDim> decay(r, -x.norm(work.chain, work.segment)[0]);
+      const float last_z = load_z();
       load_last(r);
       scale = store_z(sums, last_z);
-      subtract(q_state, decay, last_scale, r, M);
+      if (x.decays != nullptr) this->store_decay(decay);
+      subtract(q_state, decay, r, M);
       sync();  // the memory of O, which both read
     } else {
       const bool there = this->is_there();

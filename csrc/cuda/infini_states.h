@@ -27,7 +27,8 @@ struct InfiniStates {
   // M over z is an average of values, so that fp16 holds scale M at any length.
   void* half;
   float* norms;
-  int* ready;  // states of a chain that are there, zero at launch (infini_state_tiles.cuh)
+  int* ready;    // states of a chain that are there, zero at launch (infini_state_tiles.cuh)
+  void* decays;  // kept for the backward: two bf16 numbers whose sum is -T; nullptr: not wanted
 
   InfiniStates() = default;
   InfiniStates(const InfiniParams& params, const InfiniPlan& plan, const InfiniScratch& scratch)
@@ -50,7 +51,8 @@ struct InfiniStates {
         decay(scratch.decay),
         half(scratch.half),
         norms(scratch.norms),
-        ready(scratch.counters + 1) {}
+        ready(scratch.counters + 1),
+        decays(const_cast<void*>(params.decays)) {}
 
   __host__ __device__ int chains() const { return B * Hkv; }
   __host__ __device__ int segment_rows(int s) const {
@@ -87,13 +89,15 @@ struct InfiniStates {
 };
 
 // The memory of all chains by kernels that are parallel over the segments, in this order: gains and
-// sums of all segments; prefix of z; (delta) decays; states.
+// sums of all segments; prefix of z; (delta) decays, which are kept if wanted; states.
 int infini_splits(const InfiniParams& params, int num_sms);  // so that all multiprocessors work
 void launch_infini_gains(const InfiniParams& params, const InfiniStates& states, int num_sms,
                          Stream stream);
 // tf32: rounded, as a product of such numbers takes them.
 void launch_infini_decays(const InfiniParams& params, const InfiniStates& states, bool tf32,
                           int num_sms, Stream stream);
+// What is kept of unrounded decays, whose parts it rounds to TF32.
+void launch_infini_keep_decays(const InfiniStates& states, Stream stream);
 void launch_infini_z_scan(const InfiniStates& states, Stream stream);
 void launch_infini_norms(const InfiniStates& states, Stream stream);  // of z that is there already
 void launch_infini_linear_scan(const InfiniStates& states, DType dtype, Stream stream);

@@ -13,7 +13,7 @@
 // Memory: reads K and V (gain) or K (decay) once (D 256: twice, out of L2), writes D^2 floats a
 //       unit: memory's speed. Floor at D 128, segment 2048: 4 N D bytes a head for the gain, 2 N D
 //       for the decay.
-// Limits: used by infini_fwd, the decays by infini_bwd too; csrc/api/infini.cpp checks.
+// Limits: used by infini_fwd; csrc/api/infini.cpp checks.
 #include "../common/tensor_map.h"
 #include "infini_kernel.cuh"
 #include "infini_keys.cuh"

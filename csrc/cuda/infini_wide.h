@@ -19,8 +19,6 @@ InfiniWide make_infini_wide(const InfiniParams& params, const InfiniBwdScratch& 
 // gradients: of dM_of(0, ...) with scales of their own; else of the states.
 void launch_infini_split(const InfiniParams& params, const InfiniGradStates& states,
                          const InfiniWide& wide, bool gradients, Stream stream);
-// All parts of the decays to the first: with 256 columns every block of the scan reads all of them.
-void launch_infini_add_decays(const InfiniStates& states, Stream stream);
 // As launch_infini_retrieve_bwd; what the memory adds to dq goes to `dq`, in the inputs' type.
 void launch_infini_wide_retrieve_bwd(const InfiniParams& params, const InfiniGrads& grads,
                                      const InfiniGradStates& states, const InfiniWide& wide,

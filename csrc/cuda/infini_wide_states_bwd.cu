@@ -1,7 +1,7 @@
 // Math: a state as two numbers of the inputs' type, scale M = high + low, with the scale of the
 //       state's norms (infini_states.h) or, for a gradient, with the power of two that brings its
-//       largest element near 1. And the sum of a decay's parts.
-// Tile map: kBlocks blocks a state; parts: a thread per four elements.
+//       largest element near 1.
+// Tile map: kBlocks blocks a state.
 // Pipeline: none; every block of a gradient looks for its largest element itself.
 // Memory: reads D^2 floats a state (a gradient twice and more, from L2), writes as many bytes.
 // Limits: used by infini_bwd above D = 128; D a multiple of 8.
@@ -61,25 +61,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct PartsParams {
-  float4* parts;
-  int64_t count;  // of four numbers, a part
-  int splits;
-};
-
-__global__ void __launch_bounds__(kThreads)
-    infini_add_parts_kernel(const __grid_constant__ PartsParams p) {
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= p.count) return;
-  float4 sum = p.parts[i];
-#pragma unroll 4
-  for (int part = 1; part < p.splits; ++part) {
-    const float4 v = p.parts[part * p.count + i];
-    sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
-  }
-  p.parts[i] = sum;
-}
-
 int64_t states_of(const InfiniParams& params) {
   const AttnShape& s = params.shape;
   return s.B * s.Hkv * ceil_div(s.Tq, params.segment_len);
@@ -113,15 +94,6 @@ void launch_infini_split(const InfiniParams& params, const InfiniGradStates& sta
                                                              : infini_split_kernel<__half>;
   kernel<<<grid, block, 0, stream>>>(p);
   check_launch("infini_split_kernel", grid, block, stream);
-}
-
-void launch_infini_add_decays(const InfiniStates& states, Stream stream) {
-  if (states.splits == 1) return;
-  const PartsParams p{reinterpret_cast<float4*>(states.decay),
-                      int64_t{states.chains()} * states.S * states.matrix() / 4, states.splits};
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.count, kThreads))), block(kThreads);
-  infini_add_parts_kernel<<<grid, block, 0, stream>>>(p);
-  check_launch("infini_add_parts_kernel", grid, block, stream);
 }
 
 }  // namespace lctx::cuda

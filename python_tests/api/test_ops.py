@@ -130,7 +130,7 @@ def test_gradient_through_memory_alone():
 
 def test_outputs_that_only_the_backward_reads_have_no_gradient():
     outputs = overload("infini_fwd")(*forward_args("infini-all-inputs", requires_grad=True))
-    assert [x.requires_grad for x in outputs] == [True, False, False, False, False, True, True]
+    assert [i for i, x in enumerate(outputs) if x.requires_grad] == [0, 5, 6]  # out, M_out, z_out
 
 
 def test_expanded_gradient_of_a_sum():

@@ -202,7 +202,8 @@ def test_infinite_values_do_not_reach_earlier_states(D):
 def test_what_the_backward_gets(with_q_mem, D):
     q, k, v = gpu_qkv(1, 300, 2, D)
     tensors = {"q_mem": apart(q, k)["q_mem"]} if with_q_mem else {}
-    out, local, lse, M_states, z_states, M, _ = forward_op(q, k, v, update="delta", **tensors)
+    saved = forward_op(q, k, v, update="delta", **tensors)
+    out, local, lse, M_states, z_states, M, _, decays = saved
     again = forward_op(q, k, v, update="delta", save_local=False, **tensors)
     assert torch.equal(out, again[0]) and again[1].numel() == 0
     for s, rows in enumerate((slice(0, 128), slice(128, 256), slice(256, 300))):
@@ -214,6 +215,11 @@ def test_what_the_backward_gets(with_q_mem, D):
         _, (M_exact, z_exact) = reference.infini_attention(*head, segment_len=128, update="delta")
         assert errors(M_states[:, :, s], M_exact).rms < 4e-3
         torch.testing.assert_close(z_states[:, :, s].double(), z_exact, rtol=5e-6, atol=1e-5)
+        if s > 0:
+            sigma = torch.nn.functional.elu(part[1].double()) + 1
+            norm = torch.einsum("bnhd,bhd->bnh", sigma, z_exact)[..., None]
+            decay = torch.einsum("bnhd,bnhe->bhde", sigma / norm, sigma)
+            assert errors(-decays[:, :, :, s].double().sum(0), decay).rms < 3e-3
     assert M.shape == (1, 2, D, D)
 
 
