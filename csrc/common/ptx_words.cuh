@@ -73,6 +73,14 @@ __device__ __forceinline__ float4 load_relaxed_16(const float* p) {
   return x;
 }
 
+// Adds two neighbouring floats, 8-byte aligned.
+__device__ __forceinline__ void red_add_v2(float* p, float a, float b) {
+  asm volatile(
+      "red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)),
+      "f"(a), "f"(b)
+      : "memory");
+}
+
 // Orders what this thread has acquired before the copy engine's accesses to global memory.
 __device__ __forceinline__ void fence_async_proxy_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
