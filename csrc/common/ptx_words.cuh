@@ -18,6 +18,18 @@ __device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ void store_shared_float2(uint32_t address, float2 x) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
+}
+__device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
 __device__ __forceinline__ int2 load_shared_int2(uint32_t address) {
   int2 x;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
@@ -73,6 +85,14 @@ __device__ __forceinline__ float4 load_relaxed_16(const float* p) {
   return x;
 }
 
+// Adds two neighbouring floats, 8-byte aligned.
+__device__ __forceinline__ void red_add_v2(float* p, float a, float b) {
+  asm volatile(
+      "red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)),
+      "f"(a), "f"(b)
+      : "memory");
+}
+
 // Orders what this thread has acquired before the copy engine's accesses to global memory.
 __device__ __forceinline__ void fence_async_proxy_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
@@ -107,6 +127,14 @@ __device__ __forceinline__ void bulk_prefetch(const void* src, uint32_t bytes) {
 }
 
 // ---- arithmetic ----
+
+// The transpose of an 8 x 8 matrix of 16-bit elements that is spread over a warp as one register of
+// ldmatrix_x4 is.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
 
 __device__ __forceinline__ float reciprocal(float x) {
   float y;

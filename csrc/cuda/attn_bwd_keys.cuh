@@ -2,7 +2,6 @@
 //       StoreKeys   dK = scale * sum, dV = sum, in the input dtype
 //       StoreSharedKeys   the same for SharedKeys: those of shared tiles are added to fp32 sums
 //       StoreGroupKeys   the same for the pieces of landmark attention
-//       AddKeys     the same, added to fp32 tensors; the last to add may write the input dtype
 // Tile map: 64 keys of a warpgroup.
 // Pipeline: from registers, while the next tile is loaded. kPrefetches: prefetch() when a tile
 //       begins; kReadsKeys: read_keys() while its keys are still there.
@@ -106,62 +105,6 @@ struct StoreGroupKeys {
       const bool exists = key >= piece.begin() && key < work.key_end;
       StoreKeys::store_row(kernel, work, key, exists, dv, i, 1.f, p.dv, column);
       StoreKeys::store_row(kernel, work, key, exists, dk, i, p.scale, p.dk, column);
-    }
-  }
-};
-
-// A tile is the only one of its launch that has its keys, so that plain additions will do.
-struct AddKeys {
-  struct Params {
-    TensorView dk_sum, dv_sum;  // fp32
-    bool last;                  // the sums go to BwdParams::dk and dv, and stay as they are
-    bool first;                 // nothing is there yet; the sums are not read
-  };
-  static constexpr bool kPrefetches = false, kReadsKeys = false;
-
-  template <class Kernel, int N>
-  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
-                                                const KeyWork& work, float (&dk)[N],
-                                                float (&dv)[N]) {
-    const bool reads[2] = {true, true};
-    finish(kernel, warpgroup, work, dk, dv, reads);
-  }
-
-  // reads: for either row of a thread whether the sums hold something yet.
-  template <class Kernel, int N>
-  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
-                                                const KeyWork& work, float (&dk)[N], float (&dv)[N],
-                                                const bool (&reads)[2]) {
-    add(kernel, warpgroup, work, dv, 1.f, kernel.p.dv_sum, reads);
-    if (kernel.p.last) StoreKeys::store(kernel, warpgroup, work, dv, 1.f, kernel.p.dv);
-    add(kernel, warpgroup, work, dk, kernel.p.scale, kernel.p.dk_sum, reads);
-    if (kernel.p.last) StoreKeys::store(kernel, warpgroup, work, dk, 1.f, kernel.p.dk);
-  }
-
-  // sum += factor * d, or d = sum + factor * d for the last.
-  template <class Kernel, int N>
-  static __device__ __forceinline__ void add(const Kernel& kernel, int warpgroup,
-                                             const KeyWork& work, float (&d)[N], float factor,
-                                             const TensorView& sum, const bool (&reads)[2]) {
-    const int thread = warpgroup_thread(), column = kernel.first_column(warpgroup);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int key = work.key0 + kernel.first_key(warpgroup) + fragment_row(thread) + 8 * i;
-      const bool exists = key < work.key_end;
-      float* row = static_cast<float*>(sum.data) + work.batch * sum.stride_b +
-                   kernel.position(work, key) * sum.stride_t + work.head * sum.stride_h + column +
-                   fragment_column(thread);
-#pragma unroll
-      for (int j = 0; j < N / 4; ++j) {
-        const bool inside = exists && column + 8 * j < kernel.p.D;
-        const bool holds = inside && reads[i] && !kernel.p.first;
-        float2 x = holds ? *reinterpret_cast<const float2*>(row + 8 * j) : make_float2(0.f, 0.f);
-        x.x += d[4 * j + 2 * i] * factor;
-        x.y += d[4 * j + 2 * i + 1] * factor;
-        d[4 * j + 2 * i] = x.x;
-        d[4 * j + 2 * i + 1] = x.y;
-        if (inside && !kernel.p.last) *reinterpret_cast<float2*>(row + 8 * j) = x;
-      }
     }
   }
 };

@@ -65,18 +65,18 @@ void launch_bwd(const typename Traits::Params& p, int num_sms, Stream stream) {
   check_launch("attn_bwd_sm90_kernel", grid, dim3(Traits::kThreads), stream);
 }
 
-// Calls run(TypeTag<BwdTile>()) with the tile for `params`. kWidest: the largest D there is. kTall:
-// attn_bwd_tall.cuh where it applies.
-template <int kWidest = 128, bool kTall = false, class Run>
+// Calls run(TypeTag<BwdTile>()) with the tile for `params`. kWidest: the largest D there is.
+// kTallest: the largest D that attn_bwd_tall.cuh is taken for.
+template <int kWidest = 128, int kTallest = 0, class Run>
 void choose_bwd_tile(const AttnParams& params, bool fused, Run&& run) {
   const auto with_type = [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t D = params.shape.Dk;
     if (D <= 64) {
-      fused ? run(TypeTag<BwdTile<T, 64, true, false, kTall>>())
+      fused ? run(TypeTag<BwdTile<T, 64, true, false, (kTallest > 0)>>())
             : run(TypeTag<BwdTile<T, 64, false>>());
     } else if (D <= 128) {
-      fused ? run(TypeTag<BwdTile<T, 128, true, false, kTall>>())
+      fused ? run(TypeTag<BwdTile<T, 128, true, false, (kTallest > 64)>>())
             : run(TypeTag<BwdTile<T, 128, false>>());
     } else if constexpr (kWidest == 256) {
       run(TypeTag<BwdTile<T, 256, false>>());

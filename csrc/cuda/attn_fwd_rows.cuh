@@ -361,11 +361,13 @@ struct SplitRows {
 
   template <class Kernel>
   static __device__ __forceinline__ float* lse(const Kernel& kernel, const Work& work, int row) {
-    const auto& p = kernel.p;
-    if (p.partial != nullptr) {
-      if (p.marks) ptx::mbarrier_wait(marked(kernel), 0);
-      return p.lse + slot_row(p, work, row);
-    }
+    if (kernel.p.marks) ptx::mbarrier_wait(marked(kernel), 0);
+    return lse_at(kernel.p, work, row);
+  }
+  // The same when marks are made.
+  template <class P>
+  static __device__ __forceinline__ float* lse_at(const P& p, const Work& work, int row) {
+    if (p.partial != nullptr) return p.lse + slot_row(p, work, row);
     const int head = work.head * p.heads_of_group + head_in_group(p, work, row);
     return p.lse + (static_cast<int64_t>(work.batch) * p.Hq + head) * p.Tq + (row >> p.head_bits);
   }
@@ -386,22 +388,25 @@ struct SplitRows {
   // must not take for a result what was in memory before: the block's words become kUnset first.
   template <class Kernel>
   static __device__ __forceinline__ void mark(const Kernel& kernel) {
-    using Tiles = typename Kernel::Tiles;
-    const auto& p = kernel.p;
-    const int lane = threadIdx.x % 32;
-    if (p.marks) {
-      const float unset = __uint_as_float(kUnset);
-      const int tiles = Tiles::end(p) - Tiles::first(p), slot0 = Tiles::first(p) * p.slot_rows;
-      float* const partial = p.partial + int64_t{slot0} * p.D;
-      for (int i = lane; i < tiles * p.slot_rows * p.D / 4; i += 32) {
-        *reinterpret_cast<float4*>(partial + 4 * i) = make_float4(unset, unset, unset, unset);
-      }
-      for (int i = lane; i < tiles * p.slot_rows; i += 32) p.lse[slot0 + i] = unset;
-      __threadfence();
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(marked(kernel));
+    const bool first = threadIdx.x % 32 == 0;
+    if (kernel.p.marks) {
+      mark_slots<typename Kernel::Tiles>(kernel.p);
+      if (first) ptx::mbarrier_arrive(marked(kernel));
     }
-    if (lane == 0) ptx::grid_dependents_launch();
+    if (first) ptx::grid_dependents_launch();
+  }
+  template <class Tiles, class P>
+  static __device__ __forceinline__ void mark_slots(const P& p) {
+    const int lane = threadIdx.x % 32;
+    const float unset = __uint_as_float(kUnset);
+    const int tiles = Tiles::end(p) - Tiles::first(p), slot0 = Tiles::first(p) * p.slot_rows;
+    float* const partial = p.partial + int64_t{slot0} * p.D;
+    for (int i = lane; i < tiles * p.slot_rows * p.D / 4; i += 32) {
+      *reinterpret_cast<float4*>(partial + 4 * i) = make_float4(unset, unset, unset, unset);
+    }
+    for (int i = lane; i < tiles * p.slot_rows; i += 32) p.lse[slot0 + i] = unset;
+    __threadfence();
+    __syncwarp();
   }
 
   template <class Kernel>

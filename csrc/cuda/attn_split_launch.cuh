@@ -72,7 +72,7 @@ struct PartialRows {
       }
     }
     while (true) {
-      request(p, row_lse, row, step);
+      request(p, row_lse, row, parts, step);
       bool missing = false;
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
@@ -84,14 +84,16 @@ struct PartialRows {
     }
   }
 
-  // Rows come after their lse, and are asked for when it is there: all of them all the time would
-  // be as much to read as the keys.
+  // Rows are asked for when the lse of some is there: all of them all the time would be as much to
+  // read as the keys.
   __device__ __forceinline__ void request(const SplitMerge& p, const float* row_lse,
-                                          const float* row, int step) {
+                                          const float* row, int parts, int step) {
+    bool wanted = !p.marked;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) wanted = wanted || (i * step < parts && !is_unset(lse[i]));
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       const int64_t at = static_cast<int64_t>(i * step) * p.slot_rows;
-      const bool wanted = !p.marked || !is_unset(lse[i]);
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         if (wanted && is_unset(x[i][j])) x[i][j] = ptx::load_relaxed_16(row + at * p.D + j * 128);
@@ -256,27 +258,17 @@ struct PairedTile : FwdTile<T, kHeadDim, kBlockN, 1, /*kStagesO=*/false, 2, /*kQ
 // What L2 fetches at least. 256 bytes, good for keys that are read again, cost a stream 5 %.
 constexpr int kStreamL2Bytes = 128;
 
-template <class Tile>
-void set_key_maps(const AttnParams& params, FwdParams& p) {
+inline void set_key_maps(const AttnParams& params, int keys, FwdParams& p) {
   const AttnShape& s = params.shape;
-  p.k[0] =
-      make_rows_map(params.k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, Tile::kBlockN, 1, kStreamL2Bytes);
-  p.v[0] =
-      make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, Tile::kBlockN, 1, kStreamL2Bytes);
+  p.k[0] = make_rows_map(params.k, s.dtype, s.B, s.Tk, s.Hkv, s.Dk, keys, 1, kStreamL2Bytes);
+  p.v[0] = make_rows_map(params.v, s.dtype, s.B, s.Tk, s.Hkv, s.Dv, keys, 1, kStreamL2Bytes);
 }
 
-// Traits with SplitTiles and SplitRows. The caller has set what is not about the split.
-template <class Traits>
-void launch_split(const AttnParams& params, const SplitPlan& plan, typename Traits::Params& p,
-                  float* scratch, int num_sms, Stream stream) {
+// What is about the split, but for the map of the queries; the caller has set the rest.
+template <class P>
+void set_split(const AttnParams& params, const SplitPlan& plan, int block_m, float* scratch, P& p) {
   const AttnShape& s = params.shape;
-  const int64_t G = s.Hq / s.Hkv, span = plan.span() / plan.grain;
-  const int heads = 1 << plan.head_bits;
-  p.q[0] =
-      make_map(params.q.data, s.dtype,
-               {{s.Dk, G, s.Tq, s.Hkv, s.B},
-                {params.q.stride_h, params.q.stride_t, params.q.stride_h * G, params.q.stride_b},
-                {kChunkColumns, heads, 64 / heads, 1, 1}});
+  const int64_t span = plan.span() / plan.grain;
   p.per_group = FastDivisor(1);  // the tiles' heads are those of keys and values
   p.head_bits = static_cast<int>(plan.head_bits);
   p.first_block = static_cast<int>(plan.first_block);
@@ -291,20 +283,44 @@ void launch_split(const AttnParams& params, const SplitPlan& plan, typename Trai
   p.per_unit_group = FastDivisor(static_cast<int>(plan.m_blocks * plan.head_blocks));
   p.per_batch = FastDivisor(static_cast<int>(s.Hkv));
   p.slot_rows = static_cast<int>(plan.slot_rows);
-  p.heads_of_group = static_cast<int>(G);
+  p.heads_of_group = static_cast<int>(s.Hq / s.Hkv);
   p.order.num_tiles = static_cast<int>(plan.ctas);
   if (plan.slots > 0) {
     p.partial = scratch;
-    p.marks = marks(plan, Traits::kBlockM);
+    p.marks = marks(plan, block_m);
     p.lse = scratch + plan.slots * plan.slot_rows * s.Dv;
   }
-  // All of it, so that the merge finds room beside the attention and can wait there.
-  cudaFuncSetAttribute(attn_fwd_sm90_kernel<Traits>, cudaFuncAttributePreferredSharedMemoryCarveout,
+}
+
+// `Tile`: its type and size of blocks; attention by `kernel`, then the merge. It gets all shared
+// memory, so that the merge finds room beside the attention and can wait there.
+template <class Tile, class Kernel, class P>
+void launch_and_merge(const char* name, Kernel kernel, const AttnParams& params,
+                      const SplitPlan& plan, const P& p, float* scratch, int num_sms,
+                      Stream stream) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                        cudaSharedmemCarveoutMaxShared);
-  launch_fwd<Traits>(p, num_sms, stream);
+  launch_tiles<Tile>(name, kernel, p, num_sms, stream, /*overlap=*/false);
   if (plan.slots > 0) {
-    launch_split_merge<typename Traits::T>(params, plan, Traits::kBlockM, scratch, stream);
+    launch_split_merge<typename Tile::T>(params, plan, Tile::kBlockM, scratch, stream);
   }
+}
+
+// Traits with SplitTiles and SplitRows.
+template <class Traits>
+void launch_split(const AttnParams& params, const SplitPlan& plan, typename Traits::Params& p,
+                  float* scratch, int num_sms, Stream stream) {
+  const AttnShape& s = params.shape;
+  const int64_t G = s.Hq / s.Hkv;
+  const int heads = 1 << plan.head_bits;
+  p.q[0] =
+      make_map(params.q.data, s.dtype,
+               {{s.Dk, G, s.Tq, s.Hkv, s.B},
+                {params.q.stride_h, params.q.stride_t, params.q.stride_h * G, params.q.stride_b},
+                {kChunkColumns, heads, 64 / heads, 1, 1}});
+  set_split(params, plan, Traits::kBlockM, scratch, p);
+  launch_and_merge<Traits>("attn_fwd_sm90_kernel", attn_fwd_sm90_kernel<Traits>, params, plan, p,
+                           scratch, num_sms, stream);
 }
 
 }  // namespace lctx::cuda

@@ -5,8 +5,8 @@
 //       r: no gather, no scatter. dq: dilated_dq.cu.
 // Pipeline: largest rate first; dk and dv are summed in fp32, and the last branch writes them if
 //       its rate is 1. What a branch finds in the sums follows from the position of a row, so that
-//       they are not zeroed before; what it will read is brought to the L2 cache when a tile
-//       begins.
+//       they are not zeroed before. Only the last one reads them, which it finds in the L2 cache,
+//       asked for when a tile begins; the others add without waiting.
 // Memory: fp32 dk and dv (B, T, Hkv, D); dq in fp32, fused of the rows that each branch selects,
 //       else (B, T, Hq, D); a branch's statistics, gathered into blocks; as flash_bwd.cu for each
 //       branch. T here are the positions of a span: some whole segments of every branch, one span
@@ -22,18 +22,28 @@ namespace {
 
 constexpr int64_t kSpanBytes = int64_t{1} << 30;  // of fp32 sums
 
-// The sums over the branches: those of the branches before are read where they have been.
-struct BranchKeys : AddKeys {
-  struct Params : AddKeys::Params {
+// The sums over the branches, of which those of the branches before are there where these have
+// been. A tile is the only one of its launch that has its keys: the order of additions is that of
+// the branches, and nothing is read but by the last branch, which writes the result.
+struct BranchKeys {
+  struct Params {
+    TensorView dk_sum, dv_sum;  // fp32
+    bool last;                  // the sums go to BwdParams::dk and dv, and stay as they are
     BranchSet earlier;
   };
-  static constexpr bool kPrefetches = true;
+  static constexpr bool kPrefetches = true, kReadsKeys = false;
 
   template <class Kernel>
   static __device__ __forceinline__ bool reads(const Kernel& kernel, const KeyWork& work, int key) {
     const auto& p = kernel.p;
     return key < work.key_end &&
            p.earlier.select(kernel.position(work, key), work.head * p.per_group, p.per_group);
+  }
+  template <class Kernel>
+  static __device__ __forceinline__ float* row(const Kernel& kernel, const TensorView& sum,
+                                               const KeyWork& work, int key) {
+    return static_cast<float*>(sum.data) + work.batch * sum.stride_b +
+           kernel.position(work, key) * sum.stride_t + work.head * sum.stride_h;
   }
 
   // Lanes 0 to 15 see to a row of dK each, the others to those of dV.
@@ -45,19 +55,94 @@ struct BranchKeys : AddKeys {
     const int key = work.key0 + kernel.first_key(warpgroup) +
                     static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane % 16;
     if (!reads(kernel, work, key)) return;
-    const TensorView& sum = lane < 16 ? p.dk_sum : p.dv_sum;
-    const float* row = static_cast<const float*>(sum.data) + work.batch * sum.stride_b +
-                       kernel.position(work, key) * sum.stride_t + work.head * sum.stride_h;
-    for (int column = 0; column < p.D; column += 32) ptx::prefetch_l2(row + column);
+    const float* from = row(kernel, lane < 16 ? p.dk_sum : p.dv_sum, work, key);
+    for (int column = 0; column < p.D; column += 32) ptx::prefetch_l2(from + column);
   }
+
+  // The two rows of a thread, from its first column on: whether they have a sum or are to get one.
+  struct Rows {
+    bool summed[2], fresh[2];
+    int columns;
+    int64_t below;  // from the first to the second
+  };
 
   template <class Kernel, int N>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
                                                 const KeyWork& work, float (&dk)[N],
                                                 float (&dv)[N]) {
-    const int key = work.key0 + kernel.first_key(warpgroup) + fragment_row(warpgroup_thread());
-    const bool both[2] = {reads(kernel, work, key), reads(kernel, work, key + 8)};
-    AddKeys::finish(kernel, warpgroup, work, dk, dv, both);
+    const auto& p = kernel.p;
+    const int thread = warpgroup_thread(), column = kernel.first_column(warpgroup);
+    const int key = work.key0 + kernel.first_key(warpgroup) + fragment_row(thread);
+    Rows rows;
+    rows.columns = p.D - column;
+    rows.below = 8 * int64_t{p.rate} * p.dv_sum.stride_t;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      rows.summed[i] = reads(kernel, work, key + 8 * i);
+      rows.fresh[i] = key + 8 * i < work.key_end && !rows.summed[i];
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) dk[i] *= p.scale;
+    const int first = column + fragment_column(thread);
+    float* const v = row(kernel, p.dv_sum, work, key) + first;
+    float* const k = row(kernel, p.dk_sum, work, key) + first;
+    if (!p.last) {
+      add(v, rows, dv);
+      add(k, rows, dk);
+      return;
+    }
+    add_sums(v, rows, dv);
+    StoreKeys::store(kernel, warpgroup, work, dv, 1.f, p.dv);
+    add_sums(k, rows, dk);
+    StoreKeys::store(kernel, warpgroup, work, dk, 1.f, p.dk);
+  }
+
+  // sum += d
+  template <int N>
+  static __device__ __forceinline__ void add(float* sum, const Rows& rows, const float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float* const to = sum + i * rows.below;
+      if (rows.summed[i]) {
+#pragma unroll
+        for (int j = 0; j < N / 4; ++j) {
+          if (8 * j >= rows.columns) break;
+          ptx::red_add_v2(to + 8 * j, d[4 * j + 2 * i], d[4 * j + 2 * i + 1]);
+        }
+      } else if (rows.fresh[i]) {
+#pragma unroll
+        for (int j = 0; j < N / 4; ++j) {
+          if (8 * j >= rows.columns) break;
+          *reinterpret_cast<float2*>(to + 8 * j) =
+              make_float2(d[4 * j + 2 * i], d[4 * j + 2 * i + 1]);
+        }
+      }
+    }
+  }
+
+  // d += sum
+  template <int N>
+  static __device__ __forceinline__ void add_sums(const float* sum, const Rows& rows,
+                                                  float (&d)[N]) {
+    float2 x[N / 4][2] = {};
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+      if (8 * j >= rows.columns) break;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (rows.summed[i]) {
+          x[j][i] = *reinterpret_cast<const float2*>(sum + i * rows.below + 8 * j);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        d[4 * j + 2 * i] += x[j][i].x;
+        d[4 * j + 2 * i + 1] += x[j][i].y;
+      }
+    }
   }
 };
 
@@ -264,7 +349,7 @@ void launch_span(const DilatedSpan& span, const DilatedSums& sums, bool fused, i
     launch_statistics(span, span.branches[m], sums.statistics, own, stream);
     own.dq_sum = dq_sum;
     cudaMemsetAsync(own.counter, 0, sizeof(int), stream);
-    choose_bwd_tile<256>(params, fused, [&](auto tag) {
+    choose_bwd_tile<256, 64>(params, fused, [&](auto tag) {
       launch_branch<typename decltype(tag)::type>(span, own, m, sums, last, num_sms, stream);
     });
     if (fused) dq_sum += branch_floats(s, span.branches[m]);

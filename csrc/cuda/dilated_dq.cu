@@ -55,8 +55,9 @@ __global__ void __launch_bounds__(256) dilated_dq_kernel(const __grid_constant__
       constexpr int kRows = dq_block_rows(kHeadDim);
       const int64_t block = static_cast<int64_t>(b * p.Hq + h) * branch.blocks_per_head +
                             segment * branch.blocks_per_segment + at / kRows;
-      const auto* sum = reinterpret_cast<const float2*>(
-          branch.sum + dq_block_place<kHeadDim>(block, at, 0) + dq_sum_columns(j));
+      const int64_t place = kHeadDim == 64 ? tall_block_place(block, at, 0) + j * 128
+                                           : dq_block_place<128>(block, at, 0) + dq_sum_columns(j);
+      const auto* sum = reinterpret_cast<const float2*>(branch.sum + place);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 x = sum[2 * i];

@@ -19,7 +19,7 @@ LCTX_HOST_DEVICE constexpr int dq_block_rows(int head_dim) { return head_dim <= 
 LCTX_HOST_DEVICE constexpr int dq_blocks(int64_t Tq, int head_dim) {
   return static_cast<int>((Tq + dq_block_rows(head_dim) - 1) / dq_block_rows(head_dim));
 }
-// Blocks of dense attention (attn_bwd_tall.cuh), by warps: [warp][8 columns j][lane][4], in the
+// Blocks of attn_bwd_tall.cuh, by warps: [warp][8 columns j][lane][4], in the
 // order of its registers. At D 65 .. 128 they have 80 queries, transposed: a warp has 16 columns of
 // all of them, and j counts 8 queries.
 LCTX_HOST_DEVICE constexpr int tall_block_rows(int head_dim) { return head_dim <= 64 ? 128 : 80; }
@@ -38,7 +38,12 @@ LCTX_HOST_DEVICE constexpr int64_t dq_block_place(int64_t block, int row, int pl
   return (2 * block + part) * kDqPartFloats + (row % 64 / 16 * 32 + row % 8 * 4 + place) * 4 +
          row / 8 % 2 * 2;
 }
-// The same for row `row` of a (batch, query head).
+// The same in a block by warps, for D <= 64; those of the j-th eight columns lie 128 j behind.
+LCTX_HOST_DEVICE constexpr int64_t tall_block_place(int64_t block, int row, int place) {
+  return (8 * block + row % 128 / 16) * tall_warp_floats(64) + (row % 8 * 4 + place) * 4 +
+         row / 8 % 2 * 2;
+}
+// The same as dq_block_place for row `row` of a (batch, query head).
 template <int kHeadDim>
 LCTX_HOST_DEVICE constexpr int64_t dq_sum_place(int64_t head, int Tq, int row, int place) {
   const int64_t block = head * dq_blocks(Tq, kHeadDim) + row / dq_block_rows(kHeadDim);

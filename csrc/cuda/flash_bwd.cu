@@ -124,7 +124,7 @@ int64_t flash_key_sum_floats(const FlashParams& params, bool fused, int num_sms)
 
 void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const BwdScratch& scratch,
                       bool fused, int num_sms, Stream stream) {
-  choose_bwd_tile<256, true>(params, fused, [&](auto tile) {
+  choose_bwd_tile<256, 128>(params, fused, [&](auto tile) {
     using Tile = typename decltype(tile)::type;
     const Shares shares(params, fused, num_sms);
     if constexpr (Tile::kFused) {

@@ -155,8 +155,7 @@ struct StepKeys : DenseKeys<kBlockN> {
 };
 
 // Finished dK and dV, added to fp32 tensors. Plain additions, since a tile is the only one of its
-// launch that has its keys. Apart from AddKeys, which does more: what a tile ends with decides
-// which registers its main loop has.
+// launch that has its keys. What a tile ends with decides which registers its main loop has.
 struct SumKeys {
   struct Params {
     TensorView dk_sum, dv_sum;  // fp32

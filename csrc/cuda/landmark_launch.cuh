@@ -53,7 +53,7 @@ void launch_split_groups(const LandmarkParams& params, const SplitPlan& plan, fl
   using Traits = FwdTraits<Tile, SplitTiles<64>, Scores, SplitRows>;
   typename Traits::Params p{};
   set_attention(params, nullptr, p);
-  set_key_maps<Tile>(params, p);
+  set_key_maps(params, kBlockN, p);
   set_groups<Scores, kWidth>(params, p, kStreamL2Bytes);
   launch_split<Traits>(params, plan, p, scratch, num_sms, stream);
 }

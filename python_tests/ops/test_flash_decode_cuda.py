@@ -37,6 +37,14 @@ def test_head_dimensions(Tq, D, dtype):
     check(*gpu_qkv(2, Tq, 8, D, Tk=3001, Hkv=2, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("D", [56, 64, 128, 248])
+@pytest.mark.parametrize(("Tq", "group"), [(1, 8), (3, 2), (1, 9), (2, 8), (4, 4), (16, 1), (4, 5)])
+def test_rows_of_a_tile(Tq, group, D, dtype):
+    """Up to 8 rows, up to 16, more."""
+    check(*gpu_qkv(2, Tq, 2 * group, D, Tk=2500, Hkv=2, dtype=dtype))
+
+
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("window", [1, 17, 64, 500, 2000, 10000])
 @pytest.mark.parametrize("causal", [True, False])
@@ -96,6 +104,16 @@ def test_large_scores():
     exact, exact_lse = reference.flash_attention(q.double(), k.double(), v.double())
     torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(lse.double(), exact_lse.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("Hq", [4, 16])
+@pytest.mark.parametrize("highest", [-60.0, 5.0, 60.0])
+def test_rising_scores(highest, Hq, D):
+    """By little from key to key, so that maxima are rarely raised; falling; by much."""
+    q, k, v = gpu_qkv(1, 1, Hq, D, Tk=9000, Hkv=2)
+    q[..., 0], k[..., 0] = D**0.5, torch.linspace(0, highest, 9000)[:, None].to(k)
+    check(q, k, v)
 
 
 @pytest.mark.parametrize("D", [64, 128, 256])
