@@ -64,7 +64,7 @@ void flash_bwd_cuda(const Call& call, const FlashParams& params, const AttnGrads
   check_bwd(call, params, grads, 256);
   const bool queries = grads.dq.data != nullptr, keys = grads.dk.data != nullptr;
   const bool fused = queries && keys && !deterministic && params.shape.Dk <= 128;
-  const int rows = cuda::flash_block_rows(params.shape, fused);
+  const int rows = cuda::flash_block_rows(params, fused);
   const int64_t dq_floats = fused ? cuda::flash_dq_sum_floats(params.shape, rows) : 0;
   const int64_t key_floats = cuda::flash_key_sum_floats(params, fused, gpu.num_sms());
   BwdBuffers buffers(call, params.shape, dq_floats + key_floats, rows);

@@ -8,7 +8,8 @@
 //       which keys and queries) and Keys (attn_bwd_keys.cuh: what becomes of finished dK and dV).
 //       kFused: dQ too, five products; it is added in fp32, in an order that changes from run to
 //       run. Else dK and dV only, four products, bitwise reproducible (attn_dq_sm90.cuh has dQ).
-//       Fused, attn_bwd_whole.cuh has the steps at D = 64, attn_bwd_tall.cuh for dense attention.
+//       Fused, attn_bwd_whole.cuh has the steps at D = 64, attn_bwd_tall.cuh those of dense
+//       attention at D = 64, and at D = 128 without a mask.
 // Pipeline: Q with lse2, dO with delta, in kStages stages of their own barriers. Fused: dS^T goes
 //       through shared memory, since dQ sums over the keys of both warpgroups, in three buffers;
 //       dQ of a block is computed one step late, so that neither warpgroup waits for the other.

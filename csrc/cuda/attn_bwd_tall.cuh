@@ -1,4 +1,5 @@
-// Math: that of attn_bwd_sm90.cuh, fused, for dense attention with D <= 128.
+// Math: that of attn_bwd_sm90.cuh, fused, for dense attention with D <= 64, or without a mask with
+//       D <= 128 (with one, blocks of 64 are faster).
 // Tile map: the same, 80 queries at a time, or 128 for D <= 64. Of a product of 64 columns tensor
 //       cores read as much shared memory as there is time for; of one of 80 they read 10 % less.
 //       There dQ is computed transposed, since a product has 64 rows: a warpgroup has 64 of its

@@ -32,7 +32,7 @@ struct BwdScratch {
 };
 
 // `block_rows` of launch_flash_bwd.
-int flash_block_rows(const AttnShape& shape, bool fused);
+int flash_block_rows(const FlashParams& params, bool fused);
 // Floats of dq_sum.
 int64_t flash_dq_sum_floats(const AttnShape& shape, int block_rows = 0);
 // Rows of lse2 and delta per head: those of dq_sum, whole blocks.

@@ -19,7 +19,7 @@ LCTX_HOST_DEVICE constexpr int dq_block_rows(int head_dim) { return head_dim <= 
 LCTX_HOST_DEVICE constexpr int dq_blocks(int64_t Tq, int head_dim) {
   return static_cast<int>((Tq + dq_block_rows(head_dim) - 1) / dq_block_rows(head_dim));
 }
-// Blocks of dense attention (attn_bwd_tall.cuh), by warps: [warp][8 columns j][lane][4], in the
+// Blocks of attn_bwd_tall.cuh, by warps: [warp][8 columns j][lane][4], in the
 // order of its registers. At D 65 .. 128 they have 80 queries, transposed: a warp has 16 columns of
 // all of them, and j counts 8 queries.
 LCTX_HOST_DEVICE constexpr int tall_block_rows(int head_dim) { return head_dim <= 64 ? 128 : 80; }

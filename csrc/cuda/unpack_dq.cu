@@ -97,10 +97,6 @@ __global__ void __launch_bounds__(256)
 
 }  // namespace
 
-int flash_block_rows(const AttnShape& s, bool fused) {
-  return fused && s.Dk <= 128 ? tall_block_rows(static_cast<int>(s.Dk)) : 0;
-}
-
 int64_t bwd_pitch(const AttnShape& s, int block_rows) {
   const int rows = block_rows > 0 ? block_rows : dq_block_rows(s.Dk <= 64 ? 64 : 128);
   return ceil_div(s.Tq, rows) * rows;
