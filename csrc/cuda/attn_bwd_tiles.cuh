@@ -1,8 +1,8 @@
 // Math: none; on which keys a tile of the key-stationary backward works, which queries see them.
 // Tile map: a tile number stands for (key/value head, batch, block of keys):
 //       DenseKeys    blocks of the whole sequence
-//       SharedKeys   the same, but the tiles of a last round that would leave multiprocessors idle
-//                    are shared out, by their queries
+//       SharedKeys   the same, but the last tiles, which would leave multiprocessors idle, are
+//                    shared out, by their queries
 //       PackedKeys   blocks of the documents of cu_seqlens
 //       SegmentKeys  blocks of segments of w positions, of which every r-th is a row, from a phase
 //                    that depends on the query head (dilated attention; r = 1: local segments). A

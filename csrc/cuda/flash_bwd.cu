@@ -1,12 +1,13 @@
 // Math: dense softmax attention, backward: dq, dk and dv from dout.
-// Tile map: attn_bwd_sm90.cuh is the kernel; blocks of 128 keys. Without a mask all tiles take as
-//       long: those of a last round that would leave half of the multiprocessors idle, or more, are
-//       shared out among all of them by their queries (Shares). Above D = 64 queries come in blocks
-//       of 80 there; with a mask blocks of 64 are 1 to 7 % faster.
+// Tile map: attn_bwd_sm90.cuh is the kernel; blocks of 128 keys. Tiles that would leave half of the
+//       multiprocessors idle, or more, are shared out among all of them by their queries: without a
+//       mask, where all take as long, those of the last round; with a causal one all, where they
+//       are few (Shares). Above D = 64 queries come in blocks of 80 without a mask, else
+//       of 64, which are 1 to 7 % faster with one.
 // Pipeline: row statistics (bwd_rows.cu), the main kernel; dK and dV of shared tiles and dQ get
 //       their dtype (unpack_dq.cu).
-// Memory: those of its parts; 8 D bytes a key of shared tiles, at most half as many tiles as there
-//       are multiprocessors.
+// Memory: those of its parts; 8 D bytes a key of shared tiles, at most as many tiles as there are
+//       multiprocessors.
 // Limits: those of its parts.
 #include "attn_bwd_launch.cuh"
 
@@ -33,19 +34,25 @@ bool sees_all(const FlashParams& params) {
 
 constexpr int kSharedTileKeys = 128;
 
-// `rest` tiles are shared out, in `parts` of `blocks` blocks of queries.
+// `rest` tiles, the last, are shared out, in `parts` of `blocks` blocks of queries.
 struct Shares {
   int rest = 0, parts = 1, blocks = 0;
 
   Shares(const FlashParams& params, bool fused, int num_sms) {
     const AttnShape& s = params.shape;
-    if (!fused || !sees_all(params)) return;
+    if (!fused || params.window > 0 || params.cu_seqlens != nullptr) return;
     const int64_t tiles = ceil_div(s.Tk, kSharedTileKeys) * s.Hkv * s.B;
-    const int all = static_cast<int>(ceil_div(s.Tq, tall_block_rows(static_cast<int>(s.Dk))));
-    const int left = static_cast<int>(tiles % num_sms);
-    if (left == 0 || all < 2 || num_sms / left < 2) return;
-    rest = left;
-    blocks = static_cast<int>(ceil_div(all, num_sms / left));
+    const int rows = s.Dk <= 64 || sees_all(params) ? tall_block_rows(static_cast<int>(s.Dk))
+                                                    : dq_block_rows(static_cast<int>(s.Dk));
+    // With a causal mask the longest tile is twice the average.
+    const int64_t shared = params.causal ? tiles : tiles % num_sms;
+    const int64_t wanted = shared == 0 ? 0 : (params.causal ? 2 : 1) * num_sms / shared;
+    const int64_t all = ceil_div(s.Tq, rows);
+    const int64_t least = params.causal ? 512 / rows : 1;
+    const int64_t most = std::min(wanted, all / least);
+    if (most < 2) return;
+    rest = static_cast<int>(shared);
+    blocks = static_cast<int>(ceil_div(all, most));
     parts = static_cast<int>(ceil_div(all, blocks));
   }
 };
@@ -139,7 +146,7 @@ void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const B
   const auto launch = [&](auto tile) {
     using Tile = typename decltype(tile)::type;
     const Shares shares(params, fused, num_sms);
-    if constexpr (Tile::kTall) {
+    if constexpr (Tile::kFused) {
       if (shares.rest > 0) {
         return launch_shared<Tile>(params, grads, scratch, shares, num_sms, stream);
       }

@@ -75,6 +75,13 @@ def test_long_rows(deterministic):
     check(*gpu_qkv(1, 5000, 2, 128, Hkv=1), deterministic=deterministic)
 
 
+@pytest.mark.parametrize(
+    "Tq, Tk, D", [(3000, 3000, 128), (2200, 3000, 128), (3900, 3000, 128), (3000, 3000, 64)]
+)
+def test_few_tiles_are_shared_out(Tq, Tk, D):
+    check(*gpu_qkv(1, Tq, 4, D, Hkv=1, Tk=Tk), causal=True, deterministic=False)
+
+
 @deterministic
 def test_empty_tensors(deterministic):
     for B, Tq, Tk in ((0, 5, 5), (2, 0, 5), (2, 5, 0)):
