@@ -14,10 +14,10 @@ namespace lctx::cuda {
 // Key/value heads per section for queries of `queries` rows: Q, dO and dQ in fp32. Somewhat more
 // than fits the L2 cache is best: fewer blocks then add to the same rows of dQ.
 constexpr int64_t kBwdBudget = int64_t{72} << 20;
-inline int64_t bwd_section(const AttnShape& s, int64_t queries) {
+inline int64_t bwd_section(const AttnShape& s, int64_t queries, int64_t budget = kBwdBudget) {
   const int64_t head_bytes =
       std::max<int64_t>(queries, 1) * (s.Hq / s.Hkv) * s.Dk * (2 * dtype_size(s.dtype) + 4);
-  return std::clamp<int64_t>(kBwdBudget / head_bytes, 1, 16);
+  return std::clamp<int64_t>(budget / head_bytes, 1, 16);
 }
 
 // What every family sets the same way; the caller adds the order and its policies' parameters. With

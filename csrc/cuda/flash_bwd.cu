@@ -2,8 +2,8 @@
 // Tile map: attn_bwd_sm90.cuh is the kernel; blocks of 128 keys. Tiles that would leave half of the
 //       multiprocessors idle, or more, are shared out among all of them by their queries: without a
 //       mask, where all take as long, those of the last round; with a causal one all, where they
-//       are few (Shares). Above D = 64 queries come in blocks of 80 without a mask, else
-//       of 64, which are 1 to 7 % faster with one.
+//       are few (Shares). Above D = 64 queries come in blocks of 80 where there is no mask or dQ is
+//       added in an order, else of 64, which are 1 to 7 % faster with a mask.
 // Pipeline: row statistics (bwd_rows.cu), the main kernel; dK and dV of shared tiles and dQ get
 //       their dtype (unpack_dq.cu).
 // Memory: those of its parts; 8 D bytes a key of shared tiles, at most as many tiles as there are
@@ -14,16 +14,27 @@
 namespace lctx::cuda {
 namespace {
 
-template <class Tile, bool kWindowed>
+// For sections of dQ that is added in an order: additions that the L2 cache does not hold are late,
+// and tiles wait for them. Of windows more tiles of a head would run at a time, and wait as well.
+constexpr int64_t kOrderedBudget = int64_t{32} << 20;
+
+template <class Tile, bool kWindowed, bool kOrdered = false>
 void launch_dense(const FlashParams& params, const AttnGrads& grads, const BwdScratch& scratch,
                   int num_sms, Stream stream) {
-  using Traits = BwdTraits<Tile, DenseKeys<Tile::kBlockN>, StoreKeys, kWindowed>;
+  constexpr int kKeys = Tile::kBlockN;
+  using Tiles = std::conditional_t<kOrdered, OrderedKeys<kKeys>, DenseKeys<kKeys>>;
+  using Traits = BwdTraits<Tile, Tiles, StoreKeys, kWindowed>;
   const AttnShape& s = params.shape;
   typename Traits::Params p{};
   set_attention_bwd<Tile>(params, grads, scratch, p);
   p.window = static_cast<int>(std::min<int64_t>(params.window, INT32_MAX / 2));
-  p.order = KeyOrder(make_order("lctx::flash_bwd", ceil_div(s.Tk, Tile::kBlockN), s.Hkv, s.B,
-                                bwd_section(s, s.Tq)));
+  constexpr int64_t kBudget = kOrdered && !kWindowed ? kOrderedBudget : kBwdBudget;
+  p.order = KeyOrder(make_order("lctx::flash_bwd", ceil_div(s.Tk, kKeys), s.Hkv, s.B,
+                                bwd_section(s, s.Tq, kBudget)));
+  if constexpr (kOrdered) {
+    p.turns = scratch.turns;
+    p.down_from = p.order.last_section();
+  }
   launch_bwd<Traits>(p, num_sms, stream);
 }
 
@@ -130,9 +141,9 @@ void launch_packed(const FlashParams& params, const AttnGrads& grads, const BwdS
 
 }  // namespace
 
-int flash_block_rows(const FlashParams& params, bool fused) {
+int flash_block_rows(const FlashParams& params, bool fused, bool ordered) {
   const int64_t D = params.shape.Dk;
-  if (!fused || D > 128 || (D > 64 && !sees_all(params))) return 0;
+  if (!fused || D > 128 || (D > 64 && !ordered && !sees_all(params))) return 0;
   return tall_block_rows(static_cast<int>(D));
 }
 
@@ -146,6 +157,13 @@ void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const B
   const auto launch = [&](auto tile) {
     using Tile = typename decltype(tile)::type;
     const Shares shares(params, fused, num_sms);
+    if constexpr (Tile::kTall) {
+      if (scratch.turns != nullptr) {
+        const auto run =
+            params.window > 0 ? launch_dense<Tile, true, true> : launch_dense<Tile, false, true>;
+        return run(params, grads, scratch, num_sms, stream);
+      }
+    }
     if constexpr (Tile::kFused) {
       if (shares.rest > 0) {
         return launch_shared<Tile>(params, grads, scratch, shares, num_sms, stream);
@@ -161,7 +179,7 @@ void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const B
     }
     launch_dense<Tile, false>(params, grads, scratch, num_sms, stream);
   };
-  choose_bwd_tile<256, true>(params, fused, launch, sees_all(params));
+  choose_bwd_tile<256, true>(params, fused, launch, sees_all(params) || scratch.turns != nullptr);
 }
 
 }  // namespace lctx::cuda
