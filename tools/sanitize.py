@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,8 +82,8 @@ def leaves(D: int) -> Tensors:
 def filled() -> Iterator[None]:
     """Fill what PyTorch allocates: initcheck does not see what the copy engine writes.
 
-    For a forward whose `out` is read again, by the backward or, of a prompt, by PyTorch. What comes
-    after it is not filled.
+    For a forward whose `out` is read again, by the backward or, of a prompt, by PyTorch, and for
+    sums of dq that the first to have a part writes. What comes after it is not filled.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -110,11 +110,16 @@ def _flash(D: int) -> None:
 
 
 def _flash_bwd(D: int) -> None:
-    for fixed, causal in ((False, True), (False, False), (True, True)):
+    for fixed, causal in ((False, True), (False, False), (True, True), (True, False)):
+        tensors = qkv(LENGTH, D)
         with filled():
-            tensors = leaves(D)
-            out = lk.flash_attention(*tensors, causal=causal, deterministic=fixed)
-        torch.autograd.grad(out.sum(), tensors)
+            out, lse = lk.flash_attention(*tensors, causal=causal, return_lse=True)
+        dout, scale = torch.ones(out.shape).to(out), D**-0.5
+        # Not by autograd: PyTorch's own flag, which fills, would make every gradient deterministic.
+        with filled() if fixed else nullcontext():
+            torch.ops.lctx.flash_bwd(
+                dout, None, *tensors, out, lse, None, causal, scale, 0, fixed, True, True, True
+            )
 
 
 def _decode(D: int) -> None:

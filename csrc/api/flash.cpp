@@ -63,17 +63,24 @@ void flash_bwd_cuda(const Call& call, const FlashParams& params, const AttnGrads
   if (zero_if_empty(params, grads, gpu.stream())) return;
   check_bwd(call, params, grads, 256);
   const bool queries = grads.dq.data != nullptr, keys = grads.dk.data != nullptr;
-  const bool fused = queries && keys && !deterministic && params.shape.Dk <= 128;
-  const int rows = cuda::flash_block_rows(params.shape, fused);
+  const bool ordered = deterministic && params.cu_seqlens == nullptr;
+  const bool fused = queries && keys && (ordered || !deterministic) && params.shape.Dk <= 128;
+  const int rows = cuda::flash_block_rows(params, fused, ordered);
   const int64_t dq_floats = fused ? cuda::flash_dq_sum_floats(params.shape, rows) : 0;
-  const int64_t key_floats = cuda::flash_key_sum_floats(params, fused, gpu.num_sms());
-  BwdBuffers buffers(call, params.shape, dq_floats + key_floats, rows);
+  const int64_t turns = fused && ordered ? cuda::flash_turns(params.shape, rows) : 0;
+  const int64_t key_floats =
+      turns > 0 ? 0 : cuda::flash_key_sum_floats(params, fused, gpu.num_sms());
+  BwdBuffers buffers(call, params.shape, turns + dq_floats + key_floats, rows);
   cuda::BwdScratch& scratch = buffers.scratch;
+  // Where there are turns, they alone have to be zero.
+  cuda::launch_bwd_rows(params, grads, scratch, turns > 0 ? turns : buffers.dq_floats,
+                        gpu.stream());
+  if (turns > 0) scratch.turns = reinterpret_cast<int*>(scratch.dq_sum);
+  scratch.dq_sum += turns;
   scratch.key_sums = scratch.dq_sum + dq_floats;
-  cuda::launch_bwd_rows(params, grads, scratch, buffers.dq_floats, gpu.stream());
   if (keys) cuda::launch_flash_bwd(params, grads, scratch, fused, gpu.num_sms(), gpu.stream());
   if (fused) {
-    cuda::launch_unpack_dq(params, grads, scratch.dq_sum, gpu.stream(), rows);
+    cuda::launch_unpack_dq(params, grads, scratch.dq_sum, gpu.stream(), rows, scratch.turns);
   } else if (queries) {
     cuda::launch_flash_dq(params, grads, scratch.lse2, scratch.delta, scratch.counter,
                           gpu.num_sms(), gpu.stream());

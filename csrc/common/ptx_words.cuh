@@ -98,6 +98,14 @@ __device__ __forceinline__ void fence_async_proxy_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
+// Stores `bytes` in a row, a multiple of 16 from and to multiples of 16.
+__device__ __forceinline__ void bulk_store(void* dst, uint32_t src, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
+                   __cvta_generic_to_global(dst)),
+               "r"(src), "r"(bytes)
+               : "memory");
+}
+
 // bulk_reduce_add by one thread of a warp, and committed, without a branch.
 __device__ __forceinline__ void bulk_reduce_add_by_one(float* dst, uint32_t src, uint32_t bytes) {
   asm volatile(

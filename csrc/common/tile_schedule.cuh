@@ -30,6 +30,9 @@ struct TileOrder {
     per_batch = FastDivisor(heads);
   }
 
+  // The first tile of the last section.
+  int last_section() const { return (num_heads - 1) / section * section * num_m_blocks; }
+
 #if defined(__CUDACC__)
   __device__ __forceinline__ Tile operator[](int index) const {
     const int first = per_section.divide(index) * section;

@@ -66,6 +66,8 @@ struct StoreSharedKeys {
       StoreKeys::finish(kernel, warpgroup, work, dk, dv);
       return;
     }
+    const QueryRange range = kernel.queries(work, 0, Kernel::kBlockN);
+    if (range.end <= range.begin) return;
     const int thread = warpgroup * 128 + warpgroup_thread();
     float* to = key_sums_of<N>(kernel.p.key_sums, work.shared - 1, 0, thread);
 #pragma unroll

@@ -1,6 +1,6 @@
 // Math: none; the host side of attn_bwd_sm90.cuh, shared by all families.
-// Tile map: choose_bwd_tile: keys x queries 128 x 128 for D <= 64, 128 x 64 for D <= 128 (dense:
-//       128 x 80), 64 x 64 above.
+// Tile map: choose_bwd_tile: keys x queries 128 x 128 for D <= 64, 128 x 64 for D <= 128 (dense
+//       without a mask: 128 x 80), 64 x 64 above.
 // Pipeline: the tile counter must be zero at launch; one persistent block per multiprocessor.
 // Memory: tiles go through the heads in sections whose queries fit the L2 cache.
 // Limits: those of attn_bwd_sm90.cuh.
@@ -14,10 +14,10 @@ namespace lctx::cuda {
 // Key/value heads per section for queries of `queries` rows: Q, dO and dQ in fp32. Somewhat more
 // than fits the L2 cache is best: fewer blocks then add to the same rows of dQ.
 constexpr int64_t kBwdBudget = int64_t{72} << 20;
-inline int64_t bwd_section(const AttnShape& s, int64_t queries) {
+inline int64_t bwd_section(const AttnShape& s, int64_t queries, int64_t budget = kBwdBudget) {
   const int64_t head_bytes =
       std::max<int64_t>(queries, 1) * (s.Hq / s.Hkv) * s.Dk * (2 * dtype_size(s.dtype) + 4);
-  return std::clamp<int64_t>(kBwdBudget / head_bytes, 1, 16);
+  return std::clamp<int64_t>(budget / head_bytes, 1, 16);
 }
 
 // What every family sets the same way; the caller adds the order and its policies' parameters. With
@@ -66,9 +66,9 @@ void launch_bwd(const typename Traits::Params& p, int num_sms, Stream stream) {
 }
 
 // Calls run(TypeTag<BwdTile>()) with the tile for `params`. kWidest: the largest D there is.
-// kTallest: the largest D that attn_bwd_tall.cuh is taken for.
+// kTallest: the largest D that attn_bwd_tall.cuh is taken for, above D = 64 where `tall`.
 template <int kWidest = 128, int kTallest = 0, class Run>
-void choose_bwd_tile(const AttnParams& params, bool fused, Run&& run) {
+void choose_bwd_tile(const AttnParams& params, bool fused, Run&& run, bool tall = false) {
   const auto with_type = [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t D = params.shape.Dk;
@@ -76,8 +76,10 @@ void choose_bwd_tile(const AttnParams& params, bool fused, Run&& run) {
       fused ? run(TypeTag<BwdTile<T, 64, true, false, (kTallest > 0)>>())
             : run(TypeTag<BwdTile<T, 64, false>>());
     } else if (D <= 128) {
-      fused ? run(TypeTag<BwdTile<T, 128, true, false, (kTallest > 64)>>())
-            : run(TypeTag<BwdTile<T, 128, false>>());
+      if constexpr (kTallest > 64) {
+        if (fused && tall) return run(TypeTag<BwdTile<T, 128, true, false, true>>());
+      }
+      fused ? run(TypeTag<BwdTile<T, 128, true>>()) : run(TypeTag<BwdTile<T, 128, false>>());
     } else if constexpr (kWidest == 256) {
       run(TypeTag<BwdTile<T, 256, false>>());
     }

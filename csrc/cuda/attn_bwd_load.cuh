@@ -1,9 +1,11 @@
 // Math: none; shared memory, pipelines and producers of attn_bwd_sm90.cuh.
 // Tile map: two threads of the producer warpgroup give the copy engine its orders: one for K, Q and
-//       lse2, one for V, dO and delta; two more for the statistics of groups. With 24 registers a
-//       thread can do no more.
+//       lse2, one for V, dO and delta; two more for the statistics of groups, or to add dQ in an
+//       order. With 24 registers a thread can do no more.
 // Pipeline: K and V are waited for once a tile; Q with lse2, dO with delta in kStages stages.
 //       Statistics come by bulk copies too: gathered by 32 threads they cost 15 % of the kernel.
+//       OrderedKeys: a tile waits for tiles before it alone, and all numbers come from the counter,
+//       so that those have been taken by thread blocks that run: the first of them never waits.
 // Memory: what attn_bwd_sm90.cuh says. Statistics lie in blocks of kBlockM rows, numbered as those
 //       of dQ (dq_sum.cuh), so that a block is one copy.
 // Limits: those of attn_bwd_sm90.cuh.
@@ -85,7 +87,10 @@ struct BwdLoads {
   static constexpr int kQueryBarriers = Traits::kBarriers + 2 * KeyPipeline::kBytes;
   static constexpr int kDsBarrier = kQueryBarriers + 2 * QueryPipeline::kBytes;
   static constexpr int kQueue = kDsBarrier + 8;
-  static_assert(kQueue + TileQueue::kBytes <= Traits::kBarriers + 256, "no room for the barriers");
+  static constexpr int kDqBarriers = kQueue + TileQueue::kBytes;
+  static_assert(kDqBarriers + Pipeline<2>::kBytes <= Traits::kBarriers + 256,
+                "no room for the barriers");
+  static constexpr bool kOrdered = std::is_same_v<Tiles, OrderedKeys<kBlockN>>;
 
   const typename Traits::Params& p;
   const uint32_t smem;
@@ -107,10 +112,21 @@ struct BwdLoads {
     v_pipe.init(kConsumerWarps);
     q_pipe.init(kConsumerWarps, Traits::kGroups ? 1 : 0);
     dout_pipe.init(kConsumerWarps, Traits::kGroups ? 1 : 0);
-    queue.pipeline.init(kConsumerWarps + (Traits::kGroups ? 3 : 1));
+    queue.pipeline.init(kConsumerWarps + (Traits::kGroups || kOrdered ? 3 : 1));
+    for (int i = 0; kOrdered && i < 2; ++i) {
+      ptx::mbarrier_init(dq_full(i), kConsumerWarps);
+      ptx::mbarrier_init(dq_empty(i), 1);
+    }
     ptx::mbarrier_init(smem + kDsBarrier, kConsumerWarps);
     ptx::fence_mbarrier_init();
   }
+
+  // kOrdered: dQ of a step is in shared memory; that of the step before has been read from there.
+  // Both by the stage of the step behind.
+  __device__ __forceinline__ uint32_t dq_full(uint32_t stage) const {
+    return smem + kDqBarriers + stage * 8;
+  }
+  __device__ __forceinline__ uint32_t dq_empty(uint32_t stage) const { return dq_full(stage) + 16; }
 
   __device__ __forceinline__ int position(const KeyWork& work, int row) const {
     if constexpr (Tiles::kStrided) return row * p.rate + work.phase;
@@ -166,6 +182,19 @@ struct BwdLoads {
     ptx::store_shared_4(aside(warpgroup) + 12, block);
     __syncwarp();
     return m;
+  }
+
+  // kOrdered: in the order of for_each_block, and the query block itself is in shared memory.
+  __device__ __forceinline__ int ordered_block(int warpgroup) const {
+    return ptx::load_shared_4(aside(warpgroup) + 12);
+  }
+  __device__ __forceinline__ void go_to_next_block(int warpgroup) const {
+    const int2 bounds = ptx::load_shared_int2(aside(warpgroup) + 24);
+    int m = ordered_block(warpgroup);
+    m += bounds.x <= bounds.y ? 1 : -1;
+    __syncwarp();
+    ptx::store_shared_4(aside(warpgroup) + 12, m == bounds.y ? bounds.x : m);
+    __syncwarp();
   }
 
   // ---- producers ----
@@ -231,11 +260,31 @@ struct BwdLoads {
     if constexpr (!Traits::kGroups) load_statistics<kOfQ>(full, state, work, head, m);
   }
 
+  // kOrdered: blocks of queries, in the order of the steps. (Elsewhere a loop in place of this is
+  // other machine code for some families.)
+  template <class Do>
+  __device__ __forceinline__ void for_each_block(const KeyWork& work, const QueryRange& range,
+                                                 Do&& run) const {
+    int m = work.down ? range.end - 1 : range.begin;
+#pragma unroll 1
+    for (int left = range.end - range.begin; left > 0; --left) {
+      run(m);
+      m += work.down ? -1 : 1;
+    }
+  }
+
+  // kOrdered: tiles that others wait for are never left to a block of threads that does not run
+  // yet.
+  __device__ __forceinline__ int next_tile() const {
+    if constexpr (kOrdered) return atomicAdd(p.counter, 1);
+    return ptx::num_blocks() + atomicAdd(p.counter, 1);
+  }
+
   template <bool kOfQ>
   __device__ __forceinline__ void produce() {
     QueryState state;
-    for (int index = kOfQ ? blockIdx.x : queue.take_alone();;
-         index = kOfQ ? ptx::num_blocks() + atomicAdd(p.counter, 1) : queue.take_alone()) {
+    for (int index = kOfQ ? kOrdered ? next_tile() : blockIdx.x : queue.take_alone();;
+         index = kOfQ ? next_tile() : queue.take_alone()) {
       if (kOfQ) queue.publish(index);
       if (index >= p.order.num_tiles) break;
       const KeyWork work = Tiles::find(p, index);
@@ -248,13 +297,59 @@ struct BwdLoads {
       put_aside();
 #pragma unroll 1
       for (int head = work.first_head; head < work.end_head; head += p.head_step) {
+        if constexpr (kOrdered) {
+          for_each_block(work, range, [&](int m) {
+            load_queries<kOfQ>(state, work, head, m);
+            state.advance();
+          });
+        } else {
 #pragma unroll 1
-        for (int m = range.begin; m < range.end; ++m) {
-          load_queries<kOfQ>(state, work, head, m);
-          state.advance();
+          for (int m = range.begin; m < range.end; ++m) {
+            load_queries<kOfQ>(state, work, head, m);
+            state.advance();
+          }
         }
       }
       take_back();
+    }
+  }
+
+  // kOrdered: adds dQ of every other step to dq_sum, each when the tile before this one has; the
+  // first writes it. `parity`: of the steps.
+  __device__ __forceinline__ void add_in_turn(uint32_t parity) {
+    constexpr int kFloats = kBlockM * kHeadDim;
+    uint32_t step = 0;
+    while (true) {
+      const int index = queue.take_alone();
+      if (index >= p.order.num_tiles) break;
+      const KeyWork work = Tiles::find(p, index);
+      const QueryRange range = queries(work, 0, kBlockN);
+      QueryRange before;
+      const int place = Tiles::place(p, work);
+      if (place > 0) before = queries(work, work.down ? -kBlockN : kBlockN, kBlockN);
+#pragma unroll 1
+      for (int head = work.first_head; head < work.end_head; ++head) {
+        for_each_block(work, range, [&](int m) {
+          if (step++ % 2 != parity) return;
+          const int block = (work.batch * p.Hq + head) * p.blocks_per_head + m;
+          const auto turn = [&] { return p.turns + ptx::opaque(block); };
+          ptx::mbarrier_wait(dq_full(parity ^ 1), (step - 1) / 2 % 2);
+          float* to = p.dq_sum + int64_t{block} * kFloats;
+          if (m >= before.begin && m < before.end) {
+            while (ptx::load_acquire(turn()) != place) {
+            }
+            ptx::fence_async_proxy_global();
+            ptx::bulk_reduce_add(to, smem + Traits::kDq, kFloats * 4);
+          } else {
+            ptx::bulk_store(to, smem + Traits::kDq, kFloats * 4);
+          }
+          ptx::tma_store_commit();
+          ptx::tma_store_wait_read<0>();
+          ptx::mbarrier_arrive(dq_empty(parity));
+          ptx::tma_store_wait<0>();
+          ptx::store_release(turn(), place + 1);
+        });
+      }
     }
   }
 

@@ -7,7 +7,8 @@
 //       dS^T are A operands as they stand in the registers. Policies: Tiles (attn_bwd_tiles.cuh:
 //       which keys and queries) and Keys (attn_bwd_keys.cuh: what becomes of finished dK and dV).
 //       kFused: dQ too, five products; it is added in fp32, in an order that changes from run to
-//       run. Else dK and dV only, four products, bitwise reproducible (attn_dq_sm90.cuh has dQ).
+//       run, but for OrderedKeys. Else dK and dV only, four products, bitwise reproducible
+//       (attn_dq_sm90.cuh has dQ).
 //       Fused, attn_bwd_whole.cuh has the steps at D = 64, attn_bwd_tall.cuh where that is faster.
 // Pipeline: Q with lse2, dO with delta, in kStages stages of their own barriers. Fused: dS^T goes
 //       through shared memory, since dQ sums over the keys of both warpgroups, in three buffers;
@@ -275,14 +276,16 @@ struct BwdKernel : BwdLoads<Traits_> {
       }
       if constexpr (Traits::Keys::kPrefetches) Traits::Keys::prefetch(*this, warpgroup, work);
       const QueryRange own = self().note_keys(warpgroup, work, all);
-      const Turn turn{all.begin, num_steps(work, all)};
+      const Turn turn{Base::kOrdered && work.down ? all.end - 1 : all.begin, num_steps(work, all)};
       const int block =
           (work.batch * p.Hq + work.first_head) * p.blocks_per_head + work.block0 + all.begin;
       // What only the end of the tile needs waits in shared memory.
       ptx::store_shared_int2(aside(warpgroup), make_int2(index, queue.state.step));
-      ptx::store_shared_4(aside(warpgroup) + 12, block);
+      ptx::store_shared_4(aside(warpgroup) + 12, Base::kOrdered ? turn.first : block);
       ptx::store_shared_int2(aside(warpgroup) + 16, make_int2(own.full_begin, own.full_end));
-      ptx::store_shared_int2(aside(warpgroup) + 24, make_int2(all.begin, all.end));
+      ptx::store_shared_int2(aside(warpgroup) + 24, work.down
+                                                        ? make_int2(all.end - 1, all.begin - 1)
+                                                        : make_int2(all.begin, all.end));
       __syncwarp();
       if constexpr (Traits::kTall) {
         TallBlocks<BwdKernel>{*this, warpgroup}.run(turn, state, dk, dv);
@@ -457,6 +460,10 @@ __device__ __forceinline__ void run_bwd(const typename Kernel::Traits::Params& p
     ptx::setmaxnreg_dec<24>();
     if (threadIdx.x == 0) kernel.template produce<true>();
     if (threadIdx.x == 32) kernel.template produce<false>();
+    if constexpr (Kernel::kOrdered) {
+      if (threadIdx.x == 64) kernel.add_in_turn(0);
+      if (threadIdx.x == 96) kernel.add_in_turn(1);
+    }
     if constexpr (Kernel::Traits::kGroups) {
       if (threadIdx.x == 64) kernel.template produce_group_statistics<true>();
       if (threadIdx.x == 96) kernel.template produce_group_statistics<false>();

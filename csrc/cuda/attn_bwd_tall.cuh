@@ -1,4 +1,5 @@
-// Math: that of attn_bwd_sm90.cuh, fused, for D <= 128: dense attention, and dilated at D <= 64.
+// Math: that of attn_bwd_sm90.cuh, fused: dilated attention with D <= 64, dense attention with
+//       D <= 64, or without a mask with D <= 128 (with one, blocks of 64 are faster).
 // Tile map: the same, 80 queries at a time, or 128 for D <= 64. Of a product of 64 columns tensor
 //       cores read as much shared memory as there is time for; of one of 80 they read 10 % less.
 //       There dQ is computed transposed, since a product has 64 rows: a warpgroup has 64 of its
@@ -8,7 +9,8 @@
 //       exponentials go is left to the compiler: most of them wait for dP^T with the arithmetic
 //       that follows, which is faster than all of them under dP^T.
 // Memory: that of attn_bwd_sm90.cuh; but dQ leaves by bulk additions from shared memory, a warp's
-//       part by itself, so that no other warp has to be waited for. Statistics: those of a thread's
+//       part by itself, so that no other warp has to be waited for. kOrdered: two threads of the
+//       producer warpgroup add whole blocks, of odd and even steps. Statistics: those of a thread's
 //       queries, half of lse2 when the scores are there (there are registers for half of it); for
 //       D <= 64 a thread loads 4 of 128 and has the others by shuffles.
 // Limits: those of attn_bwd_sm90.cuh; not for the statistics of groups.
@@ -148,11 +150,16 @@ struct TallBlocks {
       ptx::stmatrix_x4_trans(at + t * 16 * kChunkRowBytes, ds[t][0], ds[t][1], ds[t][2], ds[t][3]);
     }
   }
-  // To the part of dq_sum that belongs to this warp of the block that the step is of.
-  __device__ __forceinline__ void add_dq(const Queries& dq, int block) const {
+  // To the part of dq_sum that belongs to this warp of the block that the step is of. `next`: the
+  // state of the step behind.
+  __device__ __forceinline__ void add_dq(const Queries& dq, int block, QueryState next) const {
     const int thread = warpgroup_thread(), warp = warpgroup * 4 + thread / 32;
     const uint32_t at = kernel.smem + Traits::kDq + warp * kWarpFloats * 4;
-    ptx::tma_store_wait_read<0>();
+    if constexpr (Kernel::kOrdered) {
+      ptx::mbarrier_wait(kernel.dq_empty(next.stage()), next.phase() ^ 1);
+    } else {
+      ptx::tma_store_wait_read<0>();
+    }
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kWarpFloats / 128; ++j) {
@@ -163,8 +170,24 @@ struct TallBlocks {
     }
     ptx::fence_async_proxy();
     __syncwarp();
-    ptx::bulk_reduce_add_by_one(kernel.p.dq_sum + (int64_t{block} * 8 + warp) * kWarpFloats, at,
-                                kWarpFloats * 4);
+    if constexpr (Kernel::kOrdered) {
+      if (thread % 32 == 0) ptx::mbarrier_arrive(kernel.dq_full(next.stage()));
+    } else {
+      ptx::bulk_reduce_add_by_one(kernel.p.dq_sum + (int64_t{block} * 8 + warp) * kWarpFloats, at,
+                                  kWarpFloats * 4);
+    }
+  }
+
+  // The block of dq_sum of this step; m is that of the queries of the next one.
+  __device__ __forceinline__ int go_on(int& m) const {
+    if constexpr (Kernel::kOrdered) {
+      kernel.go_to_next_block(warpgroup);
+      return 0;
+    } else {
+      const int block = ptx::load_shared_4(kernel.aside(warpgroup) + 12);
+      m = kernel.next_block(warpgroup, m);
+      return block;
+    }
   }
 
   // dV, dQ and dK of a block, dQ leaving under dK.
@@ -179,10 +202,9 @@ struct TallBlocks {
     wgmma_wait<1>();
     kernel.dout_pipe.release(state);
     issue_sum(Traits::kQ, state, ds, dk);
-    const int block = ptx::load_shared_4(kernel.aside(warpgroup) + 12);
-    m = kernel.next_block(warpgroup, m);
+    const int block = go_on(m);
     wgmma_wait<1>();
-    add_dq(dq, block);
+    add_dq(dq, block, {state.step + 1});
     wgmma_wait<0>();
     kernel.q_pipe.release(state);
   }
@@ -200,15 +222,14 @@ struct TallBlocks {
     issue_dq(state, dq);
     wgmma_wait<2>();
     kernel.dout_pipe.release(state);
-    const int block = ptx::load_shared_4(kernel.aside(warpgroup) + 12);
-    m = kernel.next_block(warpgroup, m);
+    const int block = go_on(m);
     wgmma_wait<1>();
     kernel.q_pipe.release(state);
     state.advance();
     if (more) kernel.q_pipe.wait(state);
     issue_scores(Traits::kK, Traits::kQ, state, s);
     wgmma_wait<1>();
-    add_dq(dq, block);
+    add_dq(dq, block, state);
     wgmma_wait<0>();
   }
 
@@ -233,6 +254,7 @@ struct TallBlocks {
       load<0, kPairs / 2>(Traits::kLse2, state, lse2);
       kernel.dout_pipe.wait(state);
       issue_scores(Traits::kV, Traits::kDout, state, dp);
+      if constexpr (Kernel::kOrdered) m = kernel.ordered_block(warpgroup);
       const bool masked = kernel.needs_mask(warpgroup, m);
       if constexpr (!kAhead) wgmma_wait<1>();
       if (masked) mask(m * kBlockM, s);

@@ -1,8 +1,9 @@
 // Math: none; on which keys a tile of the key-stationary backward works, which queries see them.
 // Tile map: a tile number stands for (key/value head, batch, block of keys):
 //       DenseKeys    blocks of the whole sequence
-//       SharedKeys   the same, but the tiles of a last round that would leave multiprocessors idle
-//                    are shared out, by their queries
+//       OrderedKeys  the same, in an order in which dQ can be added in a fixed one
+//       SharedKeys   the same, but the last tiles, which would leave multiprocessors idle, are
+//                    shared out, by their queries
 //       PackedKeys   blocks of the documents of cu_seqlens
 //       SegmentKeys  blocks of segments of w positions, of which every r-th is a row, from a phase
 //                    that depends on the query head (dilated attention; r = 1: local segments). A
@@ -58,10 +59,11 @@ struct KeyWork {
   int head, batch;           // of the keys
   int first_head, end_head;  // query heads, head_step apart
   int phase = 0, map = 0;
-  int origin = 0;  // first row of block 0 of queries
-  int block0 = 0;  // that block in dq_sum, in its head
-  int piece = 0;   // LandmarkKeys: the first of two pieces of 64 keys
-  int shared = 0;  // SharedKeys: 1 + the number of the tile among those that are shared out
+  int origin = 0;     // first row of block 0 of queries
+  int block0 = 0;     // that block in dq_sum, in its head
+  int piece = 0;      // LandmarkKeys: the first of two pieces of 64 keys
+  bool down = false;  // OrderedKeys: queries are walked from the last block to the first
+  int shared = 0;     // SharedKeys: 1 + the number of the tile among those that are shared out
 };
 
 // Blocks [begin, end) of queries, from the origin, see some of the keys, blocks [full_begin,
@@ -129,6 +131,34 @@ struct DenseKeys {
     work.query_end = p.Tq;
     work.shift = p.query_offset;
     return work;
+  }
+};
+
+// Blocks of a head in an order in which a later one reaches each block of queries later, where all
+// run at the same rate: last blocks first, whose queries are walked from the first that sees them;
+// in the last section (`down_from`), where the longest tiles have to come first, first blocks
+// first, and their queries from the last. `turns`: per block of dq_sum, how many tiles there were
+// to that which has added to it last.
+template <int kBlockN>
+struct OrderedKeys {
+  struct Params {
+    int* turns;
+    int down_from;
+  };
+  static constexpr bool kStrided = false, kPadded = false;
+
+  template <class P>
+  static __device__ __forceinline__ KeyWork find(const P& p, int index) {
+    KeyWork work = DenseKeys<kBlockN>::find(p, index);
+    work.down = index >= p.down_from;
+    if (!work.down) work.key0 = (p.order.num_m_blocks - 1) * kBlockN - work.key0;
+    return work;
+  }
+  // Tiles of the head before this one.
+  template <class P>
+  static __device__ __forceinline__ int place(const P& p, const KeyWork& work) {
+    const int block = work.key0 / kBlockN;
+    return work.down ? block : p.order.num_m_blocks - 1 - block;
   }
 };
 

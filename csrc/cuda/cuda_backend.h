@@ -29,10 +29,15 @@ struct BwdScratch {
   int block_rows = 0;       // queries of a block of these, where it is not dq_block_rows
   // flash_key_sum_floats zeros: sums of dk and dv of tiles that several blocks of threads share.
   float* key_sums = nullptr;
+  // Where dq is added in an order (OrderedKeys): a zero for each block of dq_sum, which then needs
+  // none.
+  int* turns = nullptr;
 };
 
-// `block_rows` of launch_flash_bwd.
-int flash_block_rows(const AttnShape& shape, bool fused);
+// `block_rows` of launch_flash_bwd. `ordered`: dq is added in an order.
+int flash_block_rows(const FlashParams& params, bool fused, bool ordered);
+// Room for BwdScratch::turns, a multiple of 128 bytes.
+int64_t flash_turns(const AttnShape& shape, int block_rows);
 // Floats of dq_sum.
 int64_t flash_dq_sum_floats(const AttnShape& shape, int block_rows = 0);
 // Rows of lse2 and delta per head: those of dq_sum, whole blocks.
@@ -46,7 +51,7 @@ int64_t flash_key_sum_floats(const FlashParams& params, bool fused, int num_sms)
 void launch_flash_bwd(const FlashParams& params, const AttnGrads& grads, const BwdScratch& scratch,
                       bool fused, int num_sms, Stream stream);
 void launch_unpack_dq(const AttnParams& params, const AttnGrads& grads, const float* dq_sum,
-                      Stream stream, int block_rows = 0);
+                      Stream stream, int block_rows = 0, const int* turns = nullptr);
 // The backward's gradient of the queries: writes grads.dq. `lse2` and `delta` are fp32 (B, Hq,
 // bwd_pitch): lse log2 e, +inf where lse is -inf, and rowsum(dout out) - dlse. `counter` as below.
 void launch_flash_dq(const FlashParams& params, const AttnGrads& grads, const float* lse2,

@@ -20,6 +20,7 @@ namespace {
 
 struct UnpackParams {
   const float4* sum;
+  const int* turns;  // 0 for blocks that nothing was written to; or nullptr
   TensorView dq;
   int Tq, D, blocks;
   FastDivisor per_head, per_batch;  // blocks, query heads
@@ -35,10 +36,11 @@ __global__ void __launch_bounds__(256) unpack_dq_kernel(const __grid_constant__ 
   const int j = threadIdx.x % 8, row8 = threadIdx.x / 8 % 8, warp = threadIdx.x / 64;
   const float4* from = p.sum + static_cast<int64_t>(blockIdx.x) * (kDqPartFloats / 4) +
                        (kByWarps ? j * 32 + warp * 256 : j * 128 + warp * 32) + row8 * 4;
+  const bool written = p.turns == nullptr || p.turns[block] != 0;
   uint32_t upper[4], lower[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float4 x = from[i];
+    const float4 x = written ? from[i] : float4{};
     upper[i] = pack2<T>(x.x * p.scale, x.y * p.scale);
     lower[i] = pack2<T>(x.z * p.scale, x.w * p.scale);
   }
@@ -71,10 +73,11 @@ __global__ void __launch_bounds__(256)
   const int b = p.per_batch.divide(head), h = head - b * p.per_batch.divisor;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const float4* from = p.sum + (int64_t{blockIdx.x} * 8 + warp) * (kTallWarpFloats / 4) + lane;
+  const bool written = p.turns == nullptr || p.turns[blockIdx.x] != 0;
   uint32_t x[kTallRows / 8][2];
 #pragma unroll
   for (int j = 0; j < kTallRows / 8; ++j) {
-    const float4 y = from[j * 32];
+    const float4 y = written ? from[j * 32] : float4{};
     x[j][0] = pack2<T>(y.x * p.scale, y.y * p.scale);
     x[j][1] = pack2<T>(y.z * p.scale, y.w * p.scale);
   }
@@ -97,13 +100,13 @@ __global__ void __launch_bounds__(256)
 
 }  // namespace
 
-int flash_block_rows(const AttnShape& s, bool fused) {
-  return fused && s.Dk <= 128 ? tall_block_rows(static_cast<int>(s.Dk)) : 0;
-}
-
 int64_t bwd_pitch(const AttnShape& s, int block_rows) {
   const int rows = block_rows > 0 ? block_rows : dq_block_rows(s.Dk <= 64 ? 64 : 128);
   return ceil_div(s.Tq, rows) * rows;
+}
+
+int64_t flash_turns(const AttnShape& s, int block_rows) {
+  return ceil_div(s.B * s.Hq * bwd_pitch(s, block_rows) / block_rows, 32) * 32;
 }
 
 int64_t flash_dq_sum_floats(const AttnShape& s, int block_rows) {
@@ -111,12 +114,13 @@ int64_t flash_dq_sum_floats(const AttnShape& s, int block_rows) {
 }
 
 void launch_unpack_dq(const AttnParams& params, const AttnGrads& grads, const float* dq_sum,
-                      Stream stream, int block_rows) {
+                      Stream stream, int block_rows, const int* turns) {
   const AttnShape& s = params.shape;
   const bool tall = block_rows == kTallRows;
   const int head_dim = s.Dk <= 64 ? 64 : 128;
   UnpackParams p{};
   p.sum = reinterpret_cast<const float4*>(dq_sum);
+  p.turns = turns;
   p.dq = grads.dq;
   p.Tq = static_cast<int>(s.Tq);
   p.D = static_cast<int>(s.Dk);

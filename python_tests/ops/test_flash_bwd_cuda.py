@@ -75,6 +75,13 @@ def test_long_rows(deterministic):
     check(*gpu_qkv(1, 5000, 2, 128, Hkv=1), deterministic=deterministic)
 
 
+@pytest.mark.parametrize(
+    "Tq, Tk, D", [(3000, 3000, 128), (2200, 3000, 128), (3900, 3000, 128), (3000, 3000, 64)]
+)
+def test_few_tiles_are_shared_out(Tq, Tk, D):
+    check(*gpu_qkv(1, Tq, 4, D, Hkv=1, Tk=Tk), causal=True, deterministic=False)
+
+
 @deterministic
 def test_empty_tensors(deterministic):
     for B, Tq, Tk in ((0, 5, 5), (2, 0, 5), (2, 5, 0)):
@@ -84,38 +91,63 @@ def test_empty_tensors(deterministic):
             assert x.grad.shape == x.shape and (x.grad == 0).all()
 
 
+def gradients(q, k, v, dout, **options):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = lk.flash_attention(*leaves, deterministic=True, **options)
+    return torch.autograd.grad(out, leaves, dout)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"window": 300}, {"window": 300, "causal": False}]
+)
 @pytest.mark.parametrize("D", [64, 128, 256])
-def test_same_bits_from_run_to_run(D):
-    q, k, v = (x.requires_grad_() for x in gpu_qkv(2, 1500, 4, D, Hkv=2))
-    out = lk.flash_attention(q, k, v, deterministic=True)
-    dout = torch.randn_like(out)
-    first, *others = (
-        torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(100)
-    )
+def test_same_bits_from_run_to_run(D, options):
+    q, k, v = gpu_qkv(2, 1500, 4, D, Hkv=2)
+    dout = torch.randn_like(q)
+    first, *others = (gradients(q, k, v, dout, **options) for _ in range(100))
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
-@deterministic
+# Blocks that wait for others that cannot start would be for ever.
+@pytest.mark.parametrize("D", [64, 128])
+def test_fixed_orders_of_several_streams(D):
+    shapes = [(1, 4000, 12, True), (2, 3000, 8, True), (3, 2500, 8, False)]
+    cases = [(gpu_qkv(B, T, H, D), causal) for B, T, H, causal in shapes]
+    douts = [torch.randn_like(q) for (q, _, _), _ in cases]
+
+    def run(i):
+        return gradients(*cases[i][0], douts[i], causal=cases[i][1])
+
+    alone = [run(i) for i in range(len(cases))]
+    streams = [torch.cuda.Stream() for _ in cases]
+    for _ in range(20):
+        together = []
+        torch.cuda.synchronize()
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                together.append(run(i))
+        torch.cuda.synchronize()
+        for right, found in zip(alone, together, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(right, found, strict=True))
+
+
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "kv"])
-def test_only_wanted_gradients_are_computed(wanted, D, deterministic):
-    tensors = dict(zip("qkv", gpu_qkv(2, 333, 4, D, Hkv=2, Tk=400), strict=True))
-    frozen = {name: x.clone() for name, x in tensors.items()}
-    for x in tensors.values():
-        x.requires_grad_()
-    together = lk.flash_attention(*tensors.values(), deterministic=True)
-    dout = torch.randn_like(together)
-    right = dict(zip("qkv", torch.autograd.grad(together, tensors.values(), dout), strict=True))
-    inputs = frozen | {name: tensors[name] for name in wanted}
-    out = lk.flash_attention(*inputs.values(), deterministic=deterministic)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        found = torch.autograd.grad(out, [tensors[name] for name in wanted], dout)
+def test_only_wanted_gradients_are_computed(wanted, D):
+    q, k, v = gpu_qkv(2, 333, 4, D, Hkv=2, Tk=400)
+    check(q, k, v, wanted=wanted)
+    leaves = {n: x.requires_grad_(n in wanted) for n, x in zip("qkv", (q, k, v), strict=True)}
+    dout = torch.randn_like(q)
+    found = []
+    for deterministic in (False, True):
+        out = lk.flash_attention(*leaves.values(), deterministic=deterministic)
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            found.append(torch.autograd.grad(out, [leaves[n] for n in wanted], dout))
+        kernels = " ".join(event.key for event in seen.key_averages())
+        assert ("attn_dq" in kernels) == (wanted == "q")
+        assert ("attn_bwd" in kernels) == (wanted != "q")
     # The kernels of one side alone sum in a fixed order in any case.
-    for name, x in zip(wanted, found, strict=True):
-        assert torch.equal(x, right[name])
-    kernels = " ".join(event.key for event in seen.key_averages())
-    assert ("attn_dq" in kernels) == (wanted == "q")
-    assert ("attn_bwd" in kernels) == (wanted != "q")
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
 @deterministic
