@@ -112,10 +112,11 @@ def check_gradients(
     def grads(function, tensors, upstream, **options):
         leaves = {n: x.detach().requires_grad_(n in wanted) for n, x in tensors.items()}
         outputs = function(*leaves.values(), **options)
-        given = [g.to(x.dtype) for g, x in zip(upstream, outputs, strict=False)]
-        given = [g.masked_fill(x.isinf(), 0) for g, x in zip(given, outputs, strict=False)]
+        pairs = list(zip(outputs, upstream, strict=False))
+        pairs = [(x, g) for x, g in pairs if x.requires_grad]  # lse does not depend on v
+        given = [g.to(x.dtype).masked_fill(x.isinf(), 0) for x, g in pairs]
         inputs = [leaves[n] for n in wanted]
-        found = torch.autograd.grad(outputs[: len(given)], inputs, given)
+        found = torch.autograd.grad([x for x, _ in pairs], inputs, given)
         return dict(zip(wanted, found, strict=True))
 
     tensors = dict(zip("qkv", (q, k, v), strict=True))
