@@ -41,6 +41,7 @@ class Row:
     limits: dict[str, float] = field(default_factory=dict)
     group: int = 0  # rows and goals of one group of a suite have the same number
     mean_s: float | None = None  # on several GPUs: their mean, where median_s is the slowest
+    gpus_s: list[float] = field(default_factory=list)  # the median of each
 
 
 @dataclass

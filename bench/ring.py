@@ -3,7 +3,9 @@
 Every rank times `flash_attention` on the whole sequence too, all GPUs at the same time, so that the
 ratio compares the same chips at the same power. A time in a round is that of the slowest GPU, from
 a start that the GPUs agree on, for the ring and for the whole sequence alike: a ring cannot be
-faster than its slowest chip. `mean_s` is the mean over the GPUs.
+faster than its slowest chip. `gpus_s` has every GPU's own times. Had each GPU as much work as it
+does in the same time, a ring would take 1 / sum(1 / gpus_s) of the whole sequence's: the most that
+these GPUs could give, somewhat more than their number where one of them is slower.
 """
 
 import argparse
@@ -52,6 +54,7 @@ MILLION = Shape(2**20, Hq=4, Hkv=1, D=128, dtype="bf16")
 HOP_SECONDS = 12e-6  # of the host
 HOPS, HOPS_AHEAD = 2000, 100
 RIVAL_SPEED = 1.6  # FLOP/s of a GPU against those of FlashAttention-2's ring
+AHEAD = 4  # times what one kernel gets: a forward and backward of a ring are many calls
 TOLERANCE = 1e-2  # relative RMS against one GPU: two results rounded to bf16
 
 
@@ -111,7 +114,7 @@ class Ranks:
         """Seconds of fn on this GPU, from a start that all GPUs share, with cold L2."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.sum()
-        torch.cuda._sleep(LAUNCH_AHEAD_CYCLES)
+        torch.cuda._sleep(AHEAD * LAUNCH_AHEAD_CYCLES)
         dist.all_reduce(self.token)
         start.record()
         fn()
@@ -281,6 +284,7 @@ def run_group(group: Group, ranks: Ranks, seconds: float, peak: float) -> list[R
     for row in timed:
         of_ranks = ranks.gather(samples[row.candidate])
         times = [max(round_) for round_ in zip(*of_ranks, strict=True)]
+        row.gpus_s = [statistics.median(of_rank) for of_rank in of_ranks]
         row.mean_s = statistics.median(map(statistics.mean, zip(*of_ranks, strict=True)))
         low, _, high = statistics.quantiles(times, n=4, method="inclusive")
         row.median_s, row.q1_s, row.q3_s, row.rounds = (

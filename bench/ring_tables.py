@@ -15,12 +15,22 @@ def _work(row: Row) -> str:
     return f"{kind} | {s['Hq']} / {s['Hkv']} | {PASSES[row.pass_]}{more}"
 
 
+def _most(alone: Row) -> str:
+    """Speed against the slowest GPU of all GPUs, each with as much work as it does in the time."""
+    if not alone.gpus_s or not alone.median_s:
+        return "-"
+    return f"{sum(alone.median_s / seconds for seconds in alone.gpus_s):.2f}x"
+
+
 def ring_goals_table(document: Document) -> list[str]:
     """Times of one GPU and of the ring, their ratio and its goal; host time and memory."""
+    each = any(row.gpus_s for row in document.rows)
     lines = [
         "| tokens | Hq / Hkv | pass | one GPU, ms | ring, ms | speed | goal | TFLOP/s a GPU |",
         "| --- | --- | --- | --: | --: | --: | --: | --: |",
     ]
+    if each:
+        lines = [lines[0] + " the most |", lines[1] + " --: |"]
     rows = {(r.group, r.candidate): r for r in document.rows if r.group and r.median_s}
     gpus = int(document.machine["kind"].rpartition("x")[2])
     first = [r for (_, name), r in rows.items() if name == "flash"]
@@ -37,7 +47,7 @@ def ring_goals_table(document: Document) -> list[str]:
         lines.append(
             f"| {_work(alone)} | {1e3 * alone.median_s:.2f} | {1e3 * ring.median_s:.2f} "
             f"| **{alone.median_s / ring.median_s:.2f}x** | {wanted} "
-            f"| {ring.flops_per_s / gpus / 1e12:.0f} |"
+            f"| {ring.flops_per_s / gpus / 1e12:.0f} |" + (f" {_most(alone)} |" if each else "")
         )
     hops = [r for r in document.rows if r.op == "hop" and r.median_s]
     if hops:

@@ -85,6 +85,19 @@ struct CarryGrads : AttnGrads {
   int64_t rows_in_front = 0;    // of the queries, that are no part of the step
 };
 
+// What becomes of the sums of dk or dv of a rank's own keys.
+struct KeySums {
+  TensorView sum, home, out;  // fp32, fp32, 16 bits
+  int64_t D = 0;
+};
+
+struct CarryKeysParams {
+  DType dtype = DType::kBFloat16;
+  int64_t B = 0, T = 0, H = 0;
+  int64_t begin = 0, end = 0;  // rows that `home` has
+  KeySums k, v;
+};
+
 struct LandmarkParams : AttnParams {
   int64_t block_size = 0;  // > 0: positions block_size - 1, 2 * block_size - 1, ... are landmarks
   const bool* is_landmark = nullptr;  // else (B, Tk) contiguous

@@ -52,6 +52,10 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "Tensor(b!) dk, Tensor(c!) dv, bool causal, float scale, int window, int query_start, int "
       "key_start, int first_row, int first_head, bool first=False, int rows_in_front=0) -> ()");
   m.def("carry_bwd_end(Tensor dq_sum, Tensor q, float scale) -> Tensor dq");
+  // dk and dv of own keys from their fp32 sums; rows from `begin` on with what came home.
+  m.def(
+      "carry_bwd_keys(Tensor dk, Tensor dv, Tensor? home_k, Tensor? home_v, int begin, "
+      "Tensor(a!) dk_out, Tensor(b!) dv_out) -> ()");
   // rowsum(dout * out) - dlse, (B, H, T).
   m.def("attn_delta(Tensor dout, Tensor? dlse, Tensor out) -> Tensor delta");
   // All steps of a ring: q, k, v are this rank's rows, those of all ranks with transport "sim".

@@ -70,6 +70,8 @@ void launch_flash_carry_bwd(const CarryParams& params, const CarryGrads& grads,
 void launch_carry_bwd_step(const CarryParams& params, const CarryGrads& grads,
                            const BwdScratch& scratch, int64_t heads, int64_t blocks, int num_sms,
                            Stream stream);
+// The end of it: dk and dv in 16 bits. T, H, D > 0.
+void launch_carry_bwd_keys(const CarryKeysParams& params, Stream stream);
 // delta (B, Hq, Tq) of grads.dout, grads.dlse and params.out.
 void launch_attn_delta(const AttnParams& params, const AttnGrads& grads, float* delta,
                        Stream stream);

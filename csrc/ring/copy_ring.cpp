@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace lctx::ring {
 namespace {
@@ -77,9 +78,15 @@ void CopyRing::connect(const std::vector<Handle>& handles) {
 
 void CopyRing::disconnect() { close_all(peer_memory_, rank_); }
 
+void CopyRing::leave_peers() {
+  driver().cuStreamSynchronize_(rescue_);
+  close_all(peer_memory_, rank_);
+  close_all(peer_words_, rank_);
+}
+
 void CopyRing::free_memory() {
-  if (memory_ != 0) driver().cuMemFree_(memory_);
-  memory_ = 0;
+  if (memory_ != 0) LCTX_CU(cuMemFree, std::exchange(memory_, 0));
+  if (peer_words_.empty() && words_ != 0) LCTX_CU(cuMemFree, std::exchange(words_, 0));
 }
 
 void CopyRing::tell(CUstream stream, Word kind, int channel, int peer, uint32_t count) {

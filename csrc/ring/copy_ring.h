@@ -36,12 +36,14 @@ class CopyRing : public Ring {
   void connect(const std::vector<Handle>& handles);
   // Takes the mappings back, before any rank frees its memory.
   void disconnect();
-  void free_memory();
+  // After a failure its words, too.
+  void free_memory() override;
   CUdeviceptr memory() const { return memory_; }
 
  protected:
   void enqueue(Hop& hop, CUstream stream) override;
   void release(const std::vector<Hop*>& pending) override;
+  void leave_peers() override;
   std::string missing(const Hop& hop) override;
 
  private:

@@ -165,8 +165,10 @@ PYBIND11_MODULE(_ring, m) {
       .def("done", &Ring::done, release())
       .def("synchronize", &Ring::synchronize, release())
       .def("abort", &Ring::abort, release())
-      .def("free_failed", &Ring::free_failed, release())
+      .def("let_go", &Ring::let_go, release())
+      .def("free_memory", &Ring::free_memory, release())
       .def("close", &Ring::close, release())
+      .def_property_readonly("library_seconds", &Ring::library_seconds)
       .def("failure", [](Ring& ring) { return as_dict(ring.failure()); })
       .def("log", [](Ring& ring) {
         py::list entries;
@@ -184,7 +186,6 @@ PYBIND11_MODULE(_ring, m) {
       .def("use_direct", &CopyRing::use_direct)
       .def("connect", &CopyRing::connect, release())
       .def("disconnect", &CopyRing::disconnect, release())
-      .def("free_memory", &CopyRing::free_memory, release())
       .def_property_readonly("memory", &CopyRing::memory);
 
   py::class_<NcclRing, Ring>(m, "NcclRing")
@@ -193,7 +194,6 @@ PYBIND11_MODULE(_ring, m) {
       .def_static("make_ids", [] { return as_bytes(NcclRing::make_ids()); })
       .def("allocate", &NcclRing::allocate, release())
       .def("deregister", &NcclRing::deregister, release())
-      .def("free_memory", &NcclRing::free_memory, release())
       .def("warm_up", &NcclRing::warm_up, release())
       .def_property_readonly("memory", &NcclRing::memory);
 }

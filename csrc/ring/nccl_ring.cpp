@@ -2,9 +2,9 @@
 
 #include <dlfcn.h>
 
-#include <chrono>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace lctx::ring {
 namespace nccl {
@@ -58,8 +58,6 @@ void check(Result result, const char* what, Comm comm) {
 }  // namespace nccl
 
 namespace {
-
-constexpr auto kPatience = std::chrono::seconds(2);
 
 // Calls that NCCL starts together. Left open after an error a group would swallow whatever else its
 // thread asks of NCCL.
@@ -132,8 +130,7 @@ void NcclRing::take_back() {
 
 void NcclRing::free_memory() {
   deregister();
-  if (memory_ != nullptr) nccl::api().ncclMemFree(memory_);
-  memory_ = nullptr;
+  if (memory_ != nullptr) LCTX_NCCL(ncclMemFree, std::exchange(memory_, nullptr));
 }
 
 void NcclRing::warm_up() {
@@ -153,7 +150,6 @@ void NcclRing::warm_up() {
 }
 
 void NcclRing::enqueue(Hop& hop, CUstream stream) {
-  const std::lock_guard<std::timed_mutex> own(using_);
   if (aborted_) throw std::runtime_error("the communicator was given up");
   const nccl::Comm comm = comms_[hop.channel()];
   Group group;
@@ -180,10 +176,7 @@ void NcclRing::release(const std::vector<Hop*>&) {
   for (nccl::Comm comm : comms_) nccl::api().ncclCommAbort(comm);
 }
 
-void NcclRing::dispose() {
-  if (!aborted_) return;
-  const std::unique_lock<std::timed_mutex> own(using_, kPatience);
-  if (!own) return;  // a hop is still being enqueued: nothing is freed under it
+void NcclRing::leave_peers() {
   take_back();
   nccl::api().ncclGroupEnd();
 }

@@ -24,7 +24,7 @@ class NcclRing : public Ring {
   bool allocate(int64_t bytes);
   // Takes the registration back, because another rank has none.
   void deregister();
-  void free_memory();
+  void free_memory() override;
   CUdeviceptr memory() const { return reinterpret_cast<CUdeviceptr>(memory_); }
   // A first hop to and from both neighbours, which makes the connections.
   void warm_up();
@@ -33,7 +33,7 @@ class NcclRing : public Ring {
   void enqueue(Hop& hop, CUstream stream) override;
   bool starts_first() const override { return true; }
   void release(const std::vector<Hop*>& pending) override;
-  void dispose() override;
+  void leave_peers() override;
   std::string missing(const Hop& hop) override;
   std::string asynchronous_error() override;
 
@@ -43,7 +43,6 @@ class NcclRing : public Ring {
   nccl::Comm comms_[kChannels] = {};
   void* handles_[kChannels] = {};
   void* memory_ = nullptr;
-  std::timed_mutex using_;  // the communicators: none may be freed while a hop is enqueued
   std::atomic<bool> aborted_{false};
 };
 

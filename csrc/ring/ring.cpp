@@ -9,10 +9,16 @@ namespace {
 
 constexpr size_t kLogLength = 4096;
 constexpr auto kInterval = std::chrono::milliseconds(2);
+constexpr auto kPatience = std::chrono::seconds(2);  // with a hop that is being posted
 // Streams of one priority may share a hardware queue, where one that waits stops the others: each
 // of ours has a priority of its own, and the watchdog's another than those that it rescues.
 constexpr int kPriorities[kChannels] = {-5, -4};
 constexpr int kRescuePriority = -3;
+
+double steady_seconds() {
+  using namespace std::chrono;
+  return duration<double>(steady_clock::now().time_since_epoch()).count();
+}
 
 }  // namespace
 
@@ -57,7 +63,7 @@ CUevent Ring::done_event(int64_t number) const {
 }
 
 int64_t Ring::post(CUstream stream, Hop posted) {
-  const std::lock_guard<std::mutex> order(posting_);
+  const std::lock_guard<std::timed_mutex> order(posting_);
   auto hop = std::make_shared<Hop>(std::move(posted));
   hop->posted = seconds_now();
   const int channel = hop->channel();
@@ -66,10 +72,12 @@ int64_t Ring::post(CUstream stream, Hop posted) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     throw_if_failed();
+    if (closing_) throw std::runtime_error("the transport is closed");
     pending.number = hop->number = next_number_++;
     pending.ready = take_event();
     pending.done = take_event();
   }
+  const double begin = steady_seconds();
   // Without the lock: a full queue blocks here until the watchdog has let the stream go on.
   LCTX_CU(cuEventRecord, pending.ready, stream);
   LCTX_CU(cuStreamWaitEvent, channels_[channel], pending.ready, 0);
@@ -77,7 +85,9 @@ int64_t Ring::post(CUstream stream, Hop posted) {
   enqueue(*hop, channels_[channel]);
   if (starts_first()) LCTX_CU(cuStreamWaitEvent, stream, pending.ready, 0);
   LCTX_CU(cuEventRecord, pending.done, channels_[channel]);
+  const double seconds = steady_seconds() - begin;
   const std::lock_guard<std::mutex> lock(mutex_);
+  library_seconds_ += seconds;
   const bool was_idle = idle();
   pending_[channel].push_back(pending);
   log_.push_back(hop);
@@ -94,7 +104,11 @@ void Ring::wait(int64_t number, CUstream stream) {
     done = done_event(number);
     if (done == nullptr) return;  // it is done
   }
+  const double begin = steady_seconds();
   LCTX_CU(cuStreamWaitEvent, stream, done, 0);
+  const double seconds = steady_seconds() - begin;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  library_seconds_ += seconds;
 }
 
 bool Ring::done(int64_t number) {
@@ -120,13 +134,14 @@ void Ring::abort(const std::string& reason) {
   changed_.wait(lock, [this] { return !failure_.empty() || !watching_; });
 }
 
-bool Ring::free_failed(double seconds) {
+bool Ring::let_go(double seconds) {
   std::unique_lock<std::mutex> lock(mutex_);
-  if (failure_.empty()) return true;
-  dispose_ = true;
+  if (failure_.empty() || !watching_ || peers_ == Peers::kGone) return peers_ == Peers::kGone;
+  peers_ = Peers::kAsked;
   changed_.notify_all();
-  return changed_.wait_for(lock, std::chrono::duration<double>(seconds),
-                           [this] { return disposed_ || !watching_; });
+  changed_.wait_for(lock, std::chrono::duration<double>(seconds),
+                    [this] { return peers_ != Peers::kAsked || !watching_; });
+  return peers_ == Peers::kGone;
 }
 
 void Ring::close() {
@@ -135,7 +150,17 @@ void Ring::close() {
     closing_ = true;
     changed_.notify_all();
   }
-  if (watchdog_.joinable()) watchdog_.join();
+  if (!watchdog_.joinable()) return;
+  watchdog_.join();
+  if (!idle()) return;  // a kernel of the caller hangs, and with it a stream
+  for (CUevent event : free_events_) driver().cuEventDestroy_(event);
+  free_events_.clear();
+  for (CUstream stream : {channels_[0], channels_[1], rescue_}) driver().cuStreamDestroy_(stream);
+}
+
+double Ring::library_seconds() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return library_seconds_;
 }
 
 std::vector<Hop> Ring::log() {
@@ -154,19 +179,13 @@ void Ring::watch() {
   driver().cuCtxSetCurrent_(context_);
   std::unique_lock<std::mutex> lock(mutex_);
   const auto asked = [this] {
-    return closing_ || !abort_reason_.empty() || !idle() || (dispose_ && !disposed_);
+    return closing_ || !abort_reason_.empty() || !idle() || peers_ == Peers::kAsked;
   };
   double closing_since = 0;
   while (true) {
     if (!abort_reason_.empty() && failure_.empty()) fail_first(abort_reason_);
     abort_reason_.clear();
-    if (dispose_ && !disposed_) {
-      lock.unlock();
-      dispose();
-      lock.lock();
-      disposed_ = true;
-      changed_.notify_all();
-    }
+    if (peers_ == Peers::kAsked && idle()) try_to_leave(lock);
     if (closing_ && idle()) break;
     if (idle()) {
       changed_.wait(lock, asked);
@@ -181,6 +200,21 @@ void Ring::watch() {
     changed_.wait_for(lock, kInterval);
   }
   watching_ = false;
+  changed_.notify_all();
+}
+
+void Ring::try_to_leave(std::unique_lock<std::mutex>& lock) {
+  lock.unlock();
+  std::unique_lock<std::timed_mutex> order(posting_, kPatience);
+  lock.lock();
+  if (!order) {
+    peers_ = Peers::kRefused;
+  } else if (idle()) {  // else what was being posted has to pass first
+    lock.unlock();
+    leave_peers();
+    lock.lock();
+    peers_ = Peers::kGone;
+  }
   changed_.notify_all();
 }
 

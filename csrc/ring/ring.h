@@ -64,15 +64,22 @@ class Ring {
   void synchronize();
   // Gives up every hop under way.
   void abort(const std::string& reason);
-  // After a failure, frees what no hop uses any more, or lets it be freed; returns whether that is
-  // done within so many seconds. To free memory waits for all that the GPU does, and the driver
-  // serves no other thread meanwhile, not even a watchdog: to be called when nothing is under way,
-  // on all ranks before either goes on.
-  bool free_failed(double seconds);
+  // After a failure, lets go of the peers: of what is mapped of theirs, and of communicators, so
+  // that nothing of this rank can reach them any more. Returns whether that is so; false where
+  // nothing failed, where it takes more than so many seconds (it goes on), where a hop is still
+  // being posted (ask again), and after close(). It may wait for all that the GPU does, and the
+  // driver serves no other thread meanwhile, not even a watchdog: to be called when nothing is
+  // under way, on all ranks before either goes on.
+  bool let_go(double seconds);
+  // Frees the memory of hops. After a failure only where this rank and all of its peers have let
+  // go: a late peer would write to it.
+  virtual void free_memory() = 0;
   // Ends the watchdog; a hop under way is given up. Every subclass calls it in its destructor,
   // where its release() still is.
   void close();
 
+  // What post() and wait() have spent in calls of the driver and of NCCL.
+  double library_seconds();
   std::vector<Hop> log();
   // The hop that failed first, and how; its error is empty before a failure.
   Hop failure();
@@ -86,8 +93,8 @@ class Ring {
   // Lets the channels' streams go on without their peers; called again while they do not. Always on
   // the watchdog's thread.
   virtual void release(const std::vector<Hop*>& pending) = 0;
-  // Frees what was given up: once, when free_failed() asks, on the same thread.
-  virtual void dispose() {}
+  // What let_go() says, on the same thread; called once, with no hop under way or being posted.
+  virtual void leave_peers() = 0;
   // Which messages of a hop have not come, as text.
   virtual std::string missing(const Hop& hop) = 0;
   // An error of the transport itself, or "".
@@ -98,6 +105,8 @@ class Ring {
   CUstream rescue_ = nullptr;  // of the watchdog
 
  private:
+  enum class Peers { kHeld, kAsked, kRefused, kGone };  // what let_go() has come to
+
   struct Pending {
     std::shared_ptr<Hop> hop;
     int64_t number;
@@ -108,23 +117,25 @@ class Ring {
   CUevent done_event(int64_t number) const;  // null where the hop is done
   void watch();
   bool idle() const { return pending_[0].empty() && pending_[1].empty(); }
+  void try_to_leave(std::unique_lock<std::mutex>& lock);  // of mutex_
   void fail_first(const std::string& what);
   void look_after(int channel, double now);
   void fail(Hop& hop, const std::string& what);
   void throw_if_failed() const;
 
   CUcontext context_ = nullptr;
-  std::mutex posting_;  // keeps hops of several threads in one order
-  std::mutex mutex_;    // of everything below; never held where a call may wait for the GPU
+  std::timed_mutex posting_;  // keeps hops of several threads in one order
+  std::mutex mutex_;          // of everything below; never held where a call may wait for the GPU
   std::condition_variable changed_;
   std::deque<Pending> pending_[kChannels];
   std::vector<CUevent> free_events_;
   std::deque<std::shared_ptr<Hop>> log_;
   double front_since_[kChannels] = {};  // when the first pending hop was found ready
   int64_t next_number_ = 1;
+  double library_seconds_ = 0;
   Hop failed_hop_;
   std::string failure_, abort_reason_;
-  bool dispose_ = false, disposed_ = false;  // whether it is asked for, and done
+  Peers peers_ = Peers::kHeld;
   bool closing_ = false, watching_ = true;
   std::thread watchdog_;
 };

@@ -44,6 +44,8 @@ class PinnedRoom:
         with torch.cuda.device(gpu):
             error = torch.cuda.cudart().cudaHostRegister(self.value.data_ptr(), self.size, 0)
         if int(error) != 0:
+            with contextlib.suppress(RuntimeError):  # else the next launch reports this error again
+                torch.ones(1, device=gpu)
             raise RuntimeError(
                 f"offload: pinning {self.size / 2**30:.1f} GiB of the CPU's memory failed "
                 f"({error}); try max_blocks, or offload=False"

@@ -22,12 +22,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from . import failed
 from .process_group import GroupTransport, Ticket, _store
 from .transport import Hop, RingError
 
 PHASES = ("forward kv", "backward kv", "backward dkv")
 CODES = {phase: code for code, phase in enumerate(PHASES)}
-FREE_SECONDS = 5.0  # NCCL looks every half second whether a communicator was given up
+LANE_PRIORITIES = (-2, -1)  # above the caller's, below those of hops
 CHANNELS_WANTED = 8  # NCCL's blocks for a hop; registered, each moves 40 GB/s both ways
 
 
@@ -100,13 +101,12 @@ class DeviceTransport(GroupTransport):
     def _post(self) -> Any:
         return self.ring.post
 
-    def _free_failed(self) -> None:
-        """Free what failed transports of this process hold, while nothing is under way here."""
-        torch.cuda.synchronize(self.device)
-        others = [t.ring for t in _OPEN if t is not self and hasattr(t, "ring")]
-        for seconds in (0.0, FREE_SECONDS):
-            for ring in others:
-                ring.free_failed(seconds)
+    def free(self) -> None:
+        """End a failed transport that no rank can reach any more, and free its memory."""
+        self.bytes, self.size = self.bytes[:0].clone(), 0
+        self.ring.free_memory()
+        self.ring.close()
+        _OPEN.discard(self)
 
     # ---- memory ----
 
@@ -266,13 +266,13 @@ class CopyTransport(DeviceTransport):
 
     kind = "p2p"
     gathers: ClassVar[bool] = True
-    by_copy_engine: ClassVar[bool] = True
 
     def __init__(self, group: Any, device: torch.device, timeout: float = 0.0) -> None:
         super().__init__(group, device, timeout)
         problem = ""
         try:
-            self._free_failed()  # makes the context, too
+            torch.cuda.synchronize(self.device)  # makes the context, too
+            failed.let_go(_with_rings())
             self.ring = self.module.CopyRing(self.rank, self.world_size)
             said = [socket.gethostname().encode(), _boot_id(), self.ring.words_handle()]
         except RuntimeError as error:
@@ -290,6 +290,8 @@ class CopyTransport(DeviceTransport):
             raise NotImplementedError(
                 f'transport="p2p": {problem or "another rank cannot"}; nearest is transport="nccl"'
             )
+        failed.free(_with_rings())
+        self.lanes = [torch.cuda.Stream(device, priority=p) for p in LANE_PRIORITIES]
         self._choose_words()
 
     def _choose_words(self) -> None:
@@ -341,7 +343,10 @@ class NcclTransport(DeviceTransport):
             raise NotImplementedError(
                 f'transport="nccl": {problem or "another rank cannot"}; nearest is transport="pg"'
             )
-        self._free_failed()
+        torch.cuda.synchronize(self.device)
+        failed.let_go(_with_rings())
+        self._exchange("let go of failed rings", b"")
+        failed.free(_with_rings())
         half, most = len(first) // 2, min(32, CHANNELS_WANTED * self.world_size)
         halves = [first[:half], first[half:]]
         self.ring = self.module.NcclRing(self.rank, self.world_size, halves, most)
@@ -365,6 +370,10 @@ KINDS: dict[str, type[DeviceTransport]] = {"p2p": CopyTransport, "nccl": NcclTra
 _OPEN: weakref.WeakSet[DeviceTransport] = weakref.WeakSet()
 
 
+def _with_rings() -> list[DeviceTransport]:
+    return [transport for transport in _OPEN if hasattr(transport, "ring")]
+
+
 def _boot_id() -> bytes:
     """What two processes of one running system have in common."""
     with contextlib.suppress(OSError):
@@ -374,6 +383,5 @@ def _boot_id() -> bytes:
 
 @atexit.register
 def _close_all() -> None:
-    for transport in list(_OPEN):
-        if hasattr(transport, "ring"):
-            transport.ring.close()
+    for transport in _with_rings():
+        transport.ring.close()

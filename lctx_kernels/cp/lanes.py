@@ -7,7 +7,6 @@ the last of them. Kernels of other streams take the multiprocessors that are fre
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,30 +14,28 @@ import torch
 from .schedule import Call
 from .transport import Transport
 
-PRIORITIES = (-2, -1)  # above the caller's, below those of hops
-
-
-@functools.lru_cache(maxsize=64)
-def _stream(index: int, priority: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(index, priority=priority)
-
 
 class Lanes:
-    """Up to two streams; none where hops need multiprocessors, which one stream orders.
+    """The transport's streams, if wanted, between the begin and the end of a `with` block.
 
-    Everything that a lane is given comes after what `fork` has seen of the caller's stream.
+    They wait for what the caller's stream has been given when the block begins; when it ends,
+    however that is, the caller's stream waits for them, before it gives back what they use.
     """
 
-    def __init__(self, transport: Transport, device: torch.device, wanted: bool = True) -> None:
-        self.transport, self.device = transport, device
-        self.streams: list[torch.cuda.Stream] = []
-        if wanted and transport.by_copy_engine and device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self.streams = [_stream(index, priority) for priority in PRIORITIES]
+    def __init__(self, transport: Transport, wanted: bool = True) -> None:
+        self.transport, self.streams = transport, transport.lanes if wanted else ()
 
     def __len__(self) -> int:
         """How many there are, the caller's stream where there is no other."""
         return max(len(self.streams), 1)
+
+    def __enter__(self) -> Lanes:
+        for stream in self.streams:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.join()
 
     @contextlib.contextmanager
     def on(self, lane: int) -> Iterator[None]:
@@ -51,21 +48,13 @@ class Lanes:
         try:
             with torch.cuda.stream(stream):
                 yield
-        except BaseException:
-            self.join()  # before what they use is given back
-            raise
         finally:
             self.transport.use_stream(caller)
-
-    def fork(self) -> None:
-        """Lanes wait for what the caller's stream has been given."""
-        for stream in self.streams:
-            stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def join(self) -> None:
         """The caller's stream waits for what lanes have been given."""
         for stream in self.streams:
-            torch.cuda.current_stream(self.device).wait_stream(stream)
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def meet(self) -> None:
         """The first lane waits for what the others have been given."""

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,7 +46,7 @@ class GroupTransport:
     """The hops of one rank of a process group. One for each group, made at its first call."""
 
     gathers: ClassVar[bool] = False
-    by_copy_engine: ClassVar[bool] = False
+    lanes: Sequence[torch.cuda.Stream] = ()
 
     def __init__(self, group: Any, device: torch.device) -> None:
         import torch.distributed as dist

@@ -68,19 +68,17 @@ def _forward_calls(
 
     With `first`, every row belongs to one call and carries nothing.
     """
-    lanes = Lanes(at.transport, q.device, _apart(calls) and len(calls) > 1)
-    lanes.fork()
-    for lane, (call, count) in enumerate(zip(calls, counts, strict=True)):
-        q0, q1, k0, k1, causal, window, start = call
-        in_kernel = count if q.is_cuda or count == q1 - q0 else 0
-        with lanes.on(lane):
-            torch.ops.lctx.flash_carry(
-                q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], carry[:, q0:q1], lse[:, :, q0:q1], causal,
-                at.scale, window, 0, start, False, first, out[:, q0:q1], in_kernel,
-            )  # fmt: skip
-        if in_kernel < count:
-            out[:, q0 : q0 + count] = carry[:, q0 : q0 + count]
-    lanes.join()
+    with Lanes(at.transport, _apart(calls) and len(calls) > 1) as lanes:
+        for lane, (call, count) in enumerate(zip(calls, counts, strict=True)):
+            q0, q1, k0, k1, causal, window, start = call
+            in_kernel = count if q.is_cuda or count == q1 - q0 else 0
+            with lanes.on(lane):
+                torch.ops.lctx.flash_carry(
+                    q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], carry[:, q0:q1], lse[:, :, q0:q1],
+                    causal, at.scale, window, 0, start, False, first, out[:, q0:q1], in_kernel,
+                )  # fmt: skip
+            if in_kernel < count:
+                out[:, q0 : q0 + count] = carry[:, q0 : q0 + count]
 
 
 def _apart(calls: Sequence[Call]) -> bool:
@@ -213,11 +211,12 @@ class GradientRing:
         wire = self.at.schedule.wire[self.at.rank] if self.home is not None else ()
         for own, packed in intervals(wire):
             assert self.home is not None
-            for sums, home, out in ((self.dk, self.home.k, dk), (self.dv, self.home.v, dv)):
-                out[:, row : own.start] = sums[:, row : own.start]
-                torch.add(sums[:, own], home[:, packed], out=out[:, own])
+            home, rows = (self.home.k[:, packed], self.home.v[:, packed]), slice(row, own.stop)
+            sums = self.dk[:, rows], self.dv[:, rows]
+            _round(*sums, home, own.start - row, dk[:, rows], dv[:, rows])
             row = own.stop
-        dk[:, row:], dv[:, row:] = self.dk[:, row:], self.dv[:, row:]
+        if row < dk.shape[1]:
+            _round(self.dk[:, row:], self.dv[:, row:], (None, None), 0, dk[:, row:], dv[:, row:])
 
     def sum_of(self, step: int) -> tuple[Wire, bool]:
         """Where the gradients of `step` are added, and whether nothing is there yet."""
@@ -253,6 +252,22 @@ class GradientRing:
             self.ticket = at.transport.post(hop)
 
 
+def _round(
+    dk: Tensor, dv: Tensor, home: tuple[Tensor | None, Tensor | None], begin: int, dk_out: Tensor,
+    dv_out: Tensor,
+) -> None:  # fmt: skip
+    """Sums, rows from `begin` on with what came home, in the dtype of the results."""
+    if dk_out.is_cuda:
+        torch.ops.lctx.carry_bwd_keys(dk, dv, *home, begin, dk_out, dv_out)
+        return
+    for sums, more, out in ((dk, home[0], dk_out), (dv, home[1], dv_out)):
+        if more is None:
+            out.copy_(sums)
+        else:
+            out[:, :begin] = sums[:, :begin]
+            torch.add(sums[:, begin:], more, out=out[:, begin:])
+
+
 def backward(
     at: Rank, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     lse: Tensor,
@@ -274,55 +289,59 @@ def backward(
     ticket = ring.post(0)
     own = _save(at, dout, dlse, q, out, lse)
     early, late = own_calls(at, q, k, v)
-    lanes = Lanes(at.transport, q.device, once and len(late) > 1)
-    lanes.fork()
     for call in early:
         own.add(at, call, k, v, dk, dv, once)
-    if isinstance(own, Saved):
-        lanes.fork()  # dq is added in this order
-    for step in range(1, at.world_size):
+    with Lanes(at.transport, once and len(late) > 1) as lanes:
+        for step in range(1, at.world_size):
+            if ticket is not None:
+                for lane in range(len(lanes)):
+                    with lanes.on(lane):
+                        yield ticket
+            ring.turn()
+            if step > 1:
+                lanes.meet()  # keys of the step before are no longer read
+            with lanes.on(0):
+                ticket = ring.post(step)
+            if step == at.world_size - 1:
+                lanes.join()  # own keys come behind these kernels
+            for part in parts:
+                with lanes.on(part.part):
+                    yield from _backward_step(at, step, part, own, ring.held, G, lanes)
         if ticket is not None:
-            for lane in range(len(lanes)):
-                with lanes.on(lane):
-                    yield ticket
-        ring.turn()
-        if step > 1:
-            lanes.meet()  # keys of the step before are no longer read
-        source = at.schedule.source(at.rank, step)
-        with lanes.on(0):
-            ticket = ring.post(step)
-        if step == at.world_size - 1:
-            lanes.join()  # own keys come behind these kernels
-        calls = at.schedule.wire_calls(at.rank, source)
-        spread = len(parts) == 1 and _apart(calls) and at.schedule.keys_once(at.rank, source)
-        for part in parts:
-            with lanes.on(part.part):
-                yield from part.arrive()
-                if at.schedule.first[source] <= step <= at.schedule.last[source]:
-                    assert ring.held is not None
-                    rows, (total, empty) = slice(part.h0, part.h1), part.sum_of(step)
-                    mine = own.heads(part.h0 * G, part.h1 * G)
-                    keys, values = ring.held.k[:, :, rows], ring.held.v[:, :, rows]
-                    for lane, call in lanes.deal(calls, spread, part.part):
-                        with lanes.on(lane):
-                            mine.add(at, call, keys, values, total.k, total.v, empty)
-                part.post(step)
-    if ticket is not None:
-        yield ticket
-    if len(late) > 1 and _apart(late) and once:
-        with lanes.on(0):
-            for lane, call in lanes.deal(late, True, 0):
-                with lanes.on(lane):
-                    own.add(at, call, k, v, dk, dv, once)
-    else:
-        if isinstance(own, Saved):
-            lanes.join()
-        for call in late:
-            own.add(at, call, k, v, dk, dv, once)
-    lanes.join()
+            yield ticket
+        if len(late) > 1 and _apart(late) and once:
+            with lanes.on(0):
+                for lane, call in lanes.deal(late, True, 0):
+                    with lanes.on(lane):
+                        own.add(at, call, k, v, dk, dv, once)
+        else:
+            if isinstance(own, Saved):
+                lanes.join()
+            for call in late:
+                own.add(at, call, k, v, dk, dv, once)
     dk_out, dv_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     for part in parts:
         yield from part.arrive()
         heads_ = slice(part.h0, part.h1)
         part.finish(dk_out[:, :, heads_], dv_out[:, :, heads_])
     return own.result(at), dk_out, dv_out
+
+
+def _backward_step(
+    at: Rank, step: int, part: GradientRing, own: Saved | SavedInBlocks, held: Wire | None, G: int,
+    lanes: Lanes,
+) -> Steps[None]:  # fmt: skip
+    """Add the gradients of one group of heads to the sums that arrive, and pass them on."""
+    yield from part.arrive()
+    source = at.schedule.source(at.rank, step)
+    if at.schedule.first[source] <= step <= at.schedule.last[source]:
+        assert held is not None
+        calls = at.schedule.wire_calls(at.rank, source)
+        all_heads = part.h1 - part.h0 == held.k.shape[2]
+        spread = all_heads and _apart(calls) and at.schedule.keys_once(at.rank, source)
+        rows, (total, empty) = slice(part.h0, part.h1), part.sum_of(step)
+        mine = own.heads(part.h0 * G, part.h1 * G)
+        for lane, call in lanes.deal(calls, spread, part.part):
+            with lanes.on(lane):
+                mine.add(at, call, held.k[:, :, rows], held.v[:, :, rows], total.k, total.v, empty)
+    part.post(step)

@@ -6,7 +6,7 @@ has, so all of them give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -56,11 +56,14 @@ class Transport(Protocol):
 
     Attributes:
         gathers: Whether a send may consist of pieces anywhere in the device's memory.
-        by_copy_engine: Whether hops need no multiprocessor.
+        lanes: Streams for kernels beside the caller's; none where hops need multiprocessors.
     """
 
     gathers: ClassVar[bool]
-    by_copy_engine: ClassVar[bool]
+
+    @property
+    def lanes(self) -> Sequence[torch.cuda.Stream]:
+        """As above."""
 
     def memory(self, size: int, device: torch.device) -> Tensor:
         """(size,) uint8, which all buffers of a call's hops are parts of; every rank asks."""
@@ -183,7 +186,7 @@ class SimulatedRank:
     simulator: Simulator
     own: int
     gathers: ClassVar[bool] = False
-    by_copy_engine: ClassVar[bool] = False
+    lanes: ClassVar[tuple[torch.cuda.Stream, ...]] = ()
 
     def memory(self, size: int, device: torch.device) -> Tensor:
         """As Transport."""

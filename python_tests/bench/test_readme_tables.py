@@ -7,7 +7,8 @@ from bench.hopper_tables import binding
 from bench.machine import ROOT
 from bench.plot import hopper_curves
 from bench.registry import Shape, op_of
-from bench.results import Document, MemoryRow, Row, goal_results
+from bench.results import RESULTS, Document, MemoryRow, Row, goal_results, load
+from bench.ring_tables import ring_goals_table
 from bench.suites import TIMED_SUITES
 
 specification = importlib.util.spec_from_file_location(
@@ -236,3 +237,15 @@ def test_broken_markers_are_refused(tmp_path, page, capsys):
 def test_a_missing_readme_is_one_line(tmp_path, capsys):
     assert tool(tmp_path, "--check") == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_ring_table_says_what_unequal_gpus_could_give():
+    document = load(RESULTS / "h200x2" / "ring.json")
+    for row in document.rows:
+        row.gpus_s = []
+    plain = ring_goals_table(document)
+    alone = next(row for row in document.rows if row.candidate == "flash")
+    alone.gpus_s = [alone.median_s, alone.median_s / 1.1]
+    table = ring_goals_table(document)
+    assert "the most" not in plain[0] and table[0] == f"{plain[0]} the most |"
+    assert table[2] == f"{plain[2]} 2.10x |" and table[3] == f"{plain[3]} - |"

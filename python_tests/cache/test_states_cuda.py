@@ -155,3 +155,23 @@ def test_time_and_memory_of_a_token_do_not_grow(update):
         state.attend(q[:, 1:], k[:, 1:], v[:, 1:])
         sizes.add(torch.cuda.memory_allocated())
     assert len(sizes) <= 2
+
+
+def test_memory_that_is_not_pinned_leaves_no_error_behind(monkeypatch):
+    runtime, pinned_at = torch.cuda.cudart(), []
+
+    class Again:
+        """The runtime, asked to pin what it has pinned, which it refuses."""
+
+        def cudaHostRegister(self, *pages):
+            pinned_at.append(pages[0])
+            assert int(runtime.cudaHostRegister(*pages)) == 0
+            return runtime.cudaHostRegister(*pages)
+
+    monkeypatch.setattr(pinned, "LEAST_BYTES", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "cudart", Again)
+        with pytest.raises(RuntimeError, match="offload: pinning") as refused:
+            pinned.PinnedRoom((1 << 20,), torch.uint8, torch.device("cuda"))
+    assert torch.ones(3, device="cuda").sum().item() == 3
+    assert int(runtime.cudaHostUnregister(*pinned_at)) == 0, refused  # whose pages are still there

@@ -16,6 +16,7 @@ OWN = ("p2p", "nccl")
 TRANSPORTS = ("pg", *OWN)
 TIMEOUT = 1.0
 GRACE = 5.0
+OWN_HOP_SECONDS = 6e-6
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -37,7 +38,11 @@ def test_auto_takes_the_copy_engine():
 
 @pytest.mark.parametrize("transport", OWN)
 def test_host_time_of_a_hop(transport):
-    assert max(run_ranks_well(workers.host_seconds_of_a_hop, 2, transport, 4000)) <= 12e-6
+    """Of the 12 us of a hop (bench.ring), what is not the driver's and NCCL's."""
+    found = run_ranks_well(workers.host_seconds_of_a_hop, 2, transport, 4000)
+    theirs, ours = (max(seconds) for seconds in zip(*found, strict=True))
+    print(f"{transport}: {1e6 * theirs:.1f} us in the driver and NCCL, {1e6 * ours:.1f} us of ours")
+    assert ours <= OWN_HOP_SECONDS
 
 
 def check_ring_error(found, rank, phases):
@@ -56,7 +61,9 @@ PHASES = ("forward kv", "backward kv", "backward dkv")
 def test_a_killed_rank(transport, phase, step):
     alive, dead = run_ranks(workers.killed, 2, transport, phase, step, TIMEOUT)
     assert dead.error == "died" and alive.error is None, alive.text
-    check_ring_error(alive.value, 0, PHASES)
+    error, keeps_its_memory = alive.value
+    check_ring_error(error, 0, PHASES)
+    assert keeps_its_memory  # nobody knows what the other rank still does
 
 
 @pytest.mark.parametrize("transport", OWN)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from gpu_checks import HALF, check_result, gpu_qkv, needs_kernel
+from helpers import random_tensor
 
 from lctx_kernels import reference
 
@@ -140,6 +141,41 @@ def test_same_bits_from_run_to_run(D):
     first = run()
     for _ in range(100):
         assert all(map(torch.equal, first, run()))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("Dk, Dv", [(8, 8), (64, 128), (128, 128), (256, 80)])
+@pytest.mark.parametrize("B, rows, heads, begin", [(1, 0, 3, 0), (2, 40, 3, 0), (2, 33, 2, 7)])
+def test_sums_and_what_came_home(B, rows, heads, begin, Dk, Dv, dtype):
+    """The bits of torch, in some heads of larger tensors and in all of them."""
+    sums, homes, outs, expected = [], [], [], []
+    for i, D in enumerate((Dk, Dv)):
+        x = random_tensor(B, 40, 3, D, dtype=torch.float32, seed=i).cuda()[:, :, :heads]
+        more = random_tensor(B, rows, heads, D, dtype=torch.float32, seed=2 + i).cuda()
+        want = x.clone()
+        want[:, begin : begin + rows] += more
+        sums.append(x)
+        homes.append(more if rows else None)
+        outs.append(torch.full((B, 40, 3, D), torch.nan, dtype=dtype, device="cuda"))
+        expected.append(want.to(dtype))
+    parts = [out[:, :, :heads] for out in outs]
+    torch.ops.lctx.carry_bwd_keys(*sums, *homes, begin, *parts)
+    for part, out, want in zip(parts, outs, expected, strict=True):
+        assert torch.equal(part, want) and out[:, :, heads:].isnan().all()
+
+
+def test_sums_that_do_not_fit_are_refused():
+    out = torch.empty(1, 8, 2, 16, dtype=torch.bfloat16, device="cuda")
+    x = out.float()
+    for arguments, problem in (
+        ((x, x, x[:, :4], x[:, :4], 5, out, out), "home has rows 5 to 9"),
+        ((x, x, x[:, :4], None, 0, out, out), "of k and v alike"),
+        ((x, x[:, :4], None, None, 0, out, out), "dv"),
+        ((x, out, None, None, 0, out, out), "dv"),
+        ((x[..., 1:9], x, None, None, 0, out[..., :8], out), "dk"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            torch.ops.lctx.carry_bwd_keys(*arguments)
 
 
 def test_bad_arguments_are_refused():

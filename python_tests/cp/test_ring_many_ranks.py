@@ -1,0 +1,17 @@
+"""ring_attention between more ranks than GPUs: "p2p" gives the bits of the simulation."""
+
+import cp_gpu_workers as workers
+import pytest
+import torch
+from gpu_checks import needs_kernel
+from processes import run_ranks_well
+
+pytestmark = [*needs_kernel("ring_bwd"), pytest.mark.dist]
+
+
+@pytest.mark.parametrize("n, gpus", [(3, 1), (4, 1), (4, 2)])
+def test_ranks_that_share_gpus(n, gpus):
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    hops = run_ranks_well(workers.check_many_ranks, n, gpus)
+    assert min(hops) > 100
