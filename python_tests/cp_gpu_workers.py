@@ -14,7 +14,7 @@ from helpers import errors
 
 import lctx_kernels as lk
 from lctx_kernels import cp, reference
-from lctx_kernels.cp import device, failed
+from lctx_kernels.cp import device, failed, parts
 from lctx_kernels.cp.choose import choose
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -52,11 +52,17 @@ def cases(n):
         yield f"not deterministic {cu_seqlens}", plan, {}, {"deterministic": False}
 
 
+def own_keys_last(wanted, usual=(parts.hop_seconds, parts.WORTH_SECONDS)):
+    """Own keys last in some heads, in a lane of their own, however short they are."""
+    parts.hop_seconds, parts.WORTH_SECONDS = (lambda *_: 0.0, 0.0) if wanted else usual
+
+
 def check_all(rank, n, transport):
     """The bits of the simulation in every case; out as accurate as that of one device."""
     group = gpu_group(rank)
     wrong = []
-    for what, plan, shape, options in cases(n):
+    for number, (what, plan, shape, options) in enumerate(cases(n)):
+        own_keys_last(number % 2 == 0)
         x = gpu_tensors(plan.seq_len, **shape)
         bitwise = options.get("deterministic", True)
         mine = local_run(plan, rank, x, group=group, transport=transport, **options)
@@ -86,6 +92,7 @@ def check_many_ranks(rank, n, gpus):
     Calls are in flight together, so that a lane that does not wait finds another call's data.
     """
     torch.cuda.set_device(rank % gpus)
+    own_keys_last(True)
     group = dist.new_group(backend="nccl")
     bounds, wrong = int32([0, 1, 700, 700, 2111, 3000, 4099]), []
     for layout, documents, more in itertools.product(

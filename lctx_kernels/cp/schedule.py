@@ -153,28 +153,31 @@ class Schedule:
         return calls
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
-    def first_step_fills(self, rank: int) -> bool:
-        """Whether the calls on own keys have every row of `rank` exactly once."""
-        edges = ((call.q0, call.q1) for call in self.calls[rank][rank])
+    def step_fills(self, rank: int, step: int) -> bool:
+        """Whether the calls of `step` have every row of `rank` exactly once."""
+        edges = ((call.q0, call.q1) for call in self.calls[rank][self.source(rank, step)])
         return _tile(edges, self.plan.lengths[rank])
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
-    def final_rows(self, rank: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    def final_rows(
+        self, rank: int, own_last: bool = False
+    ) -> tuple[list[list[int]], list[tuple[int, int]]]:
         """Per step and call, how many of its first rows no later call has; the rows left over.
 
-        Every row is among the first ones of the last call that has it, or left over.
+        Every row is among the first ones of the last call that has it, or left over. With
+        `own_last` step 0 comes behind all others.
         """
+        n = self.plan.world_size
+        steps = [*range(1, n), 0] if own_last else range(n)
         order = [
-            (step, call)
-            for step in range(self.plan.world_size)
-            for call in self.calls[rank][self.source(rank, step)]
+            (step, call) for step in steps for call in self.calls[rank][self.source(rank, step)]
         ]
         edges = sorted({0, self.plan.lengths[rank], *(e for _, c in order for e in (c.q0, c.q1))})
         last = [-1] * len(edges)  # the last call that has rows from an edge to the next
         for index, (_, call) in enumerate(order):
             for at in range(bisect.bisect_left(edges, call.q0), bisect.bisect_left(edges, call.q1)):
                 last[at] = index
-        counts: list[list[int]] = [[] for _ in range(self.plan.world_size)]
+        counts: list[list[int]] = [[] for _ in range(n)]
         for index, (step, call) in enumerate(order):
             at = bisect.bisect_left(edges, call.q0)
             while last[at] == index:

@@ -20,6 +20,7 @@ from .._dtypes import stat_dtype
 from .keys import KeyRing, Memory, Rank, Wire, intervals
 from .lanes import Lanes
 from .layout import head_groups, home_slot
+from .parts import Part, parts_of, whole
 from .schedule import Call
 from .together import forward_before, forward_together, own_calls, two_steps
 from .transport import Hop, Steps
@@ -27,37 +28,59 @@ from .transport import Hop, Steps
 
 def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Tensor]]:
     """out (B, L, Hq, Dv) and lse (B, Hq, L) of one rank's queries over the keys of all."""
-    stat = stat_dtype(q.dtype)
     (B, L, Hq, _), Dv = q.shape, v.shape[-1]
     two = two_steps(at, q, k, v)
-    carry, out = q.new_empty(B, L, Hq, Dv, dtype=stat), q.new_empty(B, L, Hq, Dv)
-    lse = q.new_empty(B, Hq, L, dtype=stat)
-    first = at.schedule.first_step_fills(at.rank)
-    if not first:
-        lse.fill_(-torch.inf)
+    out, lse = q.new_empty(B, L, Hq, Dv), q.new_empty(B, Hq, L, dtype=stat_dtype(q.dtype))
+    parts = [whole(q, k)] if two is not None else parts_of(at, q, k, v)
+    carries = [_sums_like(part.queries(out)) for part in parts]
+    for part in parts:
+        if not part.fills(at):
+            part.statistics(lse).fill_(-torch.inf)
     ring = KeyRing(at, "forward kv", Memory(at, k, v), k, v)
-    counts, left_over = at.schedule.final_rows(at.rank)
-    for step in range(at.world_size):
-        source = at.schedule.source(at.rank, step)
-        ticket = ring.post(step)
-        if two is not None and step == 0:
-            forward_before(at, two, q, k, v, carry, lse, out)
-        elif two is not None and step == 1:
-            assert ring.held is not None
-            forward_together(at, two, q, k, v, ring.held.k, ring.held.v, carry, lse, out)
-        elif step == 0:
-            calls: Sequence[Call] = at.schedule.calls[at.rank][source]
-            _forward_calls(at, calls, counts[0], q, k, v, carry, lse, out, first)
-        elif ring.held is not None:
-            calls = at.schedule.wire_calls(at.rank, source)
-            keys, values = ring.held.k, ring.held.v
-            _forward_calls(at, calls, counts[step], q, keys, values, carry, lse, out, False)
-        if ticket is not None:
-            yield ticket
-        ring.turn()
-    for begin, end in left_over:
-        out[:, begin:end] = carry[:, begin:end]
+    with Lanes(at.transport, len(parts) > 1) as lanes:
+        for step in range(at.world_size):
+            if 0 < step < at.world_size - 1:
+                lanes.join()  # keys are there, and those of the step before no longer read
+            ticket, held = ring.post(step), ring.held
+            if two is not None and step == 0:
+                forward_before(at, two, q, k, v, carries[0], lse, out)
+            elif two is not None and step == 1:
+                assert held is not None
+                forward_together(at, two, q, k, v, held.k, held.v, carries[0], lse, out)
+            elif step == 0 or held is not None:
+                for lane, (part, carry) in enumerate(zip(parts, carries, strict=True)):
+                    if step > 0 or not part.own_last:
+                        with lanes.on(lane):
+                            _forward_step(at, step, part, q, k, v, held, carry, lse, out)
+            for lane in range(len(lanes) if ticket is not None else 0):
+                with lanes.on(lane):
+                    yield ticket
+            ring.turn()
+        for lane, (part, carry) in enumerate(zip(parts, carries, strict=True)):
+            if part.own_last:
+                with lanes.on(lane):
+                    _forward_step(at, 0, part, q, k, v, None, carry, lse, out)
+    for part, carry in zip(parts, carries, strict=True):
+        for begin, end in at.schedule.final_rows(at.rank, part.own_last)[1]:
+            part.queries(out)[:, begin:end] = carry[:, begin:end]
     return out, lse
+
+
+def _forward_step(
+    at: Rank, step: int, part: Part, q: Tensor, k: Tensor, v: Tensor, held: Wire | None,
+    carry: Tensor, lse: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    source = at.schedule.source(at.rank, step)
+    counts = at.schedule.final_rows(at.rank, part.own_last)[0]
+    calls: Sequence[Call] = at.schedule.calls[at.rank][source]
+    if step > 0:
+        assert held is not None
+        k, v, calls = held.k, held.v, at.schedule.wire_calls(at.rank, source)
+    first = step == part.own_last and part.fills(at)
+    _forward_calls(
+        at, calls, counts[step], part.queries(q), part.keys(k), part.keys(v), carry,
+        part.statistics(lse), part.queries(out), first,
+    )  # fmt: skip
 
 
 def _forward_calls(
@@ -167,7 +190,11 @@ def _save(
 
 
 def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros_like(x, dtype=stat_dtype(x.dtype), memory_format=torch.contiguous_format)
+    return _sums_like(x).zero_()
+
+
+def _sums_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=stat_dtype(x.dtype), memory_format=torch.contiguous_format)
 
 
 class GradientRing:

@@ -25,14 +25,14 @@ MOST_BEFORE = 0.4  # of the rows: the others are to be enough for a launch of lo
 ROWS, FEWEST_TILES = 128, 1000  # of a tile; of keys, that are worth two launches
 
 
-def _hop_seconds(at: Rank, k: Tensor, v: Tensor) -> float:
+def hop_seconds(at: Rank, k: Tensor, v: Tensor) -> float:
     """Of the first hop."""
     coming = at.schedule.wire_rows(at.schedule.source(at.rank, 1))
     size = coming * k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
     return MARGIN * (size / LINK + HOP_SECONDS) if size else 0.0
 
 
-def _own_square(at: Rank, rows: int) -> Call | None:
+def own_square(at: Rank, rows: int) -> Call | None:
     """The only call on own keys, if it is of all rows and has no window."""
     calls = at.schedule.calls[at.rank][at.rank]
     if at.world_size == 1 or len(calls) != 1 or calls[0][:4] != (0, rows, 0, rows):
@@ -54,8 +54,8 @@ def own_calls(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Call], li
     the rest would be too few tiles to keep all multiprocessors busy.
     """
     calls, rows = list(at.schedule.calls[at.rank][at.rank]), q.shape[1]
-    square = _own_square(at, rows)
-    uncovered = _hop_seconds(at, k, v) - 2 * q.numel() * q.element_size() / STATISTICS
+    square = own_square(at, rows)
+    uncovered = hop_seconds(at, k, v) - 2 * q.numel() * q.element_size() / STATISTICS
     if square is None or not square.causal or uncovered <= HOP_SECONDS:
         return [], calls
     per_pair = 5 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3])
@@ -90,7 +90,7 @@ class TwoSteps(NamedTuple):
 def two_steps(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> TwoSteps | None:
     """How the first two steps go together; None where they do not, or where little is saved."""
     rows = q.shape[1]
-    own = _own_square(at, rows)
+    own = own_square(at, rows)
     if q.device.type == "cpu" or own is None:
         return None
     far = at.schedule.wire_calls(at.rank, at.schedule.source(at.rank, 1))
@@ -102,7 +102,7 @@ def two_steps(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> TwoSteps | None:
     per_pair = 2 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3])
     if CARRIED * q.numel() < WORTH * own.pairs * per_pair / FORWARD_FLOPS:
         return None
-    first = _side(_hop_seconds(at, k, v), FORWARD_FLOPS, per_pair, rows, own.causal)
+    first = _side(hop_seconds(at, k, v), FORWARD_FLOPS, per_pair, rows, own.causal)
     if first > MOST_BEFORE * rows:
         return None
     final = far[0].q0 + late if late else alone

@@ -7,6 +7,7 @@ waits of this one could get wrong.
 
 import importlib.util
 import inspect
+import itertools
 import sys
 
 import pytest
@@ -16,7 +17,7 @@ from helpers import assert_fp64_equal, random_tensor, run
 
 import lctx_kernels as lk
 from lctx_kernels import cp, reference
-from lctx_kernels.cp import keys, layout, ops, schedule, steps
+from lctx_kernels.cp import keys, layout, ops, parts, schedule, steps
 
 BUGS = {
     "stale keys in the backward": (
@@ -122,8 +123,8 @@ BUGS = {
     ),
     "keys used before they are there": (
         steps,
-        "if ticket is not None:\n            yield ticket\n        ring.turn()\n    for begin",
-        "if step == -1:\n            yield ticket\n        ring.turn()\n    for begin",
+        "for lane in range(len(lanes) if ticket is not None else 0):",
+        "for lane in range(0):",
     ),
     "rows rounded by their first call": (
         schedule,
@@ -132,7 +133,7 @@ BUGS = {
     ),
     "rows that no call ends with forgotten": (
         steps,
-        "for begin, end in left_over:",
+        "for begin, end in at.schedule.final_rows(at.rank, part.own_last)[1]:",
         "for begin, end in ():",
     ),
     "gradients used before they are there": (
@@ -159,13 +160,33 @@ BUGS = {
     ),
     "rows without keys start at lse 0": (
         steps,
-        "lse.fill_(-torch.inf)",
-        "lse.fill_(0.0)",
+        "part.statistics(lse).fill_(-torch.inf)",
+        "part.statistics(lse).fill_(0.0)",
     ),
     "rows start anew in every call of the first step": (
         steps,
-        "first = at.schedule.first_step_fills(at.rank)",
-        "first = True",
+        "first = step == part.own_last and part.fills(at)",
+        "first = step == part.own_last",
+    ),
+    "own keys that come last are forgotten": (
+        steps,
+        "            if part.own_last:\n",
+        "            if False:\n",
+    ),
+    "own keys that come last come first as well": (
+        steps,
+        "if step > 0 or not part.own_last:",
+        "if True:",
+    ),
+    "rows done before own keys that come last": (
+        schedule,
+        "steps = [*range(1, n), 0] if own_last else range(n)",
+        "steps = range(n)",
+    ),
+    "rows without keys start at lse 0 in the last heads": (
+        steps,
+        "        if not part.fills(at):\n",
+        "        if not part.fills(at) and not part.own_last:\n",
     ),
     "own keys without gradient": (
         steps,
@@ -207,8 +228,12 @@ def cases():
     yield cp.make_plan(8, 2, positions=[torch.tensor([4, 0, 5]), torch.tensor([1, 2, 3, 6, 7])]), {}
 
 
-def run_checks():
-    for plan, options in cases():
+def run_checks(patch):
+    """Where hops take their time, and where own keys are last in some heads, however short."""
+    usual, always = (parts.hop_seconds, parts.WORTH_SECONDS), (lambda *_: 0.0, 0.0)
+    for (hop, worth), (plan, options) in itertools.product((usual, always), cases()):
+        patch.setattr(parts, "hop_seconds", hop)
+        patch.setattr(parts, "WORTH_SECONDS", worth)
         T = plan.seq_len
         x = {name: random_tensor(1, T, H, 4, seed=i)
              for i, (name, H) in enumerate(zip("qkv", (4, 2, 2), strict=True))}  # fmt: skip
@@ -243,8 +268,8 @@ def mutant(module, old, new):
     return changed
 
 
-def test_the_ring_passes():
-    run_checks()
+def test_the_ring_passes(monkeypatch):
+    run_checks(monkeypatch)
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -262,4 +287,4 @@ def test_planted_bug_is_found(bug, monkeypatch):
         monkeypatch.setattr(ops, "schedule_of", changed.schedule_of)
     errors = (AssertionError, RuntimeError, ValueError, IndexError, StopIteration)
     with pytest.raises(errors):
-        run_checks()
+        run_checks(monkeypatch)
