@@ -46,8 +46,8 @@ class Known(NamedTuple):
     others: str
 
 
-# Both are of words that all lanes of a warp read before one lane arrives, for the warp, on the
-# barrier that lets them be overwritten (docs/hopper_backward.md).
+# The first two are of words that all lanes of a warp read before one lane arrives, for the warp, on
+# the barrier that lets them be overwritten (docs/hopper_backward.md).
 KNOWN = (
     # Row statistics, by the copy engine. Before the arrival stand products, which all lanes have to
     # reach (.sync.aligned) with what they made of the statistics in registers.
@@ -62,6 +62,13 @@ KNOWN = (
         "racecheck", r"landmark_bwd_\d+",
         r"Error: Race reported between Read access at lctx::ptx::load_shared_4\(",
         r"and Write access at lctx::ptx::store_shared_4\(",
+    ),
+    # A state that is handed to the warp that publishes it: bar.arrive behind the stores, bar.sync
+    # before the loads, PTX's own example of a producer and a consumer. racecheck sees no order.
+    Known(
+        "racecheck", r"infini(_bwd)?_128|decode_states",
+        r"Error: Race reported between Write access at lctx::ptx::store_shared_4\(",
+        r"and Read access at lctx::ptx::load_shared_4\(",
     ),
 )  # fmt: skip
 

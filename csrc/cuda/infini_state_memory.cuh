@@ -63,7 +63,7 @@ struct StateMemory {
       ptx::store_shared_4(kernel.smem + Traits::kStateJob, chain);
       ptx::store_shared_4(kernel.smem + Traits::kStateJob + 4, ready);
     }
-    ptx::named_barrier_sync(kJob, kThreads + 32);  // the other warp waits there already
+    ptx::named_barrier_arrive(kJob, kThreads + 32);
   }
   static __device__ __forceinline__ void wait_for_last() {
     ptx::named_barrier_sync(kNoJob, kThreads + 32);
