@@ -18,6 +18,7 @@
 #include "infini_grads.h"
 #include "infini_kernel.cuh"
 #include "infini_matrix.cuh"
+#include "infini_scan_stages.cuh"
 
 namespace lctx::cuda {
 namespace {
@@ -148,29 +149,14 @@ struct ScanKernel {
 
   // dM += (-T) dM
   __device__ __forceinline__ void multiply(uint32_t tile, float (&dM)[2 * kPairs]) {
-    PipelineState<Traits::kStages> last = state;
-#pragma unroll
-    for (int i = 0; i < Traits::kTerms * Traits::kChunks; ++i) {
-      pipe.wait(state);
-      const uint32_t a =
-          smem + state.stage() * Traits::kStageBytes + threadIdx.x / 128 * chunk_bytes(64);
+    multiply_stages<ScanKernel, Traits::kTerms * Traits::kChunks>(*this, [&](int i, uint32_t a) {
       const uint32_t b = tile + i / Traits::kTerms * chunk_bytes(kColumns);
-      wgmma_fence();
       gemm_nt<T, kColumns, kChunkColumns>(dM, a, Traits::kHeadDim, b, kColumns, true);
       if (i % Traits::kTerms == 0) {
         gemm_nt<T, kColumns, kChunkColumns>(dM, a, Traits::kHeadDim, b + Traits::kTermBytes,
                                             kColumns, true);
       }
-      wgmma_commit();
-      if (i > 0) {
-        wgmma_wait<1>();
-        pipe.release(last);
-      }
-      last = state;
-      state.advance();
-    }
-    wgmma_wait<0>();
-    pipe.release(last);
+    });
   }
 
   __device__ __forceinline__ void consume() {

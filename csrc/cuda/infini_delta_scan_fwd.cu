@@ -14,6 +14,7 @@
 #include "../common/tensor_map.h"
 #include "../common/wgmma.cuh"
 #include "infini_kernel.cuh"
+#include "infini_scan_stages.cuh"
 #include "infini_states.h"
 
 namespace lctx::cuda {
@@ -134,29 +135,14 @@ struct DeltaKernel {
 
   // M += T (-M) over one part of T.
   __device__ __forceinline__ void multiply(uint32_t tile, float (&M)[2 * kPairs]) {
-    PipelineState<Traits::kStages> last = state;
-#pragma unroll
-    for (int c = 0; c < Traits::kChunks; ++c) {
-      pipe.wait(state);
-      const uint32_t a =
-          smem + state.stage() * Traits::kStageBytes + threadIdx.x / 128 * chunk_bytes(64);
+    multiply_stages<DeltaKernel, Traits::kChunks>(*this, [&](int c, uint32_t a) {
       const uint32_t b = tile + c * chunk_bytes(kColumns);
-      wgmma_fence();
 #pragma unroll
       for (int t = 0; t < kColumns / 8; ++t) {
         ptx::Wgmma<float, kColumns>::ss(M, wgmma_descriptor(a, t * 32, 0),
                                         wgmma_descriptor(b, t * 32, 0), 1);
       }
-      wgmma_commit();
-      if (c > 0) {
-        wgmma_wait<1>();
-        pipe.release(last);
-      }
-      last = state;
-      state.advance();
-    }
-    wgmma_wait<0>();
-    pipe.release(last);
+    });
   }
 
   __device__ __forceinline__ void consume() {
