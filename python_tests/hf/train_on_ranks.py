@@ -1,5 +1,6 @@
 """Three steps of both trainers, as one process or under torchrun; rank 0 prints losses as JSON."""
 
+import gc
 import json
 import os
 import sys
@@ -9,7 +10,8 @@ from torch import distributed
 from transformers import Trainer, TrainingArguments
 
 
-def main(folder):
+def train(folder):
+    """Losses and gates of both trainers."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows = [{"input_ids": row, "labels": row} for row in tokens(4, 40).tolist()]
     results = {}
@@ -26,9 +28,17 @@ def main(folder):
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         gates = [layer.self_attn.memory_gate.weight.tolist() for layer in model.model.layers]
         results[cls.__name__] = {"losses": losses, "gates": gates}
+    return results
+
+
+def main(folder):
+    results = train(folder)
     if int(os.environ.get("RANK", "0")) == 0:
-        print("RESULTS " + json.dumps(results))
-    if distributed.is_initialized():  # its threads must not outlive the interpreter
+        print("RESULTS " + json.dumps(results), flush=True)
+    if distributed.is_initialized():
+        # Its threads must not outlive the interpreter, and DDP's reducer must not be the last to
+        # hold it: that would wait for a thread of gloo's which waits for the GIL.
+        gc.collect()
         distributed.destroy_process_group()
 
 
