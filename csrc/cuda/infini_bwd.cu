@@ -2,10 +2,10 @@
 // Tile map: that of its parts.
 // Pipeline: gradients of the rows through retrieval, and its share of dM and dz of every segment
 //       (infini_retrieve_bwd.cu); row statistics and the gate (infini_stats_bwd.cu), by the delta
-//       rule beside the next; the scans from the last segment to the first (infini_scan_bwd.cu,
-//       infini_delta_scan_bwd.cu); gradients of keys and values (infini_update_bwd.cu), for the
-//       delta rule before the scan of dz. Above D = 128 infini_wide_*.cu take the place of
-//       retrieval and update.
+//       rule beside the next where the segments are few; the scans from the last segment to the
+//       first (infini_scan_bwd.cu, infini_delta_scan_bwd.cu); gradients of keys and values
+//       (infini_update_bwd.cu), for the delta rule before the scan of dz. Above D = 128
+//       infini_wide_*.cu take the place of retrieval and update.
 // Memory: D x D floats per segment and key/value head for dM, above D = 128 twice as many more for
 //       the terms of M and dM. The decays come from the forward.
 // Limits: those of its parts.
@@ -15,6 +15,8 @@
 
 namespace lctx::cuda {
 namespace {
+
+constexpr int kLongScan = 32;  // segments
 
 InfiniGradStates make_states(const InfiniParams& params, const InfiniGrads& grads,
                              const InfiniBwdPlan& plan, const InfiniBwdScratch& scratch) {
@@ -89,8 +91,10 @@ void launch_infini_memory_bwd(const InfiniParams& params, const InfiniGrads& gra
   }
   if (delta) {
     launch_infini_delta_scan_bwd(states, params.decays, stream);
-    // The scan is a chain of steps that leaves most of a multiprocessor idle.
-    launch_infini_row_stats(params, grads, states, /*overlap=*/!is_wide, stream);
+    // The scan is a chain of steps that leaves most of a multiprocessor idle. A long one loses more
+    // beside the statistics than they gain.
+    const bool overlap = !is_wide && states.S < kLongScan;
+    launch_infini_row_stats(params, grads, states, overlap, stream);
   } else {
     launch_infini_row_stats(params, grads, states, /*overlap=*/false, stream);
     launch_infini_linear_scan_bwd(states, stream);

@@ -6,8 +6,8 @@
 // Tile map: columns of dM do not meet: a block is (batch, key/value head, 32 columns); warpgroup w
 //       holds rows 64 w .. of dM as the accumulator of the product. A producer warp loads T.
 // Pipeline: T arrives in stages of 64 columns of a term. Per segment: the warpgroups write dM
-//       transposed into one of two tiles (B), meet once, add A B = (-T) dM onto dM, then R, which
-//       was loaded a segment ahead. Both are asked for in the L2 cache earlier: the row statistics,
+//       transposed into one of two tiles (B), meet once, add R, which was loaded a segment ahead,
+//       and A B = (-T) dM onto dM. Both are asked for in the L2 cache earlier: the row statistics,
 //       which run beside, keep memory busy.
 // Memory: per segment and head reads T (each of D / 32 blocks, once from HBM) and R, writes dM:
 //       12 D^2 bytes. A chain of S dependent steps.
@@ -51,12 +51,14 @@ struct ScanKernel {
   using Traits = Traits_;
   using T = __nv_bfloat16;
   static constexpr int kColumns = Traits::kColumns;
-  static constexpr int kPairs = kColumns / 4;  // pairs of neighbouring columns that a thread holds
+  using Fragment = ScanFragment<kColumns>;
+  using Sums = typename Fragment::Sums;
 
   const ScanParams& p;
   const InfiniGradStates& x;
   const uint32_t smem;
-  const int chain, column0;
+  const int chain;
+  const Fragment fragment;
   Pipeline<Traits::kStages> pipe;
   PipelineState<Traits::kStages> state;
 
@@ -65,7 +67,7 @@ struct ScanKernel {
         x(params.states),
         smem(ptx::smem_address(base)),
         chain(blockIdx.x),
-        column0(blockIdx.y * kColumns),
+        fragment(x.D, blockIdx.y * kColumns),
         pipe(smem + Traits::kBarriers) {}
 
   // What a segment further on reads is asked for in the L2 cache, once a chain.
@@ -94,42 +96,18 @@ struct ScanKernel {
     }
   }
 
-  // Where pair j of this thread lies in a matrix, or -1 outside.
-  __device__ __forceinline__ int place(int j) const {
-    const int thread = threadIdx.x % 128;
-    const int row = threadIdx.x / 128 * 64 + fragment_row(thread) + 8 * (j % 2);
-    const int column = column0 + j / 2 * 8 + fragment_column(thread);
-    return row < x.D && column < x.D ? row * x.D + column : -1;
-  }
-
   // What retrieval adds in segment s.
-  __device__ __forceinline__ void load_share(int s, float2 (&share)[kPairs]) const {
+  __device__ __forceinline__ void load_share(int s, typename Fragment::Pairs& share) const {
+    if (x.empty(s)) {
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      share[j] = {0.f, 0.f};
-      const int at = place(j);
-      if (at < 0 || x.empty(s)) continue;
-      for (int part = 0; part < x.splits; ++part) {
-        const float2 r = *reinterpret_cast<const float2*>(x.dM_of(part, chain, s) + at);
-        share[j].x += r.x;
-        share[j].y += r.y;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store(float* to, const float (&dM)[2 * kPairs]) const {
-    if (to == nullptr) return;
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const int at = place(j);
-      if (at < 0) continue;
-      *reinterpret_cast<float2*>(to + at) = make_float2(dM[2 * j], dM[2 * j + 1]);
+      for (float2& pair : share) pair = make_float2(0.f, 0.f);
+    } else {
+      fragment.load_parts(x.splits, [&](int part) { return x.dM_of(part, chain, s); }, share);
     }
   }
 
   // dM as the product's B: row = column of dM, in chunks of 64 of dM's rows.
-  __device__ __forceinline__ void store_operand(uint32_t tile,
-                                                const float (&dM)[2 * kPairs]) const {
+  __device__ __forceinline__ void store_operand(uint32_t tile, const Sums& dM) const {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 8 % 2 * 8;
     const uint32_t at = tile + swizzled_unit(kColumns, lane / 16 * 8 + lane % 8, row / 8);
 #pragma unroll
@@ -148,7 +126,7 @@ struct ScanKernel {
   }
 
   // dM += (-T) dM
-  __device__ __forceinline__ void multiply(uint32_t tile, float (&dM)[2 * kPairs]) {
+  __device__ __forceinline__ void multiply(uint32_t tile, Sums& dM) {
     multiply_stages<ScanKernel, Traits::kTerms * Traits::kChunks>(*this, [&](int i, uint32_t a) {
       const uint32_t b = tile + i / Traits::kTerms * chunk_bytes(kColumns);
       gemm_nt<T, kColumns, kChunkColumns>(dM, a, Traits::kHeadDim, b, kColumns, true);
@@ -160,39 +138,26 @@ struct ScanKernel {
   }
 
   __device__ __forceinline__ void consume() {
-    float dM[2 * kPairs];
-    float2 next[kPairs];
+    Sums dM;
+    typename Fragment::Pairs share;
     const bool given = x.dM_out != nullptr && !x.detached(x.S);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const int at = place(j);
-      const float* from = x.dM_out + chain * x.matrix() + at;
-      dM[2 * j] = given && at >= 0 ? from[0] : 0.f;
-      dM[2 * j + 1] = given && at >= 0 ? from[1] : 0.f;
-    }
-    load_share(x.S - 1, next);
+    fragment.load_first(given ? x.dM_out + chain * x.matrix() : nullptr, dM);
+    load_share(x.S - 1, share);
     for (int s = x.S - 1; s >= 0; --s) {
       const uint32_t tile = smem + Traits::kTiles + s % 2 * (Traits::kTerms * Traits::kTermBytes);
       store_operand(tile, dM);
       ptx::fence_async_proxy();
       ptx::named_barrier_sync(1, Traits::kConsumerThreads);
-      store(x.dM_of(0, chain, s), dM);  // the gradient of the state that segment s leaves
-      float2 share[kPairs];
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) share[j] = next[j];
-      if (s > 0) load_share(s - 1, next);
+      fragment.store(x.dM_of(0, chain, s), dM);  // the gradient of the state that segment s leaves
+      Fragment::add(share, dM);
+      if (s > 0) load_share(s - 1, share);
       multiply(tile, dM);
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        dM[2 * j] += share[j].x;
-        dM[2 * j + 1] += share[j].y;
-      }
       if (x.detached(s)) {
 #pragma unroll
         for (float& element : dM) element = 0.f;
       }
     }
-    store(x.dM_in != nullptr ? x.dM_in + chain * x.matrix() : nullptr, dM);
+    if (x.dM_in != nullptr) fragment.store(x.dM_in + chain * x.matrix(), dM);
   }
 };
 

@@ -5,8 +5,8 @@
 // Tile map: columns of M do not meet: a block is (batch, key/value head, 32 columns); warpgroup w
 //       holds rows 64 w .. of M as the accumulator of the product. A producer warp loads T.
 // Pipeline: T arrives in stages of 32 of its columns. Per segment: the warpgroups write -M
-//       transposed into one of two tiles (B), meet once, add A B = T (-M) onto M, then G, which was
-//       loaded a segment ahead.
+//       transposed into one of two tiles (B), meet once, add G, which was loaded a segment ahead,
+//       and A B = T (-M) onto M.
 // Memory: per segment and head reads T (each of D / 32 blocks, once from HBM) and G, writes M and
 //       its 16-bit copy: 14 D^2 bytes. A chain of S dependent steps of under 1 us each.
 // Limits: used by infini_fwd; D a multiple of 8 up to 256.
@@ -46,12 +46,14 @@ struct DeltaKernel {
   using Traits = Traits_;
   using StagePipeline = Pipeline<Traits::kStages>;
   static constexpr int kColumns = Traits::kColumns;
-  static constexpr int kPairs = kColumns / 4;  // pairs of neighbouring columns that a thread holds
+  using Fragment = ScanFragment<kColumns>;
+  using Sums = typename Fragment::Sums;
 
   const DeltaParams& p;
   const InfiniStates& x;
   const uint32_t smem;
-  const int chain, column0;
+  const int chain;
+  const Fragment fragment;
   StagePipeline pipe;
   PipelineState<Traits::kStages> state;
 
@@ -60,7 +62,7 @@ struct DeltaKernel {
         x(params.states),
         smem(ptx::smem_address(base)),
         chain(blockIdx.x),
-        column0(blockIdx.y * kColumns),
+        fragment(x.D, blockIdx.y * kColumns),
         pipe(smem + Traits::kBarriers) {}
 
   __device__ __forceinline__ void produce() {
@@ -75,57 +77,28 @@ struct DeltaKernel {
     }
   }
 
-  // Pair j of this thread: registers 2 j, 2 j + 1 of the fragment.
-  __device__ __forceinline__ int pair_row(int j) const {
-    return threadIdx.x / 128 * 64 + fragment_row(threadIdx.x % 128) + 8 * (j % 2);
-  }
-  __device__ __forceinline__ int pair_column(int j) const {
-    return j / 2 * 8 + fragment_column(threadIdx.x % 128);
-  }
-  // Where pair j lies in a matrix, or -1 outside.
-  __device__ __forceinline__ int place(int j) const {
-    const int row = pair_row(j), column = column0 + pair_column(j);
-    return row < x.D && column < x.D ? row * x.D + column : -1;
-  }
-
-  __device__ __forceinline__ void load_gain(int s, float2 (&gain)[kPairs]) const {
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      gain[j] = {0.f, 0.f};
-      const int at = place(j);
-      if (at < 0) continue;
-      for (int part = 0; part < x.splits; ++part) {
-        const float2 g = *reinterpret_cast<const float2*>(x.gain(part, chain, s) + at);
-        gain[j].x += g.x;
-        gain[j].y += g.y;
-      }
-    }
+  __device__ __forceinline__ void load_gain(int s, typename Fragment::Pairs& gain) const {
+    fragment.load_parts(x.splits, [&](int part) { return x.gain(part, chain, s); }, gain);
   }
 
   // State s, and the copy that the retrieval reads.
-  __device__ __forceinline__ void store_state(int s, const float (&M)[2 * kPairs]) const {
-    float* full = x.M(chain, s);
-    uint32_t* half = static_cast<uint32_t*>(x.half) + x.state(chain, s) * x.matrix() / 2;
-    const bool read = s < x.S;
-    const float scale = read ? x.norm(chain, s)[0] : 0.f;
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const int at = place(j);
-      if (at < 0) continue;
-      *reinterpret_cast<float2*>(full + at) = make_float2(M[2 * j], M[2 * j + 1]);
-      if (read) {
-        half[at / 2] = pack2<typename Traits::T>(M[2 * j] * scale, M[2 * j + 1] * scale);
-      }
-    }
+  __device__ __forceinline__ void store_state(int s, const Sums& M) const {
+    fragment.store(x.M(chain, s), M);
+    if (s == x.S) return;
+    auto* half = static_cast<uint32_t*>(x.half) + x.state(chain, s) * x.matrix() / 2;
+    const float scale = x.norm(chain, s)[0];
+    fragment.for_pairs([&](int at, int j) {
+      half[at / 2] = pack2<typename Traits::T>(M[2 * j] * scale, M[2 * j + 1] * scale);
+    });
   }
 
   // -M as the product's B: row = column of M, in chunks of 32 of M's rows.
-  __device__ __forceinline__ void store_operand(uint32_t tile, const float (&M)[2 * kPairs]) const {
+  __device__ __forceinline__ void store_operand(uint32_t tile, const Sums& M) const {
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
+    for (int j = 0; j < Fragment::kPairs; ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int k = pair_row(j), n = pair_column(j) + i;
+        const int k = Fragment::row(j), n = Fragment::column(j) + i;
         const uint32_t at = tile + k / 32 * chunk_bytes(kColumns) + n * kChunkRowBytes +
                             ((k % 32 / 4 ^ n % 8) << 4) + k % 4 * 4;
         ptx::store_shared_4(at, ptx::round_tf32(-M[2 * j + i]));
@@ -134,7 +107,7 @@ struct DeltaKernel {
   }
 
   // M += T (-M) over one part of T.
-  __device__ __forceinline__ void multiply(uint32_t tile, float (&M)[2 * kPairs]) {
+  __device__ __forceinline__ void multiply(uint32_t tile, Sums& M) {
     multiply_stages<DeltaKernel, Traits::kChunks>(*this, [&](int c, uint32_t a) {
       const uint32_t b = tile + c * chunk_bytes(kColumns);
 #pragma unroll
@@ -146,33 +119,19 @@ struct DeltaKernel {
   }
 
   __device__ __forceinline__ void consume() {
-    float M[2 * kPairs];
-    float2 next[kPairs];
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const int at = place(j);
-      const bool given = x.M_in != nullptr && at >= 0;
-      const float* in = x.M_in + chain * x.matrix() + at;  // perhaps not aligned
-      M[2 * j] = given ? in[0] : 0.f;
-      M[2 * j + 1] = given ? in[1] : 0.f;
-    }
-    load_gain(0, next);
+    Sums M;
+    typename Fragment::Pairs gain;
+    fragment.load_first(x.M_in != nullptr ? x.M_in + chain * x.matrix() : nullptr, M);
+    load_gain(0, gain);
     for (int s = 0; s < x.S; ++s) {
       const uint32_t tile = smem + Traits::kTiles + s % 2 * Traits::kTileBytes;
       store_operand(tile, M);
       ptx::fence_async_proxy();
       ptx::named_barrier_sync(1, Traits::kConsumerThreads);
       store_state(s, M);
-      float2 gain[kPairs];
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) gain[j] = next[j];
-      if (s + 1 < x.S) load_gain(s + 1, next);
+      Fragment::add(gain, M);
+      if (s + 1 < x.S) load_gain(s + 1, gain);
       for (int part = 0; part < x.splits; ++part) multiply(tile, M);
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        M[2 * j] += gain[j].x;
-        M[2 * j + 1] += gain[j].y;
-      }
     }
     store_state(x.S, M);
   }

@@ -139,15 +139,20 @@ struct StateTile : StateMemory<Kernel>, StateLoads<Kernel, kDelta> {
     float least;  // of a norm
   };
 
-  // sigma in place on a part of the keys, whose first unit of this thread is at `at`, and added to
-  // `sums`; over the rows' norms to `scaled`.
-  __device__ __forceinline__ void apply_sigma(uint32_t at, uint32_t scaled, const Scaling& scaling,
-                                              ColumnSums& sums) const {
-    uint4 words[kBatch];
-    KeyUnit key[kBatch];
-    float norm[kBatch];
+  using Words = uint4[kBatch];
+
+  // This thread's units of a part of the keys, the first of them at `at`.
+  __device__ __forceinline__ void load_words(uint32_t at, Words& words) const {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) words[i] = ptx::load_shared_16(at + i * kBatchBytes);
+  }
+
+  // sigma of `words` to where they come from and, over the rows' norms, to `scaled`; adds it to
+  // `sums`.
+  __device__ __forceinline__ void apply_sigma(const Words& words, uint32_t at, uint32_t scaled,
+                                              const Scaling& scaling, ColumnSums& sums) const {
+    KeyUnit key[kBatch];
+    float norm[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const uint32_t in[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
@@ -265,22 +270,32 @@ struct StateTile : StateMemory<Kernel>, StateLoads<Kernel, kDelta> {
     const uint32_t own = own_unit(), half = own / chunk_bytes(kBlockN);
     int rows = find().rows;
     bool started = false;
+    Words words;
     const auto release = [&] {
       kernel.k_pipe.release(KVState{k_state.step - 1});
       kernel.v_pipe.release(KVState{v_state.step - 1});
     };
+    wait_for_keys(k_state, rows);
+    load_words(keys(k_state) + own, words);
 #pragma unroll 1
     for (; rows > 0; rows -= kBlockN) {
-      wait_for_keys(k_state, rows);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         const uint32_t tile = scaled + part * tile_bytes(kPartRows, kHeadDim);
         const uint32_t k_part = keys(k_state) + part * kPartBytes;
-        // There already: ptxas does not move sigma across, in between the products.
-        if (part != 0) kernel.k_pipe.wait(k_state);
-        apply_sigma(k_part + own, tile + own - half * chunk_bytes(kBlockN - kPartRows), scaling,
-                    sums);
+        // There already: keeps ptxas from laying most of sigma between the products.
+        kernel.k_pipe.wait(k_state);
+        apply_sigma(words, k_part + own, tile + own - half * chunk_bytes(kBlockN - kPartRows),
+                    scaling, sums);
         ptx::fence_async_proxy();
+        // Those of the next part, on their way while all meet and the products are issued.
+        if (part + 1 < kParts) {
+          load_words(k_part + kPartBytes + own, words);
+        } else if (rows > kBlockN) {
+          const KVState next{k_state.step + 1};
+          wait_for_keys(next, rows - kBlockN);
+          load_words(keys(next) + own, words);
+        }
         wgmma_wait<0>();
         if (part == 0) {
           if (started) release();
