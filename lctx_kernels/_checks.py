@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from ._dtypes import autocast_dtype
 from ._operands import OPERANDS, Call, Reason, check_operands, describe, values_readable
 from ._options import OPTIONS
 from .cp.checks import ring_rules
+from .cp.groups import SIM, process_group
 
 
 def _heads(call: Call) -> None:
@@ -200,13 +202,73 @@ def error(op: str, arguments: dict[str, Any], found: list[Reason]) -> Exception:
     return kind(f"{op} cannot run:{lines}\ngiven: {given}")
 
 
+def require_options(who: str, **options: Any) -> None:
+    """Raise with all reasons if `who`, a layer, could not hand these options to its op."""
+    call = Call(who, options)
+    for name in options:
+        OPTIONS[name](call, name)
+    if call.reasons:
+        raise error(who, options, call.reasons)
+
+
+PLAIN = frozenset({str, int, float, bool, type(None)})
+TENSORS = frozenset({Tensor, torch.nn.Parameter})
+MOST_ACCEPTED = 1024
+_accepted: dict[tuple[Any, ...], str] = {}  # calls that the rules have passed, and their backends
+
+
+def _trait(value: Any) -> Any:
+    """What rules read of an argument, with its type, as True == 1; a thing of its own is itself."""
+    kind = type(value)
+    if kind in PLAIN:
+        return kind, value
+    if kind in TENSORS:
+        device = value.device
+        values = device.type == "cpu" and not value.dtype.is_floating_point
+        if values or value.layout != torch.strided:
+            raise TypeError  # rules read its values, or more than this
+        return value.shape, value.stride(), value.dtype, device, value.requires_grad
+    if isinstance(value, list | tuple):
+        return kind, tuple(map(_trait, value))
+    if isinstance(value, Tensor):
+        raise TypeError  # it decides for itself what is true of it
+    return weakref.ref(value)
+
+
+def _key(op: str, arguments: dict[str, Any]) -> tuple[Any, ...] | None:
+    """All that the rules of a call depend on; None where that is more than its arguments' traits.
+
+    An equal key is an equal verdict, which spares a call most of the host's time for its checks.
+    """
+    first = arguments[OPERANDS[op][0].name]
+    if torch.compiler.is_compiling() or not isinstance(first, Tensor):
+        return None
+    lower = autocast_dtype(first) if torch._C._is_any_autocast_enabled() else None
+    try:
+        group: Any = ()
+        if op == "ring_attention" and arguments["transport"] != SIM:
+            group = weakref.ref(process_group(arguments["group"], op))  # None is the default's
+        elif arguments.get("plan") is not None or arguments.get("group") is not None:
+            return None
+        return (op, torch.is_grad_enabled(), lower, group, *map(_trait, arguments.values()))
+    except (TypeError, ValueError):
+        return None  # nothing to remember
+
+
 def require(op: str, **arguments: Any) -> str:
     """Raise with all reasons if `op` refuses these arguments; else the backend that serves them."""
-    found = reasons(op, arguments)
-    if found:
-        raise error(op, arguments, found)
-    device = arguments[OPERANDS[op][0].name].device
-    where = _backend.resolve(arguments.get("backend", "auto"), device.type)
+    key = _key(op, arguments)
+    where = None if key is None else _accepted.get(key)
+    if where is None:
+        found = reasons(op, arguments)
+        if found:
+            raise error(op, arguments, found)
+        device = arguments[OPERANDS[op][0].name].device
+        where = _backend.resolve(arguments.get("backend", "auto"), device.type)
+        if key is not None:
+            if len(_accepted) >= MOST_ACCEPTED:
+                _accepted.clear()
+            _accepted[key] = where
     if _backend.LOG and not torch.compiler.is_compiling():
         given = ", ".join(f"{name}={describe(value)}" for name, value in arguments.items())
         _backend.logger.info("%s on %s: %s", op, where, given)

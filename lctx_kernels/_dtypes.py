@@ -24,6 +24,8 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """Dtype of `tensor` after autocast; fp64 stays what it is, as everywhere in PyTorch."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensor.dtype
     device_type = tensor.device.type
     if (
         tensor.dtype in DATA_DTYPES

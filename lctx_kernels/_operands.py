@@ -78,16 +78,21 @@ OPERANDS: dict[str, tuple[Operand, ...]] = {
         Operand("lse_b", ("B", "H", "T"), "stat"),
     ),
 }
+LONGEST_REPR = 160  # characters of an argument in an error
 AUTOCAST_OPERANDS = ("q", "k", "v", "q_mem", "k_mem")
 
 
 def describe(value: Any) -> str:
-    """A tensor as dtype, shape and device, anything else as its repr."""
+    """A tensor as dtype, shape and device, anything else as its repr, cut if it is long."""
     if isinstance(value, Tensor):
         return f"{dtype_name(value.dtype)} {tuple(value.shape)} {value.device}"
-    if isinstance(value, tuple) and any(isinstance(item, Tensor) for item in value):
-        return f"({', '.join(map(describe, value))})"
-    return repr(value)
+    if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
+        inside = ", ".join(map(describe, value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+    text = " ".join(repr(value).split())
+    if len(text) <= LONGEST_REPR:
+        return text
+    return f"{text[:LONGEST_REPR]}... ({type(value).__name__})"
 
 
 def values_readable(tensor: Tensor) -> bool:
@@ -172,6 +177,11 @@ def check_operands(call: Call) -> None:
             continue
         if tensor.layout != torch.strided:
             text = f"{operand.name} has layout {tensor.layout}; expected a dense tensor"
+            if tensor.layout == torch.jagged:
+                text += (
+                    "; nearest is flash_attention of the rows packed into one, with "
+                    f"cu_seqlens={operand.name}.offsets().to(torch.int32)"
+                )
             call.refuse(TypeError, text)
             continue
         _check_dtype(call, operand, tensor, data)

@@ -81,8 +81,15 @@ FAMILIES: dict[str, tuple[Fake, Fake]] = {
     "dilated": (_softmax_fwd, _softmax_bwd),
     "merge": (_merge_fwd, _merge_bwd),
 }
+LIBRARY = torch.library.Library("lctx", "FRAGMENT")
+"""Keeps what is registered here by itself."""
+
 ARGUMENTS: dict[str, tuple[str, ...]] = {}
 """Argument names of every registered op, e.g. ARGUMENTS["flash_fwd"]."""
+
+FUNCTIONS: dict[str, Any] = {}
+"""The torch.autograd.Function of every op that has a gradient; its first argument is a keyset or,
+outside of the dispatcher, None."""
 
 KERNELS: dict[str, tuple[str, ...]] = {}
 """Device types that every registered op has a kernel for, e.g. KERNELS["flash_fwd"] == ("cpu",)."""
@@ -92,11 +99,11 @@ STRIDED = ("q", "k", "v", "q_mem", "k_mem", "out_a", "out_b", "dout")
 """Arguments that the kernels take with free outer strides; all others they take contiguous."""
 
 
-def _usable(name: str, value: Any) -> Any:
-    if not isinstance(value, Tensor) or (name in STRIDED and value.stride(-1) == 1):
-        # Autograd may hand over a gradient with strides that the copy engine cannot walk.
-        return value.contiguous() if name == "dout" and not _walkable(value) else value
-    return value.contiguous()
+def _usable(name: str, value: Tensor) -> Tensor:
+    if name not in STRIDED or value.stride(-1) != 1:
+        return value.contiguous()
+    # Autograd may hand over a gradient with strides that the copy engine cannot walk.
+    return value.contiguous() if name == "dout" and not _walkable(value) else value
 
 
 def _walkable(x: Tensor) -> bool:
@@ -107,9 +114,11 @@ def _walkable(x: Tensor) -> bool:
     )
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a call on these tensors is followed by a backward."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def needs_grad(*inputs: Any) -> bool:
+    """Whether a call on these is followed by a backward."""
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in inputs
+    )
 
 
 def call(op: str, values: dict[str, Any]) -> Any:
@@ -119,7 +128,10 @@ def call(op: str, values: dict[str, Any]) -> Any:
         NotImplementedError: Inside a transform that the op has no rule for; without this check
             forward-mode differentiation would silently give tangents of 0.
     """
-    arguments = [_usable(name, values[name]) for name in ARGUMENTS[op]]
+    arguments = [values[name] for name in ARGUMENTS[op]]
+    for index, (name, value) in enumerate(zip(ARGUMENTS[op], arguments, strict=True)):
+        if isinstance(value, Tensor):
+            arguments[index] = _usable(name, value)
     if forward_ad._current_level >= 0:
         _refuse(op, "forward-mode differentiation is")
     if (
@@ -127,7 +139,14 @@ def call(op: str, values: dict[str, Any]) -> Any:
         and torch._C._functorch.peek_interpreter_stack() is not None
     ):
         _refuse(op, "torch.func transforms (vmap, grad, vjp, jacrev) are")
-    return getattr(torch.ops.lctx, op)(*arguments)
+    function = getattr(torch.ops.lctx, op)
+    if torch.compiler.is_compiling():
+        return function(*arguments)
+    # What the op's kernel of autograd would do, without the way through the dispatcher to it.
+    if needs_grad(*arguments):
+        return FUNCTIONS[op].apply(None, *arguments) if op in FUNCTIONS else function(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return function(*arguments)
 
 
 def _refuse(op: str, what: str) -> NoReturn:
@@ -172,6 +191,9 @@ def _register_autograd(family: str) -> None:
     grads = tuple(name for name in arguments if name[0] == "d" and name[1:] in outputs)
     needs = {f"needs_{name}": index for index, name in enumerate(fwd_inputs)}
     kept = tuple(name for name in arguments if name not in (*grads, *needs))
+    result_of = tuple(
+        results.index(f"d{name}") if f"d{name}" in results else None for name in fwd_inputs
+    )
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         values = dict(zip(fwd_inputs, inputs, strict=True))
@@ -187,19 +209,50 @@ def _register_autograd(family: str) -> None:
         ctx.mark_non_differentiable(*(values[n] for n in outputs if f"d{n}" not in grads))
 
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:]
         values = dict(zip(ctx.tensors, saved, strict=True)) | ctx.options
         values |= {f"d{name}": grad for name, grad in zip(outputs, grad_outputs, strict=True)}
-        values |= {name: ctx.needs_input_grad[index] for name, index in needs.items()}
+        values |= {name: wanted[index] for name, index in needs.items()}
         if grad_outputs[0] is None:  # the only gradient that no schema makes optional
             values[f"d{outputs[0]}"] = saved[0].new_zeros(ctx.out_shape)
-        result = dict(zip(results, call(f"{family}_bwd", values), strict=True))
-        return tuple(
-            result[f"d{name}"] if needed else None
-            for name, needed in zip(fwd_inputs, ctx.needs_input_grad, strict=True)
+        found = call(f"{family}_bwd", values)
+        return None, *(
+            found[index] if needed else None
+            for index, needed in zip(result_of, wanted, strict=True)
         )
 
-    torch.library.register_autograd(f"lctx::{family}_fwd", backward, setup_context=setup_context)
+    _differentiate(fwd, setup_context, backward)
+
+
+def _differentiate(
+    op: Any, setup_context: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
+) -> None:
+    """What torch.library.register_autograd does, with an op's schema read once and not in calls.
+
+    `backward` has the gradients of the op's inputs behind a None.
+    """
+    defaults = tuple(argument.default_value for argument in op._schema.arguments)
+
+    def below(keyset: Any, inputs: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            if keyset is None:
+                return op(*inputs)
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+        output = below(keyset, inputs)
+        setup_context(ctx, inputs + defaults[len(inputs) :], output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"{op._opname}_function", (torch.autograd.Function,), members)
+
+    def kernel(keyset: Any, *inputs: Any) -> Any:
+        differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        return function.apply(keyset, *inputs) if differentiable else below(keyset, inputs)
+
+    LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
+    FUNCTIONS[op._opname] = function
 
 
 def register(family: str, fakes: tuple[Fake, Fake]) -> None:

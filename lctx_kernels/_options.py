@@ -72,6 +72,9 @@ def _choice(*choices: str) -> Callable[[Call, str], None]:
     return check
 
 
+WHOLE_SEQUENCE = "nearest is the whole sequence on one device with group=None, plan=None"
+
+
 def _group(call: Call, name: str) -> None:
     value, plan = call.arguments[name], call.arguments.get("plan")
     if value is None and plan is None:
@@ -79,18 +82,20 @@ def _group(call: Call, name: str) -> None:
     try:
         process_group(value, call.op)
     except (TypeError, ValueError) as error:
-        call.refuse(type(error), str(error).removeprefix(f"{call.op}: "))
+        text = str(error).removeprefix(f"{call.op}: ")
+        if value is None:  # the message names a transport, which ring_attention alone has
+            text = f"{text.split('; nearest is')[0]}; {WHOLE_SEQUENCE}"
+        call.refuse(type(error), text)
     if call.arguments["backend"] == "reference":
         call.refuse(
             NotImplementedError,
             'backend is "reference" with a sequence over ranks; expected "auto", "cpu" or "cuda"; '
-            "nearest is the whole sequence on one device with group=None, plan=None",
+            f"{WHOLE_SEQUENCE}",
         )
     if call.arguments.get("seqlens") is not None:
         call.refuse(
             NotImplementedError,
-            "seqlens is given with a sequence over ranks; expected None; nearest is the whole "
-            "sequence on one device with group=None, plan=None",
+            f"seqlens is given with a sequence over ranks; expected None; {WHOLE_SEQUENCE}",
         )
 
 

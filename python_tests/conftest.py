@@ -1,6 +1,7 @@
 """Seed, skips and fixtures of the whole suite."""
 
 import os
+import sys
 
 # Read when torch loads OpenMP: threads that wait for others sleep. Spinning ones make the suite
 # several times slower as soon as another process wants the same cores.
@@ -26,6 +27,24 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+MOST_KEPT = 1 << 30  # bytes of a GPU that a process keeps between tests
+
+
+@pytest.fixture(autouse=True)
+def room_for_others():
+    """What a test had of a GPU's memory goes back: other processes run other tests there."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > MOST_KEPT:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_other_constants():
+    """Rings remember what they made of shapes, by constants that tests may change."""
+    if (keys := sys.modules.get("lctx_kernels.cp.keys")) is not None:
+        keys.forget_shapes()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import time
 import traceback
 from datetime import timedelta
+from multiprocessing import connection
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,12 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
 
 
-STACKS_AFTER = 100.0  # seconds, then a rank that still runs says where
+STACKS_AFTER = 60.0  # seconds, then a rank that still runs says where
+ALONE = 30.0  # seconds that a rank may go on after another one has raised or died
 
 
 def _child(function, rank, world_size, port, arguments, pipe):
+    faulthandler.enable()
     faulthandler.dump_traceback_later(STACKS_AFTER)
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
@@ -60,19 +63,34 @@ def run_ranks(function, world_size, *arguments, limit=120.0):
         send.close()
         processes.append(process)
         pipes.append(receive)
-    deadline = time.monotonic() + limit
-    outcomes = []
-    for rank, pipe in enumerate(pipes):
-        if not pipe.poll(max(deadline - time.monotonic(), 0)):
-            for process in processes:
-                process.kill()
-            raise AssertionError(f"rank {rank} of {world_size} still runs after {limit} s")
-        try:
-            outcomes.append(pipe.recv())
-        except EOFError:
-            outcomes.append(Outcome(error="died"))
+    outcomes = _outcomes(pipes, limit)
     for process in processes:
+        if len(outcomes) < world_size:
+            process.kill()
         process.join(10)
+    if len(outcomes) < world_size:
+        late = [rank for rank in range(world_size) if rank not in outcomes]
+        said = "".join(f"\nrank {r}: {o.error}\n{o.text}" for r, o in outcomes.items() if o.error)
+        raise AssertionError(f"ranks {late} of {world_size} still ran at the end.{said}")
+    return [outcomes[rank] for rank in range(world_size)]
+
+
+def _outcomes(pipes, limit):
+    """Of every rank that ends in time: before the limit, and soon after one that has failed."""
+    deadline, outcomes = time.monotonic() + limit, {}
+    while len(outcomes) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in outcomes]
+        ready = connection.wait(waiting, max(deadline - time.monotonic(), 0))
+        if not ready:
+            break
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                outcomes[rank] = pipe.recv()
+            except EOFError:
+                outcomes[rank] = Outcome(error="died")
+            if outcomes[rank].error is not None:
+                deadline = min(deadline, time.monotonic() + ALONE)
     return outcomes
 
 

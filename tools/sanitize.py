@@ -220,16 +220,18 @@ def _carry_bwd(D: int) -> None:
         )
     if D > 128:
         return
-    rows, dq_sum = torch.ops.lctx.carry_bwd_begin(q, None, out, lse)
-    for first in (True, False):
+    for fixed, begin in ((False, 128), (True, 128 if D <= 64 else 160)):
+        late = q[:, begin:]  # behind 37 rows that are no part of the step
+        rows, dq_sum = torch.ops.lctx.carry_bwd_begin(q, None, out, lse, fixed)
+        for first in (True, False):
+            torch.ops.lctx.carry_bwd_step(
+                q, q, k, v, rows, dq_sum, dk, dv, True, 0.1, 0, 0, 0, 0, 0, first, 0, fixed
+            )
         torch.ops.lctx.carry_bwd_step(
-            q, q, k, v, rows, dq_sum, dk, dv, True, 0.1, 0, 0, 0, 0, 0, first
-        )
-    late = q[:, 128:]  # behind 37 rows that are no part of the step
-    torch.ops.lctx.carry_bwd_step(
-        late, late, k, v, rows, dq_sum, dk, dv, True, 0.1, 0, 128, 0, 128, 0, False, 37
-    )
-    torch.ops.lctx.carry_bwd_end(dq_sum, q, 0.1)
+            late, late, k, v, rows, dq_sum, dk, dv, True, 0.1, 0, begin, 0, begin, 0, False, 37,
+            fixed,
+        )  # fmt: skip
+        torch.ops.lctx.carry_bwd_end(dq_sum, q, 0.1, fixed)
 
 
 def _merge() -> None:

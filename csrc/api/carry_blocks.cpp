@@ -13,6 +13,13 @@ AttnShape whole_shape(const Call& call, const Tensor& x) {
   return {call.dtype(), x.size(0), T, T, x.size(2), x.size(2), D, D};
 }
 
+// Rows of a block; 0: dq need not be reproducible, and blocks are dq_block_rows.
+int ordered_rows(const AttnShape& shape, bool deterministic) {
+  FlashParams params;
+  params.shape = shape;
+  return deterministic ? cuda::flash_block_rows(params, true, true) : 0;
+}
+
 // Statistics (2, B, H, pitch) and sums (B, H, floats) of a whole rank's rows.
 cuda::BwdScratch scratch_of(const Tensor& rows, const Tensor& dq_sum) {
   cuda::BwdScratch scratch;
@@ -23,7 +30,7 @@ cuda::BwdScratch scratch_of(const Tensor& rows, const Tensor& dq_sum) {
 }
 
 std::tuple<Tensor, Tensor> begin(const Tensor& dout, const OptTensor& dlse, const Tensor& out,
-                                 const Tensor& lse) {
+                                 const Tensor& lse, bool deterministic) {
   const Call call("lctx::carry_bwd_begin",
                   {LCTX_ARG(dout), LCTX_ARG(dlse), LCTX_ARG(out), LCTX_ARG(lse)});
   AttnParams params;
@@ -36,11 +43,13 @@ std::tuple<Tensor, Tensor> begin(const Tensor& dout, const OptTensor& dlse, cons
   call.check(s.Dk <= 128 && s.Dk % 8 == 0, "the head size is ", s.Dk,
              "; expected a multiple of 8 up to 128");
   call.check_aligned({{"dout", grads.dout, s.B, s.Tq, s.Hq}, {"out", params.out, s.B, s.Tq, s.Hq}});
-  const int64_t heads = s.B * s.Hq, floats = cuda::flash_dq_sum_floats(s);
-  Tensor rows = call.new_stat({2, s.B, s.Hq, cuda::bwd_pitch(s)});
+  const int block_rows = ordered_rows(s, deterministic);
+  const int64_t heads = s.B * s.Hq, floats = cuda::flash_dq_sum_floats(s, block_rows);
+  Tensor rows = call.new_stat({2, s.B, s.Hq, cuda::bwd_pitch(s, block_rows)});
   Tensor dq_sum = call.new_stat({s.B, s.Hq, heads == 0 ? 0 : floats / heads});
   Tensor counter = call.new_plain(ScalarType::Int, {1});
   cuda::BwdScratch scratch = scratch_of(rows, dq_sum);
+  scratch.block_rows = block_rows;
   scratch.counter = static_cast<int*>(counter.mutable_data_ptr());
   if (s.B * s.Tq * s.Hq > 0) {
     cuda::launch_bwd_rows(params, grads, scratch, floats, CudaCall(call).stream());
@@ -51,7 +60,7 @@ std::tuple<Tensor, Tensor> begin(const Tensor& dout, const OptTensor& dlse, cons
 void step(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& rows,
           const Tensor& dq_sum, const Tensor& dk, const Tensor& dv, bool causal, double scale,
           int64_t window, int64_t query_start, int64_t key_start, int64_t first_row,
-          int64_t first_head, bool first, int64_t rows_in_front) {
+          int64_t first_head, bool first, int64_t rows_in_front, bool deterministic) {
   const Call call("lctx::carry_bwd_step",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(dout), LCTX_ARG(rows),
                    LCTX_ARG(dq_sum), LCTX_ARG(dk), LCTX_ARG(dv)});
@@ -66,8 +75,13 @@ void step(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
   grads.rows_in_front = rows_in_front;
   call.stat(LCTX_ARG(rows), {2, s.B, kAny, kAny});
   const int64_t heads = rows.size(2), pitch = rows.size(3);
-  const int64_t block_rows = s.Dk <= 64 ? 128 : 64, blocks = pitch / block_rows;
+  call.check(s.Dk <= 128, "the head size is ", s.Dk, "; expected at most 128");
+  const int ordered = ordered_rows(s, deterministic);
+  const int64_t block_rows = ordered > 0 ? ordered : s.Dk <= 64 ? 128 : 64;
+  const int64_t blocks = pitch / block_rows;
   call.stat(LCTX_ARG(dq_sum), {s.B, heads, kAny});
+  call.check(pitch % block_rows == 0, "`rows` has ", pitch, " rows a head; expected blocks of ",
+             block_rows, ", as carry_bwd_begin makes them with deterministic = ", deterministic);
   call.check(first_row >= 0 && first_row % block_rows == 0 && first_row + s.Tq <= pitch &&
                  first_head >= 0 && first_head + s.Hq <= heads,
              "rows from ", first_row, " of head ", first_head, " on; expected multiples of ",
@@ -76,34 +90,38 @@ void step(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
              "; expected fewer than a block of ", block_rows);
   if (s.B * s.Tq * s.Tk == 0) return;
   check_tma(call, params);
-  call.check(s.Dk <= 128, "the head size is ", s.Dk, "; expected at most 128");
   call.check_aligned({{"dout", grads.dout, s.B, s.Tq, s.Hq}});
   const CudaCall gpu(call);
-  Tensor counter = call.new_plain(ScalarType::Int, {1});
   cuda::BwdScratch scratch = scratch_of(rows, dq_sum);
+  scratch.block_rows = ordered;
+  Tensor counters =
+      call.new_plain(ScalarType::Int, {cuda::carry_step_counters(params, scratch, heads, blocks)});
   const int64_t row = first_head * pitch + first_row;
   scratch.lse2 += row;
   scratch.delta += row;
   scratch.dq_sum += row / block_rows * (dq_sum.size(2) / blocks);
-  scratch.counter = static_cast<int*>(counter.mutable_data_ptr());
+  scratch.counter = static_cast<int*>(counters.mutable_data_ptr());
+  scratch.turns = scratch.counter + 1;
   cuda::launch_carry_bwd_step(params, grads, scratch, heads, blocks, gpu.num_sms(), gpu.stream());
 }
 
-Tensor end(const Tensor& dq_sum, const Tensor& q, double scale) {
+Tensor end(const Tensor& dq_sum, const Tensor& q, double scale, bool deterministic) {
   const Call call("lctx::carry_bwd_end", {LCTX_ARG(q), LCTX_ARG(dq_sum)});
   AttnParams params;
   const AttnShape& s = params.shape = whole_shape(call, q);
   call.rows(LCTX_ARG(q), {kAny, kAny, kAny, kAny});
   call.stat(LCTX_ARG(dq_sum), {s.B, s.Hq, kAny});
-  call.check(dq_sum.numel() == cuda::flash_dq_sum_floats(s), "dq_sum is not that of ", s.Tq,
-             " rows");
+  call.check(s.Dk <= 128, "the head size is ", s.Dk, "; expected at most 128");
+  const int block_rows = ordered_rows(s, deterministic);
+  call.check(dq_sum.numel() == cuda::flash_dq_sum_floats(s, block_rows), "dq_sum is not that of ",
+             s.Tq, " rows");
   params.scale = scale;
   AttnGrads grads;
   Tensor dq = call.new_rows({s.B, s.Tq, s.Hq, s.Dk});
   grads.dq = view(dq);
   if (dq.numel() > 0) {
     cuda::launch_unpack_dq(params, grads, static_cast<const float*>(dq_sum.mutable_data_ptr()),
-                           CudaCall(call).stream());
+                           CudaCall(call).stream(), block_rows);
   }
   return dq;
 }

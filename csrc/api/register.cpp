@@ -40,18 +40,20 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "flash_carry_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, "
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, bool causal, float scale, int window, "
       "int query_start, int key_start, bool deterministic, bool first=False) -> ()");
-  // The same on a GPU where dq need not be reproducible, head sizes up to 128: `begin` makes the
-  // statistics of all rows and zeroes their sum of dq, both in blocks of rows; every step adds to
-  // rows from first_row, at which a block begins, and heads from first_head on, but for the
-  // rows_in_front of its queries; `end` gives dq.
+  // The same on a GPU, head sizes up to 128: `begin` makes the statistics of all rows and zeroes
+  // their sum of dq, both in blocks of rows; every step adds to rows from first_row, at which a
+  // block begins, and heads from first_head on, but for the rows_in_front of its queries; `end`
+  // gives dq. With `deterministic`, the same in all three, a step adds in a fixed order.
   m.def(
-      "carry_bwd_begin(Tensor dout, Tensor? dlse, Tensor out, Tensor lse) "
-      "-> (Tensor rows, Tensor dq_sum)");
+      "carry_bwd_begin(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
+      "bool deterministic=False) -> (Tensor rows, Tensor dq_sum)");
   m.def(
       "carry_bwd_step(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor rows, Tensor(a!) dq_sum, "
       "Tensor(b!) dk, Tensor(c!) dv, bool causal, float scale, int window, int query_start, int "
-      "key_start, int first_row, int first_head, bool first=False, int rows_in_front=0) -> ()");
-  m.def("carry_bwd_end(Tensor dq_sum, Tensor q, float scale) -> Tensor dq");
+      "key_start, int first_row, int first_head, bool first=False, int rows_in_front=0, "
+      "bool deterministic=False) -> ()");
+  m.def(
+      "carry_bwd_end(Tensor dq_sum, Tensor q, float scale, bool deterministic=False) -> Tensor dq");
   // dk and dv of own keys from their fp32 sums; rows from `begin` on with what came home.
   m.def(
       "carry_bwd_keys(Tensor dk, Tensor dv, Tensor? home_k, Tensor? home_v, int begin, "

@@ -14,6 +14,9 @@ namespace lctx::cuda {
 // Key/value heads per section for queries of `queries` rows: Q, dO and dQ in fp32. Somewhat more
 // than fits the L2 cache is best: fewer blocks then add to the same rows of dQ.
 constexpr int64_t kBwdBudget = int64_t{72} << 20;
+// For sections of dQ that is added in an order: additions that the L2 cache does not hold are late,
+// and tiles wait for them. Of windows more tiles of a head would run at a time, and wait as well.
+constexpr int64_t kOrderedBudget = int64_t{32} << 20;
 inline int64_t bwd_section(const AttnShape& s, int64_t queries, int64_t budget = kBwdBudget) {
   const int64_t head_bytes =
       std::max<int64_t>(queries, 1) * (s.Hq / s.Hkv) * s.Dk * (2 * dtype_size(s.dtype) + 4);

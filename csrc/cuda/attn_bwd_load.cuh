@@ -90,7 +90,7 @@ struct BwdLoads {
   static constexpr int kDqBarriers = kQueue + TileQueue::kBytes;
   static_assert(kDqBarriers + Pipeline<2>::kBytes <= Traits::kBarriers + 256,
                 "no room for the barriers");
-  static constexpr bool kOrdered = std::is_same_v<Tiles, OrderedKeys<kBlockN>>;
+  static constexpr bool kOrdered = std::is_base_of_v<OrderedKeys<kBlockN>, Tiles>;
 
   const typename Traits::Params& p;
   const uint32_t smem;
@@ -315,7 +315,7 @@ struct BwdLoads {
   }
 
   // kOrdered: adds dQ of every other step to dq_sum, each when the tile before this one has; the
-  // first writes it. `parity`: of the steps.
+  // first writes it, or adds to what other launches left. `parity`: of the steps.
   __device__ __forceinline__ void add_in_turn(uint32_t parity) {
     constexpr int kFloats = kBlockM * kHeadDim;
     uint32_t step = 0;
@@ -339,6 +339,8 @@ struct BwdLoads {
             while (ptx::load_acquire(turn()) != place) {
             }
             ptx::fence_async_proxy_global();
+            ptx::bulk_reduce_add(to, smem + Traits::kDq, kFloats * 4);
+          } else if constexpr (Tiles::kContinues) {
             ptx::bulk_reduce_add(to, smem + Traits::kDq, kFloats * 4);
           } else {
             ptx::bulk_store(to, smem + Traits::kDq, kFloats * 4);

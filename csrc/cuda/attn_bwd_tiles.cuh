@@ -146,6 +146,8 @@ struct OrderedKeys {
     int down_from;
   };
   static constexpr bool kStrided = false, kPadded = false;
+  // Whether dq_sum has what other launches added; else what the first tile finds there is nothing.
+  static constexpr bool kContinues = false;
 
   template <class P>
   static __device__ __forceinline__ KeyWork find(const P& p, int index) {

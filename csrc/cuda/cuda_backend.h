@@ -66,7 +66,11 @@ void launch_flash_carry_bwd(const CarryParams& params, const CarryGrads& grads,
                             const BwdScratch& scratch, int64_t dq_sum_floats, bool fused,
                             int num_sms, Stream stream);
 // One step of it, fused, on rows of statistics and sums that all steps share: `scratch` points to
-// the step's first, of `heads` query heads and `blocks` blocks a head; dq stays in dq_sum.
+// the step's first, of `heads` query heads and `blocks` blocks a head; dq stays in dq_sum. With
+// scratch.block_rows dq is added in an order. At scratch.counter are carry_step_counters ints,
+// whose first is followed by scratch.turns.
+int64_t carry_step_counters(const CarryParams& params, const BwdScratch& scratch, int64_t heads,
+                            int64_t blocks);
 void launch_carry_bwd_step(const CarryParams& params, const CarryGrads& grads,
                            const BwdScratch& scratch, int64_t heads, int64_t blocks, int num_sms,
                            Stream stream);

@@ -14,10 +14,6 @@
 namespace lctx::cuda {
 namespace {
 
-// For sections of dQ that is added in an order: additions that the L2 cache does not hold are late,
-// and tiles wait for them. Of windows more tiles of a head would run at a time, and wait as well.
-constexpr int64_t kOrderedBudget = int64_t{32} << 20;
-
 template <class Tile, bool kWindowed, bool kOrdered = false>
 void launch_dense(const FlashParams& params, const AttnGrads& grads, const BwdScratch& scratch,
                   int num_sms, Stream stream) {

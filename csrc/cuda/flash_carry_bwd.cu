@@ -4,11 +4,11 @@
 // Tile map: attn_bwd_sm90.cuh with positions of queries and keys that are `query_offset` apart;
 //       deterministic: dq by attn_dq_sm90.cuh.
 // Pipeline: statistics of the rows into blocks, the main kernel, the sum of dq added to dq. Where
-//       steps share these (carry_bwd_begin, carry_bwd_step, carry_bwd_end), the main kernel alone.
+//       steps share these, carry_bwd_step.cu has the main kernel alone.
 // Memory: those of its parts; dk and dv are read and written once, dq as well.
 // Limits: those of attn_bwd_sm90.cuh.
-#include "attn_bwd_launch.cuh"
 #include "attn_dq_launch.cuh"
+#include "carry_step.cuh"
 
 namespace lctx::cuda {
 namespace {
@@ -98,10 +98,6 @@ struct AddRows : StoreRows {
   }
 };
 
-int query_offset(const CarryParams& params) {
-  return static_cast<int>(params.query_start - params.key_start);
-}
-
 void launch_rows(const CarryParams& params, const CarryGrads& grads, const BwdScratch& scratch,
                  Stream stream) {
   const AttnShape& s = params.shape;
@@ -137,84 +133,6 @@ void add_dq(const CarryParams& params, const CarryGrads& grads, const float* dq_
   const auto kernel = s.Dk <= 64 ? add_dq_kernel<64> : add_dq_kernel<128>;
   kernel<<<grid, 256, 0, stream>>>(p);
   check_launch("add_dq_kernel", grid, dim3(256), stream);
-}
-
-// Blocks of the keys. Rows in front of the step's fill its first block of queries and see nothing.
-template <int kBlockN>
-struct StepKeys : DenseKeys<kBlockN> {
-  struct Params {
-    int query_begin;
-  };
-
-  template <class P>
-  static __device__ __forceinline__ KeyWork find(const P& p, int index) {
-    KeyWork work = DenseKeys<kBlockN>::find(p, index);
-    work.query_begin = p.query_begin;
-    return work;
-  }
-};
-
-// Finished dK and dV, added to fp32 tensors. Plain additions, since a tile is the only one of its
-// launch that has its keys. What a tile ends with decides which registers its main loop has.
-struct SumKeys {
-  struct Params {
-    TensorView dk_sum, dv_sum;  // fp32
-    bool first;                 // nothing is there yet; the sums are not read
-  };
-  static constexpr bool kPrefetches = false, kReadsKeys = false;
-
-  template <class Kernel, int N>
-  static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
-                                                const KeyWork& work, const float (&dk)[N],
-                                                const float (&dv)[N]) {
-    add(kernel, warpgroup, work, dv, 1.f, kernel.p.dv_sum);
-    add(kernel, warpgroup, work, dk, kernel.p.scale, kernel.p.dk_sum);
-  }
-
-  template <class Kernel, int N>
-  static __device__ __forceinline__ void add(const Kernel& kernel, int warpgroup,
-                                             const KeyWork& work, const float (&d)[N], float factor,
-                                             const TensorView& sum) {
-    const int thread = warpgroup_thread(), column = kernel.first_column(warpgroup);
-    const int key = work.key0 + kernel.first_key(warpgroup) + fragment_row(thread);
-    float* row = static_cast<float*>(sum.data) + work.batch * sum.stride_b + key * sum.stride_t +
-                 work.head * sum.stride_h + column + fragment_column(thread);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int columns = key + 8 * i < work.key_end ? kernel.p.D - column : 0;
-#pragma unroll
-      for (int j = 0; j < N / 4; ++j) {
-        float2* to = reinterpret_cast<float2*>(row + i * 8 * sum.stride_t) + 4 * j;
-        float2 x = make_float2(d[4 * j + 2 * i] * factor, d[4 * j + 2 * i + 1] * factor);
-        if (8 * j < columns && !kernel.p.first) {
-          const float2 y = *to;
-          x.x += y.x;
-          x.y += y.y;
-        }
-        if (8 * j < columns) *to = x;
-      }
-    }
-  }
-};
-
-template <class Tile, bool kWindowed>
-void launch_keys(const CarryParams& params, const CarryGrads& grads, const BwdScratch& scratch,
-                 int64_t heads, int64_t blocks, int num_sms, Stream stream) {
-  using Traits = BwdTraits<Tile, StepKeys<Tile::kBlockN>, SumKeys, kWindowed>;
-  const AttnShape& s = params.shape;
-  typename Traits::Params p{};
-  set_attention_bwd<Tile>(params, grads, scratch, p);
-  p.Hq = static_cast<int>(heads);
-  p.blocks_per_head = static_cast<int>(blocks);
-  p.query_offset = query_offset(params);
-  p.query_begin = static_cast<int>(grads.rows_in_front);
-  p.window = static_cast<int>(std::min<int64_t>(params.window, INT32_MAX / 2));
-  p.dk_sum = grads.dk;
-  p.dv_sum = grads.dv;
-  p.first = grads.first;
-  p.order = KeyOrder(make_order("lctx::flash_carry_bwd", ceil_div(s.Tk, Tile::kBlockN), s.Hkv, s.B,
-                                bwd_section(s, s.Tq)));
-  launch_bwd<Traits>(p, num_sms, stream);
 }
 
 template <class Tile, bool kWindowed>
@@ -257,33 +175,28 @@ __global__ void __launch_bounds__(256)
 void launch_flash_carry_bwd(const CarryParams& params, const CarryGrads& grads,
                             const BwdScratch& scratch, int64_t dq_sum_floats, bool fused,
                             int num_sms, Stream stream) {
-  zero(scratch.counter, sizeof(int), stream);
+  const AttnShape& s = params.shape;
+  const int64_t blocks = dq_blocks(s.Tq, static_cast<int>(s.Dk));
   zero(scratch.dq_sum, dq_sum_floats * sizeof(float), stream);
   launch_rows(params, grads, scratch, stream);
-  choose_bwd_tile<256>(params, fused, [&](auto tile) {
+  if (fused) {
+    launch_carry_bwd_step(params, grads, scratch, s.Hq, blocks, num_sms, stream);
+    return add_dq(params, grads, scratch.dq_sum, stream);
+  }
+  zero(scratch.counter, sizeof(int), stream);
+  choose_bwd_tile<256>(params, false, [&](auto tile) {
     using Tile = typename decltype(tile)::type;
-    const auto launch = params.window > 0 ? launch_keys<Tile, true> : launch_keys<Tile, false>;
-    const AttnShape& s = params.shape;
-    launch(params, grads, scratch, s.Hq, dq_blocks(s.Tq, Tile::kHeadDim), num_sms, stream);
+    if constexpr (!Tile::kFused) {
+      const auto launch = params.window > 0 ? launch_step<Tile, true> : launch_step<Tile, false>;
+      launch(params, grads, scratch, s.Hq, blocks, num_sms, stream);
+    }
   });
-  if (fused) return add_dq(params, grads, scratch.dq_sum, stream);
   zero(scratch.counter, sizeof(int), stream);
   choose_type_and_dim(params.shape, [&](auto type, auto dim) {
     using Tile = typename DqTiles<typename decltype(type)::type, dim.value>::type;
     const auto launch =
         params.window > 0 ? launch_queries<Tile, true> : launch_queries<Tile, false>;
     launch(params, grads, scratch, num_sms, stream);
-  });
-}
-
-void launch_carry_bwd_step(const CarryParams& params, const CarryGrads& grads,
-                           const BwdScratch& scratch, int64_t heads, int64_t blocks, int num_sms,
-                           Stream stream) {
-  zero(scratch.counter, sizeof(int), stream);
-  choose_bwd_tile(params, true, [&](auto tile) {
-    using Tile = typename decltype(tile)::type;
-    const auto launch = params.window > 0 ? launch_keys<Tile, true> : launch_keys<Tile, false>;
-    launch(params, grads, scratch, heads, blocks, num_sms, stream);
   });
 }
 

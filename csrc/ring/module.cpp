@@ -169,6 +169,7 @@ PYBIND11_MODULE(_ring, m) {
       .def("free_memory", &Ring::free_memory, release())
       .def("close", &Ring::close, release())
       .def_property_readonly("library_seconds", &Ring::library_seconds)
+      .def_property_readonly("failed", &Ring::failed)
       .def("failure", [](Ring& ring) { return as_dict(ring.failure()); })
       .def("log", [](Ring& ring) {
         py::list entries;

@@ -9,6 +9,9 @@ namespace {
 
 constexpr size_t kLogLength = 4096;
 constexpr auto kInterval = std::chrono::milliseconds(2);
+// With nothing under way the watchdog looks on for a while before it sleeps: to wake it would take
+// the next call's first hop longer than all else of it.
+constexpr int kAwake = 500;                          // intervals
 constexpr auto kPatience = std::chrono::seconds(2);  // with a hop that is being posted
 // Streams of one priority may share a hardware queue, where one that waits stops the others: each
 // of ours has a priority of its own, and the watchdog's another than those that it rescues.
@@ -88,11 +91,10 @@ int64_t Ring::post(CUstream stream, Hop posted) {
   const double seconds = steady_seconds() - begin;
   const std::lock_guard<std::mutex> lock(mutex_);
   library_seconds_ += seconds;
-  const bool was_idle = idle();
   pending_[channel].push_back(pending);
   log_.push_back(hop);
   if (log_.size() > kLogLength) log_.pop_front();
-  if (was_idle) changed_.notify_all();
+  if (asleep_) changed_.notify_all();
   return hop->number;
 }
 
@@ -170,6 +172,11 @@ std::vector<Hop> Ring::log() {
   return copies;
 }
 
+bool Ring::failed() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return !failure_.empty();
+}
+
 Hop Ring::failure() {
   const std::lock_guard<std::mutex> lock(mutex_);
   return failed_hop_;
@@ -182,15 +189,23 @@ void Ring::watch() {
     return closing_ || !abort_reason_.empty() || !idle() || peers_ == Peers::kAsked;
   };
   double closing_since = 0;
+  int idle_since = 0;  // intervals
   while (true) {
     if (!abort_reason_.empty() && failure_.empty()) fail_first(abort_reason_);
     abort_reason_.clear();
     if (peers_ == Peers::kAsked && idle()) try_to_leave(lock);
     if (closing_ && idle()) break;
     if (idle()) {
-      changed_.wait(lock, asked);
+      if (++idle_since < kAwake) {
+        changed_.wait_for(lock, kInterval);
+      } else {
+        asleep_ = true;
+        changed_.wait(lock, asked);
+        asleep_ = false;
+      }
       continue;
     }
+    idle_since = 0;
     const double now = seconds_now();
     for (int channel = 0; channel < kChannels; ++channel) look_after(channel, now);
     if (closing_ && closing_since == 0) closing_since = now;

@@ -81,6 +81,7 @@ class Ring {
   // What post() and wait() have spent in calls of the driver and of NCCL.
   double library_seconds();
   std::vector<Hop> log();
+  bool failed();
   // The hop that failed first, and how; its error is empty before a failure.
   Hop failure();
 
@@ -136,7 +137,7 @@ class Ring {
   Hop failed_hop_;
   std::string failure_, abort_reason_;
   Peers peers_ = Peers::kHeld;
-  bool closing_ = false, watching_ = true;
+  bool closing_ = false, watching_ = true, asleep_ = false;
   std::thread watchdog_;
 };
 

@@ -29,7 +29,12 @@ def choose(group: Any, device: torch.device, kind: str, timeout: float = 0.0) ->
         kind = chosen
     if kind == "pg":
         return transport_of(group, device)
-    return known_transport(group, device, kind, lambda: KINDS[kind](group, device, timeout))
+
+    def make() -> GroupTransport:
+        with torch.cuda.device(device):  # of streams and of memory, whatever the current one is
+            return KINDS[kind](group, device, timeout)
+
+    return known_transport(group, device, kind, make)
 
 
 _CHOSEN: dict[str, tuple[weakref.ref[Any], str]] = {}

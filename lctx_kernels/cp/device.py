@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import failed
 from .process_group import GroupTransport, Ticket, _store
-from .transport import Hop, RingError
+from .transport import Hop, Note, RingError
 
 PHASES = ("forward kv", "backward kv", "backward dkv")
 CODES = {phase: code for code, phase in enumerate(PHASES)}
@@ -210,11 +210,10 @@ class DeviceTransport(GroupTransport):
         except RuntimeError as error:
             raise self._failed(error) from error
 
-    def begin(self, note: dict[str, Any], timeout: float, agree: bool) -> None:
+    def begin(self, note: Note, timeout: float, agree: bool) -> None:
         """As GroupTransport; a failed hop of an earlier call is raised here."""
-        failure = self.ring.failure()
-        if failure["error"] and self.broken is None:
-            raise self._failed(RuntimeError(failure["error"]))
+        if self.ring.failed and self.broken is None:
+            raise self._failed(RuntimeError(self.ring.failure()["error"]))
         super().begin(note, timeout, agree)
 
     def abort(self) -> None:

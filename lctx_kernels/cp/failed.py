@@ -26,7 +26,7 @@ def _key(ring: DeviceTransport, rank: int) -> str:
 
 def let_go(rings: Iterable[DeviceTransport]) -> None:
     """Let failed rings go of their peers; all ranks before one of them goes on."""
-    failed = [ring for ring in rings if ring.ring.failure()["error"]]
+    failed = [ring for ring in rings if ring.ring.failed]
     for seconds in (0.0, SECONDS):  # they all begin, then they are waited for
         gone = [ring for ring in failed if ring.ring.let_go(seconds)]
     for ring in gone:
@@ -37,7 +37,7 @@ def let_go(rings: Iterable[DeviceTransport]) -> None:
 def free(rings: Iterable[DeviceTransport]) -> None:
     """Free the failed rings whose ranks have all let go."""
     for ring in rings:
-        if not ring.ring.failure()["error"]:
+        if not ring.ring.failed:
             continue
         try:
             reason = _who_holds(ring)

@@ -23,7 +23,7 @@ class Direction:
         efficiency: Time of the computation, spread evenly over the ranks, over the predicted time.
         memory: Bytes beyond inputs and results of the rank that needs most: the keys that it
             sends and two slots for those that pass, the fp32 result; in the backward dq, dk and dv
-            in fp32, the row constant, and two slots for the sums that pass.
+            in fp32, two row constants, and two slots for the sums that pass.
     """
 
     hops: int
@@ -143,7 +143,7 @@ def forecast(
     zigzag over 8 ranks, 65536 tokens (8192 to 8192 a rank), 1 document(s)
     pairs 2.15e+09, balance 100.0%
     forward: 7 hops, 234.9 MB sent, needs 37.8 GB/s, efficiency 100.0%, memory 234.9 MB
-    backward: 7 hops, 687.9 MB sent, needs 39.6 GB/s, efficiency 100.0%, memory 437.3 MB
+    backward: 7 hops, 687.9 MB sent, needs 39.6 GB/s, efficiency 100.0%, memory 438.3 MB
     """
     schedule = schedule_of(plan, causal, window or 0)
     n = plan.world_size
@@ -159,7 +159,7 @@ def forecast(
         schedule, flops_per_pair=BACKWARD_FLOPS * per_pair, flops=backward_flops, link=link,
         key_bytes=row * element_bytes,
         sum_bytes=tuple(2 * batch * (h1 - h0) * head_dim * stat for h0, h1 in groups),
-        row_bytes=stat * (per_pair + row + batch * query_heads),
+        row_bytes=stat * (per_pair + row + 2 * batch * query_heads),
     )  # fmt: skip
     balance = sum(work) / n / max(work) if max(work) else 1.0
     return Forecast(plan, balance, sum(work), forward, backward)

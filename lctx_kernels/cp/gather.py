@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .groups import process_group
 from .process_group import GroupTransport, transport_of
-from .transport import Hop
+from .transport import Hop, Note
 
 
 def begin(group: Any, who: str, x: Tensor, note: dict[str, Any]) -> GroupTransport:
@@ -21,7 +21,7 @@ def begin(group: Any, who: str, x: Tensor, note: dict[str, Any]) -> GroupTranspo
         RingError: A rank does not come.
     """
     transport = transport_of(process_group(group, who), x.device)
-    transport.begin({"op": who, **note}, 0.0, agree=True)
+    transport.begin(Note.of({"op": who, **note}), 0.0, agree=True)
     return transport
 
 

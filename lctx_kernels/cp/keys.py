@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from .layout import Layout, layout_of, memory_of
 from .schedule import Schedule
 from .transport import Hop, Transport
 
+MOST_SHAPES = 256  # that an answer is kept for
 MOST_PIECES = 8  # of a message that is not packed
 
 
@@ -48,9 +50,61 @@ class Wire(NamedTuple):
     v: Tensor
 
 
+Found = TypeVar("Found")
+
+
+def of_shapes(
+    function: Callable[[Rank, Tensor, Tensor, Tensor], Found],
+) -> Callable[[Rank, Tensor, Tensor, Tensor], Found]:
+    """`function(at, q, k, v)`, which reads schedule, rank, shapes and dtype, once for each."""
+    known: dict[tuple[Any, ...], Found] = {}
+    _KNOWN.append(known)
+
+    @functools.wraps(function)
+    def remembered(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Found:
+        key = (at.schedule, at.rank, q.shape, k.shape, v.shape, q.dtype, q.device.type)
+        if key not in known:
+            if len(known) >= MOST_SHAPES:
+                known.clear()
+            known[key] = function(at, q, k, v)
+        return known[key]
+
+    return remembered
+
+
+def forget_shapes() -> None:
+    """Find everything anew that `of_shapes` remembers."""
+    for known in _KNOWN:
+        known.clear()
+
+
+_KNOWN: list[dict[tuple[Any, ...], Any]] = []
+
+
+def cut(x: Tensor, dim: int, begin: int, end: int) -> Tensor:
+    """[begin, end) of a dimension; x itself where that is all."""
+    return x if end - begin == x.shape[dim] else x.narrow(dim, begin, end - begin)
+
+
+def rows_of(x: Tensor, begin: int, end: int) -> Tensor:
+    """Rows [begin, end) of (B, L, H, D)."""
+    return cut(x, 1, begin, end)
+
+
+def columns_of(x: Tensor, begin: int, end: int) -> Tensor:
+    """Rows [begin, end) of statistics (B, H, L)."""
+    return cut(x, 2, begin, end)
+
+
+def heads_of(x: Tensor, begin: int, end: int) -> Tensor:
+    """Heads [begin, end) of (B, L, H, D)."""
+    return cut(x, 2, begin, end)
+
+
 def _row_size(k: Tensor, v: Tensor) -> int:
     """Elements of one row of k and of v."""
-    return k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3])
+    (B, _, H, Dk), Dv = k.shape, v.shape[3]
+    return B * H * (Dk + Dv)
 
 
 class Memory:
@@ -65,6 +119,7 @@ class Memory:
         size = memory_of(at.schedule, *self.sizes)
         self.bytes = at.transport.memory(size, k.device) if size else k.new_empty(0).view(-1)
         self.own = self.of(at.rank)
+        self._views: dict[torch.dtype, Tensor] = {}
 
     def of(self, rank: int) -> Layout:
         """The layout of `rank`'s memory."""
@@ -72,12 +127,21 @@ class Memory:
 
     def wire(self, offset: int, rows: int, k: Tensor, v: Tensor) -> Wire:
         """Views at `offset` for `rows` rows shaped like those of k and v."""
-        shapes = [(x.shape[0], rows, *x.shape[2:]) for x in (k, v)]
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        end = offset + sum(sizes) * k.element_size()
-        flat = self.bytes[offset:end].view(k.dtype)
-        parts = flat.split(sizes)
-        return Wire(flat, *(p.view(s) for p, s in zip(parts, shapes, strict=True)))
+        (B, _, H, Dk), Dv = k.shape, v.shape[3]
+        whole, row, parts = self._whole(k.dtype), B * rows * H, []
+        begin = whole.storage_offset() + offset // k.element_size()
+        for D in (Dk, Dv):
+            parts.append(whole.as_strided((B, rows, H, D), (rows * H * D, H * D, D, 1), begin))
+            begin += row * D
+        size = row * (Dk + Dv)
+        return Wire(whole.as_strided((size,), (1,), begin - size), *parts)
+
+    def _whole(self, dtype: torch.dtype) -> Tensor:
+        """All of it in a dtype; a call has two, of keys and of sums."""
+        found = self._views.get(dtype)
+        if found is None:
+            found = self._views[dtype] = self.bytes.view(dtype)
+        return found
 
 
 def intervals(wire: Iterable[tuple[int, int]]) -> list[tuple[slice, slice]]:
@@ -104,11 +168,11 @@ class KeyRing:
     def _pack(self, wire: Wire) -> None:
         """Own rows side by side, unless the transport takes them from where they are."""
         rows = intervals(self.at.schedule.wire[self.at.rank])
-        pieces = [x[:, own] for x in (self.k, self.v) for own, _ in rows]
-        apart = self.at.transport.gathers and len(pieces) <= MOST_PIECES
-        if apart and all(x.is_contiguous() for x in pieces):
-            self.pieces = tuple(pieces)
-            return
+        if self.at.transport.gathers and 2 * len(rows) <= MOST_PIECES:
+            pieces = [rows_of(x, i.start, i.stop) for x in (self.k, self.v) for i, _ in rows]
+            if all(x.is_contiguous() for x in pieces):
+                self.pieces = tuple(pieces)
+                return
         for own, packed in rows:
             wire.k[:, packed] = self.k[:, own]
             wire.v[:, packed] = self.v[:, own]

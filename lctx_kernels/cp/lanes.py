@@ -8,11 +8,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from .schedule import Call
 from .transport import Transport
+
+THE_CALLERS = contextlib.nullcontext()
+
+
+class _On(AbstractContextManager[None]):
+    """As torch.cuda.stream, of a stream of the current device, and for hops too."""
+
+    def __init__(self, transport: Transport, stream: torch.cuda.Stream) -> None:
+        self.transport, self.stream = transport, stream
+
+    def __enter__(self) -> None:
+        self.before = torch._C._cuda_getCurrentStream(self.stream.device_index)
+        self.posts_on = self.transport.use_stream(self.stream.cuda_stream)
+        torch.cuda.set_stream(self.stream)
+
+    def __exit__(self, *_: object) -> None:
+        stream, index, kind = self.before
+        torch._C._cuda_setStream(stream_id=stream, device_index=index, device_type=kind)
+        self.transport.use_stream(self.posts_on)
 
 
 class Lanes:
@@ -30,26 +50,20 @@ class Lanes:
         return max(len(self.streams), 1)
 
     def __enter__(self) -> Lanes:
-        for stream in self.streams:
-            stream.wait_stream(torch.cuda.current_stream(stream.device))
+        if self.streams:
+            now = torch.cuda.current_stream(self.streams[0].device).record_event()
+            for stream in self.streams:
+                stream.wait_event(now)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.join()
 
-    @contextlib.contextmanager
-    def on(self, lane: int) -> Iterator[None]:
+    def on(self, lane: int) -> AbstractContextManager[None]:
         """Kernels and hops of this block belong to a lane, counted round."""
         if not self.streams:
-            yield
-            return
-        stream = self.streams[lane % len(self.streams)]
-        caller = self.transport.use_stream(stream.cuda_stream)
-        try:
-            with torch.cuda.stream(stream):
-                yield
-        finally:
-            self.transport.use_stream(caller)
+            return THE_CALLERS
+        return _On(self.transport, self.streams[lane % len(self.streams)])
 
     def join(self) -> None:
         """The caller's stream waits for what lanes have been given."""

@@ -6,7 +6,9 @@ group and transport are text, because an op takes no Python objects.
 
 from __future__ import annotations
 
+import functools
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from .groups import SIM
 from .keys import Rank
 from .plan import plan_of
 from .schedule import Schedule, schedule_of
-from .transport import Simulator, run_alone
+from .transport import Note, Simulator, run_alone
 
 NEEDED = {"fwd": ("flash_carry",), "bwd": ("flash_carry_bwd", "attn_delta")}
 """The kernels that each direction is made of."""
@@ -41,17 +43,18 @@ class _Options(NamedTuple):
         return schedule_of(plan_of(self.plan), self.causal, self.window)
 
 
-def _note(o: _Options, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
-    """What all ranks must have in common."""
+@functools.lru_cache(maxsize=256)
+def _note(o: _Options, q: torch.Size, v: torch.Size, dtype: torch.dtype) -> Note:
+    """What all ranks must have in common, of shapes of q and v."""
     plan = plan_of(o.plan)
-    return {
-        "batch": q.shape[0], "query heads": q.shape[2], "key heads": k.shape[2],
-        "head dims": [q.shape[3], v.shape[3]], "dtype": dtype_name(q.dtype),
-        "sequence length": plan.seq_len, "lengths": list(plan.lengths[:16]),
-        "layout": plan.layout, "documents": len(plan.documents) - 1,
-        "plan": zlib.crc32(o.plan.encode()), "causal": o.causal, "window": o.window,
-        "scale": o.scale, "deterministic": o.deterministic,
-    }  # fmt: skip
+    return Note.of({
+        "batch": q[0], "query heads": q[2], "key heads": v[2], "head dims": [q[3], v[3]],
+        "dtype": dtype_name(dtype), "sequence length": plan.seq_len,
+        "lengths": list(plan.lengths[:16]), "layout": plan.layout,
+        "documents": len(plan.documents) - 1, "plan": zlib.crc32(o.plan.encode()),
+        "causal": o.causal, "window": o.window, "scale": o.scale,
+        "deterministic": o.deterministic,
+    })  # fmt: skip
 
 
 def _split(x: Tensor, lengths: tuple[int, ...], dim: int = 1) -> list[Tensor]:
@@ -67,9 +70,10 @@ def _ranks(o: _Options) -> tuple[Simulator, list[Rank]]:
     return simulator, ranks
 
 
-def _alone(o: _Options, q: Tensor, note: dict[str, Any], agree: bool) -> Rank:
+def _alone(o: _Options, q: Tensor, v: Tensor, agree: bool) -> Rank:
     from torch.distributed import distributed_c10d as c10d
 
+    note = _note(o, q.shape, v.shape, q.dtype)
     group = c10d._resolve_process_group(o.group)  # type: ignore[attr-defined,arg-type]
     transport = choose(group, q.device, o.transport, o.timeout)
     transport.begin(note, o.timeout, agree)
@@ -79,7 +83,7 @@ def _alone(o: _Options, q: Tensor, note: dict[str, Any], agree: bool) -> Rank:
 def _ring_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     o = _Options(*options)
     if o.transport != SIM:
-        at = _alone(o, q, _note(o, q, k, v), agree=True)
+        at = _alone(o, q, v, agree=True)
         return run_alone(steps.forward(at, q, k, v), at.transport)
     simulator, ranks = _ranks(o)
     lengths = plan_of(o.plan).lengths
@@ -94,7 +98,7 @@ def _ring_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     o = _Options(*options)
     if o.transport != SIM:
-        at = _alone(o, q, _note(o, q, k, v), agree=False)
+        at = _alone(o, q, v, agree=False)
         work = steps.backward(at, dout, dlse, q, k, v, out, lse)
         return run_alone(work, at.transport)
     simulator, ranks = _ranks(o)
@@ -115,12 +119,23 @@ def _has_kernel(op: str, key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"lctx::{op}", key))
 
 
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the GPU of its first tensor as the current one, whose streams it takes."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device(x.device):
+            return function(x, *rest)
+
+    return run
+
+
 def register() -> None:
     """Implement both ops on every device whose kernels exist; fake kernels and autograd."""
     for direction, function in (("fwd", _ring_fwd), ("bwd", _ring_bwd)):
-        for key in ("CPU", "CUDA"):
+        for key, made in (("CPU", function), ("CUDA", _on_its_device(function))):
             if all(_has_kernel(op, key) for op in NEEDED[direction]):
-                torch.library.impl(f"lctx::ring_{direction}", key)(function)
+                torch.library.impl(f"lctx::ring_{direction}", key)(made)
     _ops.register("ring", (_ops._softmax_fwd, _ops._softmax_bwd))
 
 

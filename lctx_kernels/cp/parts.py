@@ -13,10 +13,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .keys import Rank
+from .keys import Rank, cut, of_shapes
 from .together import FORWARD_FLOPS, hop_seconds, own_square
 
 WORTH_SECONDS = 1e-3  # of own keys: less, and the host of twice as many calls would be late
+# Of one head's keys and values in a step. More are not kept by the L2 cache, and two launches whose
+# tiles do not begin together would read them from memory twice.
+MOST_BYTES = 32 << 20
 
 
 class Part(NamedTuple):
@@ -34,15 +37,19 @@ class Part(NamedTuple):
 
     def queries(self, x: Tensor) -> Tensor:
         """Of (B, L, Hq, D)."""
-        return x[self.batches, :, self.query_heads]
+        return self._piece(x, 2, self.query_heads)
 
     def keys(self, x: Tensor) -> Tensor:
         """Of (B, L, Hkv, D)."""
-        return x[self.batches, :, self.key_heads]
+        return self._piece(x, 2, self.key_heads)
 
     def statistics(self, x: Tensor) -> Tensor:
         """Of (B, Hq, L)."""
-        return x[self.batches, self.query_heads]
+        return self._piece(x, 1, self.query_heads)
+
+    def _piece(self, x: Tensor, dim: int, heads: slice) -> Tensor:
+        batches = cut(x, 0, self.batches.start, self.batches.stop)
+        return cut(batches, dim, heads.start, heads.stop)
 
     def fills(self, at: Rank) -> bool:
         """Whether the first step has every row exactly once."""
@@ -54,13 +61,16 @@ def whole(q: Tensor, k: Tensor) -> Part:
     return Part(slice(0, q.shape[0]), slice(0, q.shape[2]), slice(0, k.shape[2]))
 
 
+@of_shapes
 def parts_of(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> list[Part]:
-    """Two where own keys are a long triangle and every step is one launch, else one.
+    """Two where own keys are a triangle that takes long and every step is one launch, else one.
 
     The first part is half, or as much as has enough to do with own keys until others are there.
     """
     (B, rows, heads, _), G = k.shape, q.shape[2] // k.shape[2]
     all_, own, count = whole(q, k), own_square(at, rows), B if B > 1 else heads
+    if rows * (k.shape[3] + v.shape[3]) * k.element_size() > MOST_BYTES:
+        return [all_]
     if own is None or not own.causal or max(map(len, at.schedule.calls[at.rank])) != 1:
         return [all_]
     seconds = own.pairs * 2 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3]) / FORWARD_FLOPS

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .groups import process_group
-from .transport import Hop, RingError
+from .transport import Hop, Note, RingError
 
 LOG_LENGTH = 4096  # hops that a group's log keeps
 NOTE_BYTES = 2048  # of what a rank says of its call before anything is sent
@@ -62,7 +62,7 @@ class GroupTransport:
 
     # ---- calls ----
 
-    def begin(self, note: dict[str, Any], timeout: float, agree: bool) -> None:
+    def begin(self, note: Note, timeout: float, agree: bool) -> None:
         """Start a call: the deadline of its hops, and the agreement of all ranks on `note`.
 
         A forward on CPU tensors agrees every time. On a GPU, where that would wait for the device,
@@ -86,9 +86,9 @@ class GroupTransport:
                 "torch.distributed.new_group",
                 rank=self.rank, step=-1, phase="agreement", peers=(), bytes=0,
             )  # fmt: skip
-        self.note = json.dumps(note, sort_keys=True)
+        self.note = note.text
         if agree and (self.device.type == "cpu" or self.note not in self.agreed):
-            self._agree(note)
+            self._agree(note.fields)
             self.agreed.add(self.note)
 
     def announce(self, error: str) -> None:

@@ -138,7 +138,11 @@ class Schedule:
 
     def wire_rows(self, source: int) -> int:
         """Rows that leave `source`."""
-        return sum(end - begin for begin, end in self.wire[source])
+        return self._wire_lengths[source]
+
+    @functools.cached_property
+    def _wire_lengths(self) -> tuple[int, ...]:
+        return tuple(sum(end - begin for begin, end in rows) for rows in self.wire)
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - schedules are few and kept anyway
     def wire_calls(self, rank: int, source: int) -> list[Call]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import stat_dtype
-from .keys import KeyRing, Memory, Rank, Wire, intervals
+from .keys import KeyRing, Memory, Rank, Wire, columns_of, heads_of, intervals, rows_of
 from .lanes import Lanes
 from .layout import head_groups, home_slot
 from .parts import Part, parts_of, whole
@@ -97,8 +97,9 @@ def _forward_calls(
             in_kernel = count if q.is_cuda or count == q1 - q0 else 0
             with lanes.on(lane):
                 torch.ops.lctx.flash_carry(
-                    q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], carry[:, q0:q1], lse[:, :, q0:q1],
-                    causal, at.scale, window, 0, start, False, first, out[:, q0:q1], in_kernel,
+                    rows_of(q, q0, q1), rows_of(k, k0, k1), rows_of(v, k0, k1),
+                    rows_of(carry, q0, q1), columns_of(lse, q0, q1), causal, at.scale, window, 0,
+                    start, False, first, rows_of(out, q0, q1), in_kernel,
                 )  # fmt: skip
             if in_kernel < count:
                 out[:, q0 : q0 + count] = carry[:, q0 : q0 + count]
@@ -121,6 +122,8 @@ class Saved(NamedTuple):
     def heads(self, begin: int, end: int) -> Saved:
         """Query heads [begin, end)."""
         dout, q, lse, delta, dq = self
+        if end - begin == q.shape[2]:
+            return self
         rows = slice(begin, end)
         return Saved(dout[:, :, rows], q[:, :, rows], lse[:, rows], delta[:, rows], dq[:, :, rows])
 
@@ -130,9 +133,10 @@ class Saved(NamedTuple):
         """Add the gradients of one call; with `first`, nothing is in dk and dv yet."""
         q0, q1, k0, k1, causal, window, start = call
         torch.ops.lctx.flash_carry_bwd(
-            self.dout[:, q0:q1], self.q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], self.lse[:, :, q0:q1],
-            self.delta[:, :, q0:q1], self.dq[:, q0:q1], dk[:, k0:k1], dv[:, k0:k1], causal,
-            at.scale, window, 0, start, at.deterministic, first,
+            rows_of(self.dout, q0, q1), rows_of(self.q, q0, q1), rows_of(k, k0, k1),
+            rows_of(v, k0, k1), columns_of(self.lse, q0, q1), columns_of(self.delta, q0, q1),
+            rows_of(self.dq, q0, q1), rows_of(dk, k0, k1), rows_of(dv, k0, k1), causal, at.scale,
+            window, 0, start, at.deterministic, first,
         )  # fmt: skip
 
     def result(self, at: Rank) -> Tensor:
@@ -141,50 +145,56 @@ class Saved(NamedTuple):
 
 
 class SavedInBlocks(NamedTuple):
-    """The same on a GPU where dq need not be reproducible: made once for all calls, in blocks."""
+    """The same on a GPU: made once for all calls, in blocks, where there is such a kernel.
+
+    With `fixed`, calls with rows in common have to run one after the other.
+    """
 
     dout: Tensor
     q: Tensor
     rows: Tensor
     dq_sum: Tensor
+    fixed: bool
     first_head: int = 0
 
     @staticmethod
-    def fits(at: Rank, q: Tensor) -> bool:
+    def fits(q: Tensor) -> bool:
         """Whether there is such a kernel."""
-        return q.is_cuda and not at.deterministic and q.shape[-1] <= 128
+        return q.is_cuda and q.shape[-1] <= 128
 
     def heads(self, begin: int, end: int) -> SavedInBlocks:
         """Query heads [begin, end)."""
-        rows = slice(begin, end)
-        return self._replace(
-            dout=self.dout[:, :, rows], q=self.q[:, :, rows], first_head=self.first_head + begin
-        )
+        if end - begin == self.q.shape[2]:
+            return self
+        dout, q = heads_of(self.dout, begin, end), heads_of(self.q, begin, end)
+        return self._replace(dout=dout, q=q, first_head=self.first_head + begin)
 
     def add(
         self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, first: bool
     ) -> None:
         """As `Saved.add`; rows of the call's first block that are in front of it take no part."""
         q0, q1, k0, k1, causal, window, start = call
-        front = q0 % (128 if self.q.shape[-1] <= 64 else 64)
-        rows, keys = slice(q0 - front, q1), slice(k0, k1)
+        front = q0 % (128 if self.q.shape[-1] <= 64 else 80 if self.fixed else 64)
         torch.ops.lctx.carry_bwd_step(
-            self.dout[:, rows], self.q[:, rows], k[:, keys], v[:, keys], self.rows, self.dq_sum,
-            dk[:, keys], dv[:, keys], causal, at.scale, window, 0, start + front, q0 - front,
-            self.first_head, first, front,
+            rows_of(self.dout, q0 - front, q1), rows_of(self.q, q0 - front, q1),
+            rows_of(k, k0, k1), rows_of(v, k0, k1), self.rows, self.dq_sum, rows_of(dk, k0, k1),
+            rows_of(dv, k0, k1), causal, at.scale, window, 0, start + front, q0 - front,
+            self.first_head, first, front, self.fixed,
         )  # fmt: skip
 
     def result(self, at: Rank) -> Tensor:
         """dq of all calls."""
-        dq: Tensor = torch.ops.lctx.carry_bwd_end(self.dq_sum, self.q, at.scale)
+        dq: Tensor = torch.ops.lctx.carry_bwd_end(self.dq_sum, self.q, at.scale, self.fixed)
         return dq
 
 
 def _save(
     at: Rank, dout: Tensor, dlse: Tensor | None, q: Tensor, out: Tensor, lse: Tensor
 ) -> Saved | SavedInBlocks:
-    if SavedInBlocks.fits(at, q):
-        return SavedInBlocks(dout, q, *torch.ops.lctx.carry_bwd_begin(dout, dlse, out, lse))
+    if SavedInBlocks.fits(q):
+        fixed = at.deterministic
+        rows, dq_sum = torch.ops.lctx.carry_bwd_begin(dout, dlse, out, lse, fixed)
+        return SavedInBlocks(dout, q, rows, dq_sum, fixed)
     delta = torch.ops.lctx.attn_delta(dout, dlse, out)
     return Saved(dout, q, lse, delta, _zeros(q))
 
@@ -238,10 +248,12 @@ class GradientRing:
         wire = self.at.schedule.wire[self.at.rank] if self.home is not None else ()
         for own, packed in intervals(wire):
             assert self.home is not None
-            home, rows = (self.home.k[:, packed], self.home.v[:, packed]), slice(row, own.stop)
-            sums = self.dk[:, rows], self.dv[:, rows]
-            _round(*sums, home, own.start - row, dk[:, rows], dv[:, rows])
-            row = own.stop
+            begin, end = row, own.stop
+            sums = rows_of(self.dk, begin, end), rows_of(self.dv, begin, end)
+            k, v = (rows_of(x, packed.start, packed.stop) for x in (self.home.k, self.home.v))
+            results = rows_of(dk, begin, end), rows_of(dv, begin, end)
+            _round(*sums, (k, v), own.start - begin, *results)
+            row = end
         if row < dk.shape[1]:
             _round(self.dk[:, row:], self.dv[:, row:], (None, None), 0, dk[:, row:], dv[:, row:])
 
@@ -301,17 +313,15 @@ def backward(
 ) -> Steps[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """dq, dk, dv of one rank's tensors; lse and delta are those over the keys of all ranks."""
     heads, G = k.shape[2], q.shape[2] // k.shape[2]
-    stat, heads_of = stat_dtype(k.dtype), head_groups(at.schedule, heads)
+    stat, groups = stat_dtype(k.dtype), head_groups(at.schedule, heads)
     once = at.schedule.keys_once(at.rank, at.rank) and at.schedule.last[at.rank] in (
         0, at.world_size - 1,
     )  # fmt: skip
     fresh = torch.empty_like if once else torch.zeros_like
     dk, dv = (fresh(x, dtype=stat, memory_format=torch.contiguous_format) for x in (k, v))
-    sums = [(dk[:, :, h0:h1], dv[:, :, h0:h1]) for h0, h1 in heads_of]
+    sums = [(heads_of(dk, *group), heads_of(dv, *group)) for group in groups]
     memory = Memory(at, k, v, sums)
-    parts = [
-        GradientRing(at, part, heads_of[part], memory, *sums[part]) for part in range(len(sums))
-    ]
+    parts = [GradientRing(at, part, groups[part], memory, *sums[part]) for part in range(len(sums))]
     ring = KeyRing(at, "backward kv", memory, k, v)
     ticket = ring.post(0)
     own = _save(at, dout, dlse, q, out, lse)
@@ -342,15 +352,14 @@ def backward(
                     with lanes.on(lane):
                         own.add(at, call, k, v, dk, dv, once)
         else:
-            if isinstance(own, Saved):
+            if isinstance(own, Saved) or own.fixed:
                 lanes.join()
             for call in late:
                 own.add(at, call, k, v, dk, dv, once)
     dk_out, dv_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     for part in parts:
         yield from part.arrive()
-        heads_ = slice(part.h0, part.h1)
-        part.finish(dk_out[:, :, heads_], dv_out[:, :, heads_])
+        part.finish(heads_of(dk_out, part.h0, part.h1), heads_of(dv_out, part.h0, part.h1))
     return own.result(at), dk_out, dv_out
 
 
@@ -366,9 +375,10 @@ def _backward_step(
         calls = at.schedule.wire_calls(at.rank, source)
         all_heads = part.h1 - part.h0 == held.k.shape[2]
         spread = all_heads and _apart(calls) and at.schedule.keys_once(at.rank, source)
-        rows, (total, empty) = slice(part.h0, part.h1), part.sum_of(step)
+        total, empty = part.sum_of(step)
         mine = own.heads(part.h0 * G, part.h1 * G)
+        k, v = heads_of(held.k, part.h0, part.h1), heads_of(held.v, part.h0, part.h1)
         for lane, call in lanes.deal(calls, spread, part.part):
             with lanes.on(lane):
-                mine.add(at, call, held.k[:, :, rows], held.v[:, :, rows], total.k, total.v, empty)
+                mine.add(at, call, k, v, total.k, total.v, empty)
     part.post(step)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .keys import Rank
+from .keys import Rank, columns_of, of_shapes, rows_of
 from .schedule import Call
 
 # Of an H200: a hop by the copy engine, and kernels on short rows.
@@ -47,6 +47,7 @@ def _side(seconds: float, flops: float, per_pair: float, rows: int, causal: bool
     return math.ceil(side / ROWS) * ROWS
 
 
+@of_shapes
 def own_calls(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Call], list[Call]]:
     """The backward's calls on own keys: before the first foreign keys are there, and at the end.
 
@@ -87,6 +88,7 @@ class TwoSteps(NamedTuple):
     early: int
 
 
+@of_shapes
 def two_steps(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> TwoSteps | None:
     """How the first two steps go together; None where they do not, or where little is saved."""
     rows = q.shape[1]
@@ -114,10 +116,11 @@ def forward_before(
     out: Tensor,
 ) -> None:  # fmt: skip
     """The first rows over own keys."""
-    rows, keys = slice(0, two.rows), slice(0, two.rows if two.own.causal else None)
+    rows, keys = two.rows, two.rows if two.own.causal else k.shape[1]
     torch.ops.lctx.flash_carry(
-        q[:, rows], k[:, keys], v[:, keys], carry[:, rows], lse[:, :, rows], two.own.causal,
-        at.scale, 0, 0, 0, False, True, out[:, rows], two.early,
+        rows_of(q, 0, rows), rows_of(k, 0, keys), rows_of(v, 0, keys), rows_of(carry, 0, rows),
+        columns_of(lse, 0, rows), two.own.causal, at.scale, 0, 0, 0, False, True,
+        rows_of(out, 0, rows), two.early,
     )  # fmt: skip
 
 
@@ -126,8 +129,8 @@ def forward_together(
     carry: Tensor, lse: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
     """Those rows over the first foreign keys, the others over both."""
-    keys = slice(two.far.k0, two.far.k1)
+    k0, k1 = two.far.k0, two.far.k1
     torch.ops.lctx.flash_carry_two(
-        q, k, v, far_k[:, keys], far_v[:, keys], carry, lse, out, two.own.causal, at.scale,
-        two.far.q0, two.rows, two.final,
+        q, k, v, rows_of(far_k, k0, k1), rows_of(far_v, k0, k1), carry, lse, out, two.own.causal,
+        at.scale, two.far.q0, two.rows, two.final,
     )  # fmt: skip

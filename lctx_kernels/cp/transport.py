@@ -6,9 +6,10 @@ has, so all of them give the same bits.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +19,19 @@ Message = tuple[int, int, str, int, int]
 """Source, target, phase, step and part of a simulated message."""
 
 
-@dataclass(frozen=True)
-class Hop:
+class Note(NamedTuple):
+    """What a rank says of a call that all ranks must make alike: by name, and as text."""
+
+    fields: dict[str, Any]
+    text: str
+
+    @staticmethod
+    def of(fields: dict[str, Any]) -> Note:
+        """The note of these facts, which JSON has words for."""
+        return Note(fields, json.dumps(fields, sort_keys=True))
+
+
+class Hop(NamedTuple):
     """One exchange of a rank. All ranks post the same hops in the same order.
 
     Attributes:

@@ -63,6 +63,11 @@ FOR_ALL_ATTENTIONS = [
     ({"q": Q.tolist()}, TypeError, "expected a torch.Tensor"),
     ({"q": None}, TypeError, "q is None; expected a torch.Tensor"),
     ({"q": Q.to_sparse()}, TypeError, "q has layout torch.sparse_coo; expected a dense tensor"),
+    (
+        {"q": torch.nested.nested_tensor([Q[0], Q[1, :7]], layout=torch.jagged)},
+        TypeError,
+        "expected a dense tensor; nearest is flash_attention of the rows packed into one",
+    ),
     ({"scale": math.inf}, ValueError, "scale is inf; expected a finite number or None"),
     ({"scale": math.nan}, ValueError, "scale is nan; expected a finite number"),
     ({"scale": True}, TypeError, "scale is True; expected a finite number or None"),
@@ -256,7 +261,18 @@ def test_context_parallel_arguments_are_checked(op):
             check_refusal(op, {name: given}, TypeError, f"{name} is {given}")
     if "plan" in parameters:
         plan = {"plan": lk.cp.make_plan(19, 1)}
-        check_refusal(op, plan, ValueError, "there is no default process group")
+        nearest = "whole sequence on one device with group=None, plan=None"
+        check_refusal(op, plan, ValueError, f"there is no default process group.*{nearest}")
+
+
+@pytest.mark.parametrize(
+    "value", [Q.numpy(), Q.tolist(), [Q, K], lk.cp.make_plan(1 << 14, 64)],
+    ids=["array", "list", "tensors", "plan"],
+)  # fmt: skip
+def test_errors_stay_short_whatever_is_given(value):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        lk.infini_attention(Q, K, V, mem=value)
+    assert len(str(raised.value)) < 1000
 
 
 def test_all_reasons_at_once():

@@ -244,21 +244,26 @@ def deterministic_algorithms():
     torch.use_deterministic_algorithms(False)
 
 
-def backward_flag(**options):
+def backward_argument(name, outputs=1, **options):
     q, k, v = leaves()
     with CallLog() as log:
-        attention("flash", q, k, v, **options)[0].sum().backward()
+        scalar(attention("flash", q, k, v, **options)[:outputs]).backward()
     ((_, args),) = [call for call in log.calls if call[0] == "flash_bwd"]
-    return args[names("flash_bwd").index("deterministic")]
+    return args[names("flash_bwd").index(name)]
 
 
 def test_backward_honours_deterministic_algorithms(deterministic_algorithms):
-    assert backward_flag() is True
+    assert backward_argument("deterministic") is True
 
 
 def test_backward_honours_deterministic_argument():
-    assert backward_flag() is False
-    assert backward_flag(deterministic=True) is True
+    assert backward_argument("deterministic") is False
+    assert backward_argument("deterministic", deterministic=True) is True
+
+
+def test_gradients_that_nobody_gave_are_not_made_up():
+    assert backward_argument("dlse") is None  # no zeros for kernels to add
+    assert backward_argument("dlse", outputs=2).shape == (2, 4, 19)
 
 
 # Refusals

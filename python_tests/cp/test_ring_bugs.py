@@ -113,8 +113,8 @@ BUGS = {
     ),
     "both groups of heads are the first": (
         steps,
-        "rows, (total, empty) = slice(part.h0, part.h1), part.sum_of(step)",
-        "rows, (total, empty) = slice(0, part.h1 - part.h0), part.sum_of(step)",
+        "heads_of(held.k, part.h0, part.h1), heads_of(held.v, part.h0, part.h1)",
+        "(heads_of(x, 0, part.h1 - part.h0) for x in (held.k, held.v))",
     ),
     "query heads not grouped": (
         steps,
@@ -234,6 +234,7 @@ def run_checks(patch):
     for (hop, worth), (plan, options) in itertools.product((usual, always), cases()):
         patch.setattr(parts, "hop_seconds", hop)
         patch.setattr(parts, "WORTH_SECONDS", worth)
+        keys.forget_shapes()
         T = plan.seq_len
         x = {name: random_tensor(1, T, H, 4, seed=i)
              for i, (name, H) in enumerate(zip("qkv", (4, 2, 2), strict=True))}  # fmt: skip

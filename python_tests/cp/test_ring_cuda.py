@@ -130,6 +130,20 @@ def test_gradients_of_documents(deterministic, layout, D):
 
 
 @needs_backward
+@pytest.mark.parametrize("D", [40, 64, 96, 128, 256])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 700}], ids=str)
+@pytest.mark.parametrize("bounds", [[0, 2900], [0, 1, 300, 300, 1999, 2900]], ids=len)
+def test_gradients_have_the_same_bits_every_time(bounds, options, D):
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(1, 2900, 4, D, Hkv=2))
+    plan = cp.make_plan(2900, 3, cu_seqlens=int32(bounds))
+    dout = gpu_qkv(1, 2900, 4, D, seed=5)[0]
+    out = simulated(plan, q, k, v, **options)[0]
+    first, *more = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(10))
+    for again in more:
+        assert all(map(torch.equal, first, again))
+
+
+@needs_backward
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("T", [1024, 1100])  # rows of calls begin with blocks of 64, or do not
 @pytest.mark.parametrize("n", [1, 2, 4])

@@ -15,3 +15,10 @@ def test_ranks_that_share_gpus(n, gpus):
         pytest.skip(f"needs {gpus} GPUs")
     hops = run_ranks_well(workers.check_many_ranks, n, gpus)
     assert min(hops) > 100
+
+
+@pytest.mark.parametrize("n, gpus", [(2, 1), (2, 2), (3, 1)])
+def test_the_same_bits_every_time(n, gpus):
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    run_ranks_well(workers.the_same_again, n, gpus)

@@ -30,6 +30,11 @@ def test_many_calls_in_flight(transport):
     run_ranks_well(workers.many_calls, 2, transport)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_tensors_that_are_not_on_the_current_gpu(transport):
+    run_ranks_well(workers.not_on_the_current_gpu, 2, transport)
+
+
 def test_auto_takes_the_copy_engine():
     for name, phases, fewest in run_ranks_well(workers.what_auto_takes, 2):
         assert name == "CopyTransport" and fewest > 0

@@ -14,6 +14,8 @@ from helpers import ALL_DTYPES, random_memory, random_qkv, random_tensor
 from op_cases import label, replace
 from torch.autograd import gradcheck
 
+import lctx_kernels as lk
+
 CASES = [
     pytest.param(family, case, id=f"{name} {label(case)}")
     for name, family in FAMILIES.items()
@@ -47,6 +49,18 @@ def test_number_of_threads_changes_rounding_only(family, case, dtype, one_thread
             torch.testing.assert_close(
                 several[name], result, rtol=0, atol=100 * torch.finfo(dtype).eps, msg=name
             )
+
+
+def test_more_threads_than_problems_of_unequal_cost(one_thread):
+    q, k, v = (x.requires_grad_() for x in random_qkv(1, 70, 2, 8, Hkv=1))
+    bounds = torch.tensor([0, 5, 30, 70], dtype=torch.int32)  # shortest first: run in another order
+    results = []
+    for threads in (1, 16):
+        torch.set_num_threads(threads)
+        out = lk.flash_attention(q, k, v, cu_seqlens=bounds)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for single, several in zip(*results, strict=True):
+        torch.testing.assert_close(several, single, rtol=0, atol=1e-13)
 
 
 ISA_SCRIPT = """
