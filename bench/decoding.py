@@ -211,7 +211,7 @@ def fill(layer: Any, method: str, history: int) -> None:
         state = retrieval_state(history, "token_and_head", True)
         layer.columns = state.seen // BLOCK * (BLOCK - 1)
     layer.rows.states = [state]
-    layer.batch, layer.is_initialized = BATCH, True
+    layer.rows.batch, layer.is_initialized = BATCH, True
 
 
 def table(rows: list[Row]) -> str:

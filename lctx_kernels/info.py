@@ -89,11 +89,14 @@ def _library() -> dict[str, Any]:
 
 
 def _ops() -> dict[str, dict[str, str]]:
-    """For each op and backend: "yes", "forward only", or why not."""
+    """For each op and backend: "yes", "forward only", or why it cannot run here."""
     from . import _backend, _load
     from ._ops import KERNELS
 
-    error = _load.LIBRARY_ERROR
+    error, absent = _load.LIBRARY_ERROR, ""
+    gpus, hopper = _probe(_gpus), ".".join(map(str, _backend.CUDA_CAPABILITY))
+    if isinstance(gpus, list) and all(gpu["capability"] != hopper for gpu in gpus):
+        absent = "no Hopper GPU here" if gpus else "no GPU here"
 
     def state(op: str, where: str) -> str:
         family = _backend.FAMILY[op]
@@ -101,9 +104,11 @@ def _ops() -> dict[str, dict[str, str]]:
             return "no: the library is not loaded"
         forward = where in KERNELS.get(f"{family}_fwd", ())
         backward = where in KERNELS.get(f"{family}_bwd", ())
-        if forward and backward:
-            return "yes"
-        return "forward only" if forward else "no kernel"
+        if not forward:
+            return "no kernel"
+        if where == "cuda" and absent:
+            return f"built, {absent}"
+        return "yes" if backward else "forward only"
 
     return {
         op: {"reference": "yes", "cpu": state(op, "cpu"), "cuda": state(op, "cuda")}

@@ -50,6 +50,7 @@ class Rows(Generic[S]):
         self.make = make
         self.states: list[S] = [make()]
         self.ragged = False
+        self.batch: int | None = None  # rows; None before the first call
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, spans: Sequence[Span] | None, **options: Any
@@ -63,7 +64,16 @@ class Rows(Generic[S]):
 
         Returns:
             (B, T, Hq, Dv).
+
+        Raises:
+            ValueError: Another number of rows than so far.
         """
+        if self.batch not in (None, q.shape[0]):
+            raise ValueError(
+                f"{type(self.states[0]).__name__}: the next tokens are of {q.shape[0]} rows, those "
+                f"before of {self.batch}; expected equal numbers; try select(rows), or a new state"
+            )
+        self.batch = q.shape[0]
         if spans is None and not self.ragged:
             return self.states[0].attend(q, k, v, **options)
         B, T = q.shape[:2]
@@ -87,6 +97,7 @@ class Rows(Generic[S]):
 
     def select(self, rows: Tensor) -> None:
         """Reorder, repeat or drop rows: row i becomes what row rows[i] was."""
+        self.batch = None if self.batch is None else rows.numel()
         if not self.ragged:
             self.states[0] = self.states[0].select(rows)
             return
@@ -95,7 +106,7 @@ class Rows(Generic[S]):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.states, self.ragged = [self.make()], False
+        self.states, self.ragged, self.batch = [self.make()], False, None
 
     def _split(self, B: int) -> None:
         if not self.ragged:

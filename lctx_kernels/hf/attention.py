@@ -14,6 +14,7 @@ from ..landmark import landmark_attention
 from ._compat import FAMILIES
 from .cache import ConvertedCache, ConvertedLayer, state_maker
 from .context import Context
+from .options import refuse_in_scores
 
 
 class ConvertedAttention(nn.Module):
@@ -24,6 +25,7 @@ class ConvertedAttention(nn.Module):
     config: Any
     layer_idx: int
     memory_gate: Any
+    attention_dropout: float
     attn_logit_softcapping: float | None
 
     def options(self) -> dict[str, Any]:
@@ -65,12 +67,7 @@ class ConvertedAttention(nn.Module):
                 f"{type(self).__name__} was called outside of its converted model; expected a call "
                 "of the model"
             )
-        if self.training and self.attention_dropout:
-            raise NotImplementedError(
-                f"{type(self).__name__}: attention_dropout is {self.attention_dropout} in "
-                "training; expected 0, dropout inside attention is not built; try "
-                "model.config.attention_dropout = 0 before hf.convert"
-            )
+        refuse_in_scores(type(self).__name__, self.attention_dropout if self.training else 0.0)
         layer: ConvertedLayer | None = None
         if past_key_values is not None:
             layer = past_key_values.layers[self.layer_idx]
@@ -178,6 +175,15 @@ class LandmarkMixin(ConvertedAttention):
 
 
 MIXINS: dict[str, type[ConvertedAttention]] = {"infini": InfiniMixin, "landmark": LandmarkMixin}
+
+
+def __getattr__(name: str) -> Any:
+    """Classes of converted layers by name: pickle asks for them in a process that has made none."""
+    for method in MIXINS:
+        for family, entry in FAMILIES.items():
+            if name == f"{method.capitalize()}{entry.prefix}Attention":
+                return attention_class(family, method)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @cache

@@ -12,10 +12,12 @@ from ..cache import RopeTable
 from ..cache.rows import Span
 from ..data.landmarks import Insertion, gather, insertion, spread
 from ..nn.gate import MemoryGate
+from . import dilated
 from ._compat import PreTrainedModel, init
 from .attention import rope_table
 from .cache import ConvertedCache, make_cache
 from .context import Context, require_running_positions, token_spans
+from .options import refuse_other_attention, refuse_weights
 
 
 class ConvertedBackbone(PreTrainedModel):  # type: ignore[misc]
@@ -46,7 +48,7 @@ class ConvertedBackbone(PreTrainedModel):  # type: ignore[misc]
     ) -> Any:
         """As the class that it replaces, but for use_cache=None, which is False here."""
         where = type(self).__name__
-        self._refuse_what_attention_cannot_do(kwargs)
+        refuse_weights(where, self.config, kwargs)
         if self.training and getattr(self, "gradient_checkpointing", False):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
@@ -84,13 +86,6 @@ class ConvertedBackbone(PreTrainedModel):  # type: ignore[misc]
         """Tokens that each row has seen at the converted layers."""
         return [0] * B if cache is None else cache.seen(self.spec["layers"][0], B)
 
-    def _refuse_what_attention_cannot_do(self, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
-            raise NotImplementedError(
-                f"{type(self).__name__}: output_attentions is True; expected False, the weights "
-                "never exist"
-            )
-
 
 class DilatedBackbone(PreTrainedModel):  # type: ignore[misc]
     """Checks what the attention function cannot see; mixed into the backbone class of a family."""
@@ -106,6 +101,7 @@ class DilatedBackbone(PreTrainedModel):  # type: ignore[misc]
     ) -> Any:
         """As the class that it replaces."""
         where, inputs = type(self).__name__, input_ids if input_ids is not None else inputs_embeds
+        refuse_other_attention(self, dilated.NAME, kwargs)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         T = 0 if inputs is None else inputs.shape[1]
         spans = token_spans(attention_mask, past, T, True, where)

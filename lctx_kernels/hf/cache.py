@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -31,11 +32,10 @@ class ConvertedLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.rows: Rows[Any] = Rows(make)
         self.columns = 0  # of the batch that were seen, pads included
-        self.batch = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, columns: int, **options: Any) -> Tensor:
         """Output of the next tokens, which stand in `columns` columns of the caller's batch."""
-        self.is_initialized, self.batch = True, q.shape[0]
+        self.is_initialized = True
         self.columns += columns
         return self.rows.attend(q, k, v, **options)
 
@@ -72,7 +72,6 @@ class ConvertedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Row i becomes what row beam_idx[i] was."""
         if self.columns:
             self.rows.select(beam_idx)
-            self.batch = beam_idx.numel()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, given by number or by mask."""
@@ -81,7 +80,7 @@ class ConvertedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
-        self.reorder_cache(torch.arange(self.batch).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(self.rows.batch or 0).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: what was folded into a memory or moved to a store cannot be taken back."""
@@ -123,9 +122,9 @@ def state_maker(
     """What makes an empty state of infini or landmark attention for their options."""
     if method == "infini":
         of_state = ("segment_len", "update", "first")
-        return lambda: InfiniState(**{name: options[name] for name in of_state}, softcap=softcap)
+        return partial(InfiniState, **{n: options[n] for n in of_state}, softcap=softcap)
     names = ("block_size", "top_k", "select", "offload", "max_blocks")
-    return lambda: landmark_state(**{name: options[name] for name in names})
+    return partial(landmark_state, **{n: options[n] for n in names})
 
 
 def make_cache(model: Any, **options: Any) -> Any:

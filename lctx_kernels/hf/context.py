@@ -119,10 +119,11 @@ def require_running_positions(
         return
     runs = position_ids.diff(dim=-1) == 1
     if spans is not None:
+        runs = runs.expand(len(spans), -1).clone()
         for row, (start, end) in enumerate(spans):
             outside = torch.ones_like(runs[0])
             outside[start : max(end - 1, start)] = False
-            runs[row % runs.shape[0]] |= outside
+            runs[row] |= outside
     message = (
         f"{where}: position_ids jump inside a row; expected positions that count up by 1: several "
         "texts packed into one row would read each other's memory; nearest is one text per row"

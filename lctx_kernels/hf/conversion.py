@@ -97,6 +97,13 @@ def _choose_layers(
     ]
     if layers is None:
         chosen = [index for index in range(count) if fits[index]]
+    elif isinstance(layers, str) or not (
+        isinstance(layers, Sequence) and all(type(index) is int for index in layers)
+    ):
+        raise TypeError(
+            f"hf.convert: layers is {layers!r}; expected a list of ints, some of 0 to {count - 1}, "
+            "or None"
+        )
     else:
         chosen = sorted({index + count if index < 0 else index for index in layers})
         wrong = [index for index in chosen if not 0 <= index < count]

@@ -45,14 +45,14 @@ def attention(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not dilated:
             return flash_attention(q, k, v, scale=scaling, window=window)
-        branches, offset = (options["segment_lengths"], options["dilation_rates"]), options
+        branches = (options["segment_lengths"], options["dilation_rates"])
         if q.shape[1] == k.shape[1]:
             return dilated_attention(
-                q, k, v, *branches, scale=scaling, head_offset=offset["head_offset"],
+                q, k, v, *branches, scale=scaling, head_offset=options["head_offset"],
                 mix_grad=options["mix_grad"],
             )  # fmt: skip
         return dilated_attention_last(
-            q, k, v, *branches, scale=scaling, head_offset=offset["head_offset"]
+            q, k, v, *branches, scale=scaling, head_offset=options["head_offset"]
         )
 
     if attention_mask is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from functools import cache, wraps
 from typing import Any, NoReturn
 
@@ -55,6 +54,13 @@ class ConvertedModel:
         given = model_kwargs.get("past_key_values")
         if self.method == "ring":
             ring.refuse_cache(f"{type(self).__name__}.generate")
+        mode = args[0] if args else kwargs.get("generation_mode")
+        if self.method != "dilated" and getattr(mode, "value", "") == "assisted_generation":
+            raise NotImplementedError(
+                f"{type(self).__name__}.generate: assistant_model or prompt_lookup_num_tokens is "
+                "given; candidates that are rejected would have to be taken back from a memory, "
+                "which cannot be; expected neither"
+            )
         if self.method == "dilated" or given is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, *args, **kwargs
@@ -135,17 +141,27 @@ def model_class(family: str, method: str) -> type[Any]:
             "__annotations__": {"lctx": dict[str, Any] | None}, "lctx": None,
         },
     )  # fmt: skip
-    names = {"family": family, "method": method, "config_class": config, "config": None}
-    names["__annotations__"] = {"config": config}
-    names.pop("config")
+    names = {
+        "__module__": __name__, "family": family, "method": method, "config_class": config,
+        "__annotations__": {"config": config},
+    }  # fmt: skip
     if method == "ring":
         names["forward"] = _shifted_forward(base)
-    model = type(
-        f"{prefix}{base.__name__}", (ConvertedModel, base), {"__module__": __name__} | names
-    )
-    for made in (config, model):
-        setattr(sys.modules[__name__], made.__name__, made)
-    return model
+    return type(f"{prefix}{base.__name__}", (ConvertedModel, base), names)
+
+
+def __getattr__(name: str) -> Any:
+    """Classes of converted models by name: pickle asks for them in a process that has made none."""
+    for method in OPTIONS:
+        for family, entry in FAMILIES.items():
+            if not name.startswith(method.capitalize() + entry.prefix):
+                continue
+            register()
+            model = model_class(family, method)
+            for made in (model, model.config_class, backbone_class(family, method)):
+                if made.__name__ == name:
+                    return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _shifted_forward(base: type[Any]) -> Any:

@@ -129,7 +129,7 @@ def _check_together(method: str, options: dict[str, Any], where: str) -> None:
             )
 
 
-def refuse_in_scores(where: str, dropout: float, softcap: float | None) -> None:
+def refuse_in_scores(where: str, dropout: float, softcap: float | None = None) -> None:
     """Refuse what no method does between scores and values, for a layer of class `where`.
 
     Raises:
@@ -137,8 +137,36 @@ def refuse_in_scores(where: str, dropout: float, softcap: float | None) -> None:
     """
     if dropout:
         raise NotImplementedError(
-            f"{where}: attention_dropout is {dropout} in training; expected 0; try "
-            "model.config.attention_dropout = 0 before hf.convert"
+            f"{where}: attention_dropout is {dropout} in training; expected 0, dropout inside "
+            "attention is not built; try from_pretrained(..., attention_dropout=0.0): layers read "
+            "it when they are made"
         )
     if softcap is not None:
         raise NotImplementedError(f"{where}: softcap is {softcap}; expected None")
+
+
+def refuse_other_attention(model: Any, name: str, kwargs: dict[str, Any]) -> None:
+    """Refuse what would make a backbone whose attention is a registered function another model.
+
+    Raises:
+        NotImplementedError: Another attention function than `name`, or attention weights wanted.
+    """
+    where, given = type(model).__name__, model.config._attn_implementation
+    if given != name:
+        raise NotImplementedError(
+            f"{where}: attn_implementation is {given!r}; expected {name!r}, which is what converts "
+            f"the layers; try model.set_attn_implementation({name!r})"
+        )
+    refuse_weights(where, model.config, kwargs)
+
+
+def refuse_weights(where: str, config: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse a forward that is to return attention weights.
+
+    Raises:
+        NotImplementedError: output_attentions, as an argument or in the configuration.
+    """
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise NotImplementedError(
+            f"{where}: output_attentions is True; expected False, the weights never exist"
+        )

@@ -12,7 +12,7 @@ from ..cp.plan import Plan, make_plan
 from ..cp.shard import shard, shard_positions, shift_labels
 from ..ring import ring_attention
 from ._compat import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from .options import refuse_in_scores
+from .options import refuse_in_scores, refuse_other_attention
 
 NAME = "lctx_ring"
 IGNORE = -100
@@ -82,6 +82,7 @@ class RingBackbone(PreTrainedModel):  # type: ignore[misc]
     ) -> Any:
         """As the class that it replaces, for this rank's rows of `ring_plan`."""
         where, inputs = type(self).__name__, input_ids if input_ids is not None else inputs_embeds
+        refuse_other_attention(self, NAME, kwargs)
         if inputs is None:
             raise ValueError(f"{where}: expected one of input_ids and inputs_embeds")
         if past_key_values is not None or use_cache:

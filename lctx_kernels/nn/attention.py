@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._checks import require_options
 from ..cache import FlashState, InfiniState, LandmarkState, RetrievalState, RopeTable, Rows
 from ..cache.rows import Span
 from ..flash import flash_attention
@@ -31,7 +33,8 @@ class SelfAttention(nn.Module):
         dropout: Probability of dropping an element of the output, in training.
 
     Raises:
-        ValueError: Numbers of heads that do not divide.
+        TypeError: A size that is no int.
+        ValueError: Sizes below 1, or numbers of heads that do not divide.
     """
 
     def __init__(
@@ -47,7 +50,12 @@ class SelfAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        name, num_kv_heads = type(self).__name__, num_kv_heads or num_heads
+        name = type(self).__name__
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _require_counts(
+            name, d_model=d_model, num_heads=num_heads, num_kv_heads=num_kv_heads,
+            head_dim=1 if head_dim is None else head_dim,
+        )  # fmt: skip
         if head_dim is None and d_model % num_heads:
             raise ValueError(
                 f"{name}: d_model is {d_model}, num_heads is {num_heads}; expected a multiple, or "
@@ -58,7 +66,7 @@ class SelfAttention(nn.Module):
                 f"{name}: num_heads is {num_heads}, num_kv_heads is {num_kv_heads}; expected a "
                 "multiple"
             )
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.d_model, self.num_heads, self.num_kv_heads = d_model, num_heads, num_kv_heads
         self.head_dim = head_dim or d_model // num_heads
         self.q_proj = nn.Linear(d_model, num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias)
@@ -70,7 +78,16 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, T, Hq, D), k and v (B, T, Hkv, D), normed but not rotated."""
+        """q (B, T, Hq, D), k and v (B, T, Hkv, D), normed but not rotated.
+
+        Raises:
+            ValueError: Another shape than (B, T, d_model).
+        """
+        if x.dim() != 3 or x.shape[-1] != self.d_model:
+            raise ValueError(
+                f"{type(self).__name__}: x has shape {tuple(x.shape)}; expected (B, T, d_model) "
+                f"with d_model = {self.d_model}"
+            )
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -160,13 +177,17 @@ class InfiniAttention(SelfAttention):
         **options: Any,
     ) -> None:
         super().__init__(d_model, num_heads, **options)
+        require_options(
+            "InfiniAttention", segment_len=segment_len, update=update, first=first,
+            detach_every=detach_every,
+        )  # fmt: skip
         self.segment_len, self.update, self.first = segment_len, update, first
         self.detach_every = detach_every
         self.memory_gate = MemoryGate(num_heads, gate_init)
 
     def new_state(self) -> Rows[InfiniState]:
         """An empty state for `forward(x, state)`: constant in size, however much is read."""
-        return Rows(lambda: InfiniState(self.segment_len, self.update, self.first))
+        return Rows(partial(InfiniState, self.segment_len, self.update, self.first))
 
     def forward(
         self,
@@ -237,15 +258,14 @@ class LandmarkAttention(SelfAttention):
         super().__init__(d_model, num_heads, **options)
         self.block_size, self.top_k, self.select = block_size, top_k, select
         self.offload, self.max_blocks = offload, max_blocks
+        require_options("LandmarkAttention", block_size=block_size)
+        self.new_state()  # refuses the other options
         self._known_table: RopeTable | None = None
 
     def new_state(self) -> Rows[Any]:
         """An empty state for `forward(x, state)`."""
-        return Rows(
-            lambda: landmark_state(
-                self.block_size, self.top_k, self.select, self.offload, self.max_blocks
-            )
-        )
+        options = (self.block_size, self.top_k, self.select, self.offload, self.max_blocks)
+        return Rows(partial(landmark_state, *options))
 
     def forward(
         self,
@@ -273,7 +293,7 @@ class LandmarkAttention(SelfAttention):
                 "LandmarkAttention: is_landmark is given with a state or spans; expected landmarks "
                 "at the end of every block there; nearest is is_landmark=None"
             )
-        state = state or Rows(lambda: LandmarkState(self.block_size))
+        state = state or Rows(partial(LandmarkState, self.block_size))
         rope = self.rope if self.top_k is None else self._table(q)
         return self.output(state.attend(q, k, v, spans=spans, rope=rope))
 
@@ -298,3 +318,11 @@ def landmark_state(
             "top_k, the number of blocks to retrieve; try top_k=4"
         )
     return LandmarkState(block_size)
+
+
+def _require_counts(who: str, **counts: int) -> None:
+    for name, count in counts.items():
+        if type(count) is not int:
+            raise TypeError(f"{who}: {name} is {count!r}; expected an int >= 1")
+        if count < 1:
+            raise ValueError(f"{who}: {name} is {count}; expected an int >= 1")

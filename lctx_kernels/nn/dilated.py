@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from .._checks import require_options
 from ..cache import DilatedState, Rows
 from ..cache.rows import Span
 from ..dilated import dilated_attention
@@ -91,6 +93,7 @@ class DilatedAttention(SelfAttention):
             raise ValueError(
                 f"DilatedAttention: use_xpos with rope_base = {rope_base}; expected one of the two"
             )
+        require_options("DilatedAttention", head_offset=head_offset, mix_grad=mix_grad)
         self.causal = causal if casual is None else casual
         self.head_offset, self.mix_grad = head_offset, mix_grad
         if use_xpos:
@@ -111,9 +114,8 @@ class DilatedAttention(SelfAttention):
                 f"{self.rel_pos_bias is not None}; expected a causal layer without bias for token "
                 "by token generation; nearest is a forward over the whole text for every token"
             )
-        return Rows(
-            lambda: DilatedState(self.segment_lengths, self.dilation_rates, self.head_offset)
-        )
+        branches = (self.segment_lengths, self.dilation_rates)
+        return Rows(partial(DilatedState, *branches, self.head_offset))
 
     def forward(
         self,

@@ -138,10 +138,29 @@ class AutoregressiveWrapper(nn.Module):
 
         eos_token: Ends a row, which is then filled with pads. filter_thres: the likeliest
         ceil((1 - filter_thres) * vocabulary) tokens are sampled from.
+
+        Raises:
+            ValueError: An empty prompt, no token to make, or limits that leave none.
         """
         prompt = start_tokens if start_tokens.dim() == 2 else start_tokens[None]
+        if prompt.shape[1] == 0 or seq_len < 1:
+            raise ValueError(
+                f"AutoregressiveWrapper.generate: start_tokens has shape "
+                f"{tuple(start_tokens.shape)}, seq_len is {seq_len}; expected at least one token "
+                "of both"
+            )
         training = self.net.training
         self.net.eval()
+        try:
+            out = self._continue(prompt, seq_len, eos_token, temperature, filter_thres)
+        finally:
+            self.net.train(training)
+        return out if start_tokens.dim() == 2 else out[0]
+
+    def _continue(
+        self, prompt: Tensor, seq_len: int, eos_token: int | None, temperature: float,
+        filter_thres: float,
+    ) -> Tensor:  # fmt: skip
         states, new = self.net.new_states(), []
         logits = self.net(prompt[:, -self.max_seq_len :], states)[:, -1]
         top_k = math.ceil((1 - filter_thres) * logits.shape[-1])
@@ -155,6 +174,4 @@ class AutoregressiveWrapper(nn.Module):
             if bool(ended.all()) or step == seq_len - 1:
                 break
             logits = self.net(token[:, None], states)[:, -1]
-        self.net.train(training)
-        out = torch.stack(new, dim=1)
-        return out if start_tokens.dim() == 2 else out[0]
+        return torch.stack(new, dim=1)

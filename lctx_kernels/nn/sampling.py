@@ -22,11 +22,18 @@ def sample(
         top_p: Only the likeliest tokens, until they hold this share of the probability.
         generator: Source of randomness.
 
+    Raises:
+        ValueError: A temperature below 0, or limits that leave no token.
+
     >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0.0)
     tensor([1])
     """
     if temperature < 0:
         raise ValueError(f"sample: temperature is {temperature}; expected at least 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"sample: top_k is {top_k}; expected at least 1, or None for no limit")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"sample: top_p is {top_p}; expected above 0, at most 1, or None")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature

@@ -31,6 +31,22 @@ def test_json_has_everything():
         assert facts["ops"][op]["reference"] == facts["ops"][op]["cpu"] == "yes"
 
 
+@pytest.mark.parametrize(
+    ("gpus", "want"),
+    [
+        ([], "built, no GPU here"),
+        ([{"capability": "8.0"}], "built, no Hopper GPU here"),
+        ([{"capability": "8.0"}, {"capability": "9.0"}], "yes"),
+    ],
+)
+def test_ops_that_no_gpu_here_runs_are_not_promised(gpus, want, monkeypatch):
+    monkeypatch.setattr(info, "_gpus", lambda: gpus)
+    facts = info.collect()
+    built = facts["library"]["cuda"]["built"]
+    assert {facts["ops"][op]["cuda"] for op in OPS} == {want if built else "no kernel"}
+    assert {facts["ops"][op]["cpu"] for op in OPS} == {"yes"}
+
+
 def test_text_names_every_op_and_what_is_not_built():
     text = run_module()
     assert all(op in text for op in OPS)

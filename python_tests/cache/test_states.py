@@ -16,6 +16,7 @@ from lctx_kernels.cache import (
     Rows,
     landmark,
 )
+from lctx_kernels.cache.buffer import Buffer
 
 T = 37
 CUTS = {"one by one": [1] * T, "ragged": [5, 1, 11, 2, 18], "whole": [T]}
@@ -223,6 +224,16 @@ def test_room_for_a_long_text_is_made_once():
     state.reserve(400)
     state.attend(*random_qkv(1, 8, 1, 4), rope=rope)
     assert state.store.k.room.shape[1] == 16
+
+
+def test_a_text_that_grows_token_by_token_is_copied_rarely():
+    buffer, rooms = Buffer(), []
+    for token in range(1000):
+        buffer.append(torch.full((1, 1, 2), float(token)))
+        if not rooms or buffer.room is not rooms[-1]:
+            rooms.append(buffer.room)
+    assert len(rooms) <= 8  # 16, 32, ..., 1024
+    assert torch.equal(buffer.value[0, :, 0], torch.arange(1000.0))
 
 
 def test_retrieval_in_small_pieces_is_the_same(monkeypatch):

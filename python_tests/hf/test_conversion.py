@@ -97,6 +97,24 @@ def test_a_base_checkpoint_loads_into_a_converted_class(tmp_path):
     torch.testing.assert_close(model(ids).logits, dense(ids).logits)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_pickled_models_and_caches_go_on_in_a_new_process(method, tmp_path):
+    model, ids = converted(method), tokens(1, 20)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        torch.save((model, cache, ids[:, :1]), tmp_path / "model.pt")
+        want = model(ids[:, :1], past_key_values=cache).logits[0, -1, 7].item()
+    code = (
+        "import sys, torch; torch.set_grad_enabled(False)\n"
+        "model, cache, ids = torch.load(sys.argv[1], weights_only=False)\n"
+        "print(repr(model(ids, past_key_values=cache).logits[0, -1, 7].item()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], capture_output=True,
+                         text=True, check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) == want
+
+
 def test_gates_stay_fp32_in_a_half_model(tmp_path):
     converted("infini", dtype=torch.float32).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -195,6 +213,8 @@ def test_copies_are_independent(method):
         ("infini", {"update": "add"}, ValueError, "update is 'add'; expected one of linear, delta"),
         ("infini", {"gate_init": None}, ValueError, "gate_init is None; expected a number"),
         ("infini", {"layers": [2]}, ValueError, "layers is .2.; expected some of 0 to 1"),
+        ("infini", {"layers": "01"}, TypeError, "layers is '01'; expected a list of ints, some"),
+        ("infini", {"layers": [True]}, TypeError, "layers is .True.; expected a list of ints"),
         ("infini", {"layers": []}, ValueError, "layers is ..; expected some of 0 to 1"),
         ("dilated", {"segment_lengths": [4]}, ValueError, "dilated needs dilation_rates"),
         ("dilated", {"segment_lengths": [4], "dilation_rates": [1, 2]}, ValueError, "1 entries"),
@@ -312,6 +332,10 @@ def test_what_a_forward_refuses(method):
     packed = torch.cat([torch.arange(7), torch.arange(5)])[None]
     with pytest.raises(NotImplementedError, match=r"packed|texts"):
         model(ids, position_ids=packed)
+    pads = torch.ones_like(ids)
+    pads[1, :9] = 0  # in this row the jump is among the pads, in the other one it is not
+    with pytest.raises(NotImplementedError, match=r"position_ids jump inside a row"):
+        model(ids, attention_mask=pads, position_ids=packed)
     model.config.attention_dropout = 0.1
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
@@ -321,11 +345,26 @@ def test_what_a_forward_refuses(method):
         model.train()(ids)
 
 
-@pytest.mark.parametrize("method", ["infini", "landmark"])
-def test_what_a_cached_model_refuses(method):
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_weights_are_refused(method):
     model, ids = converted(method), tokens(2, 12)
     with pytest.raises(NotImplementedError, match=r"output_attentions is True; expected False"):
         model(ids, output_attentions=True)
+
+
+def test_a_registered_method_does_not_run_as_another_attention():
+    model, ids = converted("dilated"), tokens(2, 12)
+    want = model(ids).logits
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(NotImplementedError, match=r"is 'sdpa'; expected 'lctx_dilated'"):
+        model(ids)
+    model.set_attn_implementation("lctx_dilated")
+    assert torch.equal(model(ids).logits, want)
+
+
+@pytest.mark.parametrize("method", ["infini", "landmark"])
+def test_what_a_cached_model_refuses(method):
+    model, ids = converted(method), tokens(2, 12)
     with pytest.raises(TypeError, match=r"past_key_values is DynamicCache; expected the result of"):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match=r"attention_mask has 11 columns; expected 12, 0 seen"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf.tiny import LAYERS, VOCAB, base, close, converted, hf, tokens
+from hf.tiny import LAYERS, METHODS, VOCAB, base, close, converted, hf, tokens
 from transformers import DynamicCache
 
 from lctx_kernels.hf._compat import FAMILIES
@@ -254,9 +254,32 @@ def test_what_generate_refuses(method):
         model.generate(ids, max_new_tokens=3, cache_implementation="static", **GREEDY)
     with pytest.raises((NotImplementedError, ValueError)):
         base().generate(ids, assistant_model=model, max_new_tokens=4, **GREEDY)
+    guessing = [{"prompt_lookup_num_tokens": 2}]
+    if method == "infini":  # landmark models have a token more than an assistant would
+        guessing.append({"assistant_model": base()})
+    for options in guessing:
+        with pytest.raises(NotImplementedError, match="assistant_model or prompt_lookup"):
+            model.generate(ids, max_new_tokens=4, **options, **GREEDY)
 
 
 def test_a_cache_is_made_only_when_asked_for():
     model, ids = converted("infini"), tokens(1, 9)
     assert model(ids).past_key_values is None
     assert model(ids, use_cache=True).past_key_values.get_seq_length() == 9
+
+
+def test_dilated_models_use_all_their_options():
+    ids, found = tokens(2, 21), {}
+    for head_offset in ("mod", "block"):
+        for mix_grad in ("exact", "detached"):
+            options = METHODS["dilated"] | {"head_offset": head_offset, "mix_grad": mix_grad}
+            model = converted("dilated", options=options)
+            logits = model(ids).logits
+            logits.square().mean().backward()
+            grad = model.model.layers[0].self_attn.q_proj.weight.grad
+            found[head_offset, mix_grad] = logits, grad
+        out = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert torch.equal(model(out).logits[:, 20:-1].argmax(-1), out[:, 21:])
+        close(found[head_offset, "exact"][0], found[head_offset, "detached"][0])
+        assert not torch.allclose(found[head_offset, "exact"][1], found[head_offset, "detached"][1])
+    assert not torch.allclose(found["mod", "exact"][0], found["block", "exact"][0])

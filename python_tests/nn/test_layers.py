@@ -86,16 +86,53 @@ def test_landmarks_anywhere():
 
 
 def test_retrieval_options_need_top_k():
-    layer = nn.LandmarkAttention(32, 4, offload=True)
     with pytest.raises(ValueError, match=r"offload is True.*without top_k.*try top_k=4"):
-        layer.new_state()
+        nn.LandmarkAttention(32, 4, offload=True)
     for options, message in (
         ({"top_k": 0}, "top_k is 0; expected at least 1"),
         ({"top_k": 2, "select": "head,token"}, "expected one of token_and_head, head, token"),
         ({"top_k": 2, "max_blocks": 0}, "max_blocks is 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            nn.LandmarkAttention(32, 4, **options).new_state()
+            nn.LandmarkAttention(32, 4, **options)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "error", "message"),
+    [
+        (nn.FullAttention, {"num_heads": 5}, ValueError, "num_heads is 5; expected a multiple"),
+        (nn.FullAttention, {"num_kv_heads": 3}, ValueError, "num_kv_heads is 3; expected a mul"),
+        (nn.FullAttention, {"num_kv_heads": 0}, ValueError, "num_kv_heads is 0; expected an int"),
+        (nn.FullAttention, {"head_dim": 8.0}, TypeError, "head_dim is 8.0; expected an int >= 1"),
+        (nn.InfiniAttention, {"segment_len": 0}, ValueError, "segment_len is 0; expected an int"),
+        (nn.InfiniAttention, {"update": "?"}, ValueError, "update is '.'; expected one of linear"),
+        (nn.LandmarkAttention, {"block_size": 1}, ValueError, "block_size is 1; expected an int"),
+    ],
+)
+def test_wrong_options_are_refused_when_the_layer_is_made(layer, options, error, message):
+    with pytest.raises(error, match=message):
+        layer(**{"d_model": 32, "num_heads": 4} | options)
+
+
+@pytest.mark.parametrize("method", LAYERS)
+def test_inputs_of_another_shape_are_refused(method):
+    layer = LAYERS[method]()
+    for shape in ((5, 32), (1, 5, 16), (1, 5, 4, 8)):
+        with pytest.raises(ValueError, match=r"x has shape .*; expected \(B, T, d_model\) with"):
+            layer(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("method", LAYERS)
+def test_states_are_of_one_batch_and_can_be_saved(method, tmp_path):
+    layer, x = LAYERS[method](), random_tensor(2, 17, 32, dtype=torch.float32)
+    state = layer.new_state()
+    with torch.no_grad():
+        layer(x, state)
+        torch.save(state, tmp_path / "state.pt")
+        with pytest.raises(ValueError, match=r"are of 1 rows, those before of 2; expected equal"):
+            layer(x[:1], state)
+        again = torch.load(tmp_path / "state.pt", weights_only=False)
+        assert torch.equal(layer(x[:, :1], again), layer(x[:, :1], state))
 
 
 @pytest.mark.parametrize("xpos", [None, 512.0])
@@ -137,12 +174,19 @@ def test_sampling():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(4000, 4)
     share = torch.bincount(sample(logits), minlength=4) / 4000
     torch.testing.assert_close(share, logits[0].softmax(0), atol=0.04, rtol=0)
+    share = torch.bincount(sample(logits, temperature=3.0), minlength=4) / 4000
+    torch.testing.assert_close(share, (logits[0] / 3).softmax(0), atol=0.04, rtol=0)
     assert set(sample(logits, top_k=2).tolist()) == {2, 3}
     assert set(sample(logits, top_p=0.7).tolist()) == {2, 3}
     assert set(sample(logits, top_p=0.1).tolist()) == {3}
     assert set(sample(logits, temperature=0.0).tolist()) == {3}
-    with pytest.raises(ValueError, match="temperature is -1"):
-        sample(logits, -1)
+    for limits, message in (
+        ({"temperature": -1}, "temperature is -1; expected at least 0"),
+        ({"top_k": 0}, "top_k is 0; expected at least 1"),
+        ({"top_p": 0.0}, "top_p is 0.0; expected above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample(logits, **limits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

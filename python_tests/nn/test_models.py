@@ -96,6 +96,21 @@ def test_untied_output_and_eos():
     assert (ended[0, 6:] == eos).all() and model.training
 
 
+def test_generation_that_fails_leaves_the_model_in_training():
+    model = llama("full")
+    wrapper = nn.AutoregressiveWrapper(nn.LongNetTransformer(16, 1, 61, dim_head=8, heads=2))
+    prompt = torch.randint(61, (1, 5))
+    with pytest.raises(ValueError, match="top_k is 0"):
+        model.generate(prompt, 3, temperature=1.0, top_k=0)
+    with pytest.raises(ValueError, match="top_k is 0"):
+        wrapper.generate(prompt, 3, filter_thres=1.0)
+    assert model.training and wrapper.net.training
+    with pytest.raises(ValueError, match=r"ids has shape \(1, 0\); expected \(B, T\) with T >= 1"):
+        model.generate(prompt[:, :0], 3)
+    with pytest.raises(ValueError, match=r"start_tokens has shape \(1, 0\), seq_len is 3"):
+        wrapper.generate(prompt[:, :0], 3)
+
+
 def test_wrong_configurations():
     with pytest.raises(ValueError, match="expected one of full, infini, landmark, dilated"):
         nn.Llama(nn.LlamaConfig(11, attention="sliding"))
