@@ -20,7 +20,7 @@ RIVALS = {
 def goals_table(document: Document, what: str) -> list[str]:
     """One line for each label: what is compared, the goal, and the range over the lengths."""
     lines = [
-        f"| {what}, bf16 | against | lengths | goal | measured | reached |",
+        f"| {what}, bf16 | against | lengths | goal | measured, worst to best | reached |",
         "| --- | --- | --- | --- | --- | --: |",
     ]
     for label in dict.fromkeys(goal.label for goal in document.goals):
@@ -30,7 +30,7 @@ def goals_table(document: Document, what: str) -> list[str]:
         speeds = sorted(goal.speed for goal in goals if goal.speed is not None)
         measured, reached = "-", "-"
         if speeds:
-            found = [f"{one.shown(speed):.2f}x" for speed in (speeds[0], speeds[-1])]
+            found = [_factor(one, speed) for speed in (speeds[0], speeds[-1])]
             measured = f"**{' to '.join(dict.fromkeys(found))}**"
             reached = f"{sum(goal.reached for goal in goals)} of {len(goals)}"
         lines.append(
@@ -39,6 +39,13 @@ def goals_table(document: Document, what: str) -> list[str]:
             f"| {measured} | {reached} |"
         )
     return lines
+
+
+def _factor(goal: GoalResult, speed: float) -> str:
+    """Two decimals, or the third where two would round a miss to the goal."""
+    wanted, text = f"{goal.shown(goal.wanted):.2f}", f"{goal.shown(speed):.2f}"
+    missed = speed < goal.wanted and text == wanted
+    return f"{goal.shown(speed):.3f}x" if missed else f"{text}x"
 
 
 def _kind(goal: GoalResult) -> str:

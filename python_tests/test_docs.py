@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,10 +26,40 @@ def test_examples_of_methods_run(page):
     exec("\n".join(blocks), {})
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_the_first_example_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(block, {})
+
+
+def test_the_example_of_a_ring_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/ring.md").read_text(), re.DOTALL)
+    before = (
+        "import torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "seq_len, world_size, rank, mesh = 50, 1, 0, {'cp': dist.group.WORLD}\n"
+        "tokens, (q, k, v) = torch.arange(50)[None], torch.randn(3, 1, 50, 4, 8)\n"
+    )
+    after = "assert labels.tolist() == [[*range(1, 50), -100]] and out.shape == q.shape\n"
+    after += "dist.destroy_process_group()"
+    run = subprocess.run([sys.executable, "-c", before + block + after], cwd=ROOT,
+                         capture_output=True, text=True, check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("*.md"), ROOT / "csrc/README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([\w/.-]+\.(?:md|png|py))\)", page.read_text()):
+    for target in re.findall(r"\]\(([\w/.-]+\.(?:md|png|py))(?:#[\w-]+)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_pages_name_exist(page):
+    folders = "lctx_kernels|csrc|python_tests|bench|docs|examples|tools"
+    for target in re.findall(rf"`((?:{folders})/[\w/.-]*\w)`", page.read_text()):
+        assert (ROOT / target).exists() or (ROOT / "python_tests" / target).exists(), target
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):

@@ -127,6 +127,8 @@ def test_every_goal_of_the_hopper_forward_is_one_line(checkout):
     pytest.importorskip("matplotlib")
     results = hopper()
     results.goals[0].speed = 1.2
+    (short,) = (goal for goal in results.goals if goal.label == "one token, Hq 8, 1 x 64k keys")
+    short.speed = short.wanted - 0.004
     results.save(checkout / "bench/results/h200/hopper.json")
     assert tool(checkout) == 0
     text = (checkout / "README.md").read_text()
@@ -136,6 +138,8 @@ def test_every_goal_of_the_hopper_forward_is_one_line(checkout):
         "| landmark, D 64, block 64 | speed of cuDNN, dense | 2k to 32k | 0.88x | - | - |",
         "| dilated, D 64 | time per FLOP of cuDNN inside segments | 32k to 1M | at most 1.25x "
         "| **1.00x** | 6 of 6 |",
+        "| one token, Hq 8, 1 x 64k keys | speed per byte of a copy | 64k | 0.89x | **0.886x** "
+        "| 0 of 1 |",
         "| one token, Hq 8, 1 x 512k keys | speed per byte of a copy | 512k | 1x | **1.00x** "
         "| 1 of 1 |",
         "| one token, Hq 8, 1 x 512k keys | 1 | 512k | 8 / 8 | 128 | 250.000 | 4.00 TB/s | - "
