@@ -40,8 +40,8 @@ class Row:
     errors: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
     group: int = 0  # rows and goals of one group of a suite have the same number
-    mean_s: float | None = None  # on several GPUs: their mean, where median_s is the slowest
-    gpus_s: list[float] = field(default_factory=list)  # the median of each
+    gpus_s: list[float] = field(default_factory=list)  # on several: the median of each
+    calls: int = 1  # in a row, of a sample; times are of one
 
 
 @dataclass

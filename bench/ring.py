@@ -6,11 +6,15 @@ a start that the GPUs agree on, for the ring and for the whole sequence alike: a
 faster than its slowest chip. `gpus_s` has every GPU's own times. Had each GPU as much work as it
 does in the same time, a ring would take 1 / sum(1 / gpus_s) of the whole sequence's: the most that
 these GPUs could give, somewhat more than their number where one of them is slower.
+
+Where power limits the clocks they change every 50 ms. Where the whole sequence takes long enough
+for that, a sample of either is calls in a row, each behind the one before, that see several clocks.
 """
 
 import argparse
 import dataclasses
 import datetime
+import math
 import os
 import statistics
 import sys
@@ -58,6 +62,8 @@ AHEAD = 4  # times what one kernel gets: a forward and backward of a ring are ma
 # Clocks change by a tenth from run to run where power is what limits them, on every GPU by itself,
 # so that the two whose ratio is a goal run many times, and the others in some of the rounds.
 MOST_ROUNDS, OTHERS_EVERY = 100, 4
+SAMPLE_SECONDS = 0.1  # at least, where one GPU takes LONG or more for the whole sequence
+LONG = 0.02
 TOLERANCE = 1e-2  # relative RMS against one GPU: two results rounded to bf16
 
 
@@ -113,17 +119,25 @@ class Ranks:
         dist.all_gather_object(found, value, group=self.host)
         return found
 
-    def sample(self, fn: Callable[[], object]) -> float:
-        """Seconds of fn on this GPU, from a start that all GPUs share, with cold L2."""
+    def sample(self, fn: Callable[[], object], calls: int = 1) -> float:
+        """Seconds of one of `calls` in a row on this GPU, from a start of all GPUs, with cold L2.
+
+        A call's hops begin behind the call before, as those of the next layer of a model would.
+        """
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.sum()
         torch.cuda._sleep(AHEAD * LAUNCH_AHEAD_CYCLES)
         dist.all_reduce(self.token)
         start.record()
-        fn()
+        for _ in range(calls):
+            fn()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return start.elapsed_time(end) * 1e-3 / calls
+
+    def slowest(self, fn: Callable[[], object]) -> float:
+        """Seconds of fn on the slowest GPU, the same on all ranks."""
+        return float(max(self.gather(self.sample(fn))))
 
 
 def calls_of(group: Group, ranks: Ranks) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
@@ -272,13 +286,16 @@ def run_group(group: Group, ranks: Ranks, seconds: float, peak: float) -> list[R
         if reasons := [r for r in ranks.gather(reason) if r]:
             row.status, row.reason = "unsupported", reasons[0]
     timed = [row for row in rows if row.status == "ok"]
+    if ranks.slowest(calls["flash"]) >= LONG:
+        for row in timed:
+            row.calls = math.ceil(SAMPLE_SECONDS / ranks.slowest(calls[row.candidate]))
     samples: dict[str, list[float]] = {row.candidate: [] for row in timed}
     begin = time.perf_counter()
     while True:
         done = len(samples["flash"])
         now = timed if done % OTHERS_EVERY == 0 else timed[:2]
         for row in now[done % len(now) :] + now[: done % len(now)]:
-            samples[row.candidate].append(ranks.sample(calls[row.candidate]))
+            samples[row.candidate].append(ranks.sample(calls[row.candidate], row.calls))
         seconds_of_group = time.perf_counter() - begin
         enough = (done > OTHERS_EVERY and seconds_of_group > seconds) or done >= MOST_ROUNDS
         if any(ranks.gather(enough)):
@@ -290,7 +307,6 @@ def run_group(group: Group, ranks: Ranks, seconds: float, peak: float) -> list[R
         of_ranks = ranks.gather(samples[row.candidate])
         times = [max(round_) for round_ in zip(*of_ranks, strict=True)]
         row.gpus_s = [statistics.median(of_rank) for of_rank in of_ranks]
-        row.mean_s = statistics.median(map(statistics.mean, zip(*of_ranks, strict=True)))
         low, _, high = statistics.quantiles(times, n=4, method="inclusive")
         row.median_s, row.q1_s, row.q3_s, row.rounds = (
             statistics.median(times),
