@@ -77,7 +77,7 @@ void step(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
   const int64_t heads = rows.size(2), pitch = rows.size(3);
   call.check(s.Dk <= 128, "the head size is ", s.Dk, "; expected at most 128");
   const int ordered = ordered_rows(s, deterministic);
-  const int64_t block_rows = ordered > 0 ? ordered : s.Dk <= 64 ? 128 : 64;
+  const int64_t block_rows = cuda::bwd_block_rows(s, ordered);
   const int64_t blocks = pitch / block_rows;
   call.stat(LCTX_ARG(dq_sum), {s.B, heads, kAny});
   call.check(pitch % block_rows == 0, "`rows` has ", pitch, " rows a head; expected blocks of ",

@@ -58,6 +58,22 @@ void set_attention_bwd(const AttnParams& params, const AttnGrads& grads, const B
   p.scale_log2 = static_cast<float>(params.scale * 1.4426950408889634);
 }
 
+// Window and order of the tiles of whole sequences, and where dQ is added in an order its turns.
+template <class Tile, bool kWindowed, bool kOrdered, class P>
+void set_dense_order(const char* op, const FlashParams& params, const BwdScratch& scratch, P& p,
+                     int64_t unmasked_section = 0) {
+  constexpr int64_t kBudget = kOrdered && !kWindowed ? kOrderedBudget : kBwdBudget;
+  const AttnShape& s = params.shape;
+  const bool given = unmasked_section > 0 && !params.causal && !kWindowed;
+  const int64_t section = given ? unmasked_section : bwd_section(s, s.Tq, kBudget);
+  p.window = static_cast<int>(std::min<int64_t>(params.window, INT32_MAX / 2));
+  p.order = KeyOrder(make_order(op, ceil_div(s.Tk, Tile::kBlockN), s.Hkv, s.B, section));
+  if constexpr (kOrdered) {
+    p.turns = scratch.turns;
+    p.down_from = p.order.last_section();
+  }
+}
+
 template <class Traits>
 void launch_bwd(const typename Traits::Params& p, int num_sms, Stream stream) {
   if (p.order.num_tiles == 0) return;

@@ -94,29 +94,20 @@ void launch_step(const CarryParams& params, const CarryGrads& grads, const BwdSc
   constexpr int kKeys = Tile::kBlockN;
   using Tiles = std::conditional_t<kOrdered, OrderedStepKeys<kKeys>, StepKeys<kKeys>>;
   using Traits = BwdTraits<Tile, Tiles, SumKeys, kWindowed>;
-  const AttnShape& s = params.shape;
   typename Traits::Params p{};
   set_attention_bwd<Tile>(params, grads, scratch, p);
   p.Hq = static_cast<int>(heads);
   p.blocks_per_head = static_cast<int>(blocks);
   p.query_offset = query_offset(params);
   p.query_begin = static_cast<int>(grads.rows_in_front);
-  p.window = static_cast<int>(std::min<int64_t>(params.window, INT32_MAX / 2));
   p.dk_sum = grads.dk;
   p.dv_sum = grads.dv;
   p.first = grads.first;
   // Without a mask all tiles of a head begin with the same block, and wait for one another: fewer
   // where the tiles that begin are of many heads.
   constexpr int64_t kMostHeads = 16;
-  constexpr int64_t kBudget = kOrdered && !kWindowed ? kOrderedBudget : kBwdBudget;
-  const bool masked = params.causal || kWindowed;
-  const int64_t section = kOrdered && !masked ? kMostHeads : bwd_section(s, s.Tq, kBudget);
-  p.order =
-      KeyOrder(make_order("lctx::flash_carry_bwd", ceil_div(s.Tk, kKeys), s.Hkv, s.B, section));
-  if constexpr (kOrdered) {
-    p.turns = scratch.turns;
-    p.down_from = p.order.last_section();
-  }
+  set_dense_order<Tile, kWindowed, kOrdered>("lctx::flash_carry_bwd", params, scratch, p,
+                                             kOrdered ? kMostHeads : 0);
   launch_bwd<Traits>(p, num_sms, stream);
 }
 

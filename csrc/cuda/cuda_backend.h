@@ -40,6 +40,8 @@ int flash_block_rows(const FlashParams& params, bool fused, bool ordered);
 int64_t flash_turns(const AttnShape& shape, int block_rows);
 // Floats of dq_sum.
 int64_t flash_dq_sum_floats(const AttnShape& shape, int block_rows = 0);
+// Queries of a block of dq_sum: `block_rows`, or dq_block_rows where that is 0.
+int64_t bwd_block_rows(const AttnShape& shape, int block_rows = 0);
 // Rows of lse2 and delta per head: those of dq_sum, whole blocks.
 int64_t bwd_pitch(const AttnShape& shape, int block_rows = 0);
 

@@ -20,17 +20,9 @@ void launch_dense(const FlashParams& params, const AttnGrads& grads, const BwdSc
   constexpr int kKeys = Tile::kBlockN;
   using Tiles = std::conditional_t<kOrdered, OrderedKeys<kKeys>, DenseKeys<kKeys>>;
   using Traits = BwdTraits<Tile, Tiles, StoreKeys, kWindowed>;
-  const AttnShape& s = params.shape;
   typename Traits::Params p{};
   set_attention_bwd<Tile>(params, grads, scratch, p);
-  p.window = static_cast<int>(std::min<int64_t>(params.window, INT32_MAX / 2));
-  constexpr int64_t kBudget = kOrdered && !kWindowed ? kOrderedBudget : kBwdBudget;
-  p.order = KeyOrder(make_order("lctx::flash_bwd", ceil_div(s.Tk, kKeys), s.Hkv, s.B,
-                                bwd_section(s, s.Tq, kBudget)));
-  if constexpr (kOrdered) {
-    p.turns = scratch.turns;
-    p.down_from = p.order.last_section();
-  }
+  set_dense_order<Tile, kWindowed, kOrdered>("lctx::flash_bwd", params, scratch, p);
   launch_bwd<Traits>(p, num_sms, stream);
 }
 

@@ -100,8 +100,12 @@ __global__ void __launch_bounds__(256)
 
 }  // namespace
 
+int64_t bwd_block_rows(const AttnShape& s, int block_rows) {
+  return block_rows > 0 ? block_rows : dq_block_rows(s.Dk <= 64 ? 64 : 128);
+}
+
 int64_t bwd_pitch(const AttnShape& s, int block_rows) {
-  const int rows = block_rows > 0 ? block_rows : dq_block_rows(s.Dk <= 64 ? 64 : 128);
+  const int64_t rows = bwd_block_rows(s, block_rows);
   return ceil_div(s.Tq, rows) * rows;
 }
 
