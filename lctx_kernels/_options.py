@@ -83,9 +83,7 @@ def _group(call: Call, name: str) -> None:
         process_group(value, call.op)
     except (TypeError, ValueError) as error:
         text = str(error).removeprefix(f"{call.op}: ")
-        if value is None:  # the message names a transport, which ring_attention alone has
-            text = f"{text.split('; nearest is')[0]}; {WHOLE_SEQUENCE}"
-        call.refuse(type(error), text)
+        call.refuse(type(error), f"{text}; {WHOLE_SEQUENCE}" if value is None else text)
     if call.arguments["backend"] == "reference":
         call.refuse(
             NotImplementedError,

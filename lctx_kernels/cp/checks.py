@@ -61,7 +61,10 @@ def _group(call: Call) -> Any:
     try:
         resolved = process_group(group, "ring_attention")
     except (TypeError, ValueError) as error:
-        call.refuse(type(error), str(error).removeprefix("ring_attention: "))
+        text = str(error).removeprefix("ring_attention: ")
+        if group is None:
+            text += '; nearest is transport="sim", all ranks in one process'
+        call.refuse(type(error), text)
         return None
     if not torch.compiler.is_compiling() and not has_backend(resolved, device):
         call.refuse(

@@ -37,8 +37,7 @@ def process_group(group: Any, who: str) -> Any:
         if not dist.is_available() or not dist.is_initialized():
             raise ValueError(
                 f"{who}: group is None and there is no default process group; expected a group, or "
-                "torch.distributed.init_process_group() first (torchrun starts the processes); "
-                'nearest is transport="sim", all ranks in one process'
+                "torch.distributed.init_process_group() first (torchrun starts the processes)"
             )
         return dist.group.WORLD
     if isinstance(group, dist.ProcessGroup):
