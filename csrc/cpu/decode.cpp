@@ -52,18 +52,19 @@ class Rows {
     std::vector<C> key(static_cast<size_t>(s_.Dk));
     for (int64_t j = 0; j < n; ++j) {
       base::load_row<C>(s_.dtype, offset(keys, j * s_.Dk), s_.Dk, s_.Dk, C(1), key.data());
-      scores[j] = std::inner_product(key.begin(), key.end(), query.begin(), C(0));
+      scores[j] = static_cast<C>(std::inner_product(key.begin(), key.end(), query.begin(), 0.0));
     }
   }
-  // out += weight * softmax(scores) values over n keys.
+  // out += weight * softmax(scores) values over n keys, a sum of its own: fewer terms round less.
   void add(C weight, const C* scores, const void* values, int64_t n, std::vector<C>& out) const {
     const C lse = log_sum_exp(scores, n);
-    std::vector<C> value(static_cast<size_t>(s_.Dv));
+    std::vector<C> value(static_cast<size_t>(s_.Dv)), sum(value.size());
     for (int64_t j = 0; j < n; ++j) {
       const C share = weight * std::exp(scores[j] - lse);
       base::load_row<C>(s_.dtype, offset(values, j * s_.Dv), s_.Dv, s_.Dv, share, value.data());
-      for (size_t d = 0; d < value.size(); ++d) out[d] += value[d];
+      for (size_t d = 0; d < value.size(); ++d) sum[d] += value[d];
     }
+    for (size_t d = 0; d < value.size(); ++d) out[d] += sum[d];
   }
   const char* offset(const void* data, int64_t elements) const {
     return static_cast<const char*>(data) + elements * size_;

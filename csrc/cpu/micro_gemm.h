@@ -2,8 +2,9 @@
 //
 // B and C are row-major scratch whose rows are whole vectors; A is read one scalar at a time and
 // broadcast, so it can be row-major (A[i * lda + k]) or transposed (A[k * lda + i]) at the same
-// price. A kMicroRows x kMicroVecs tile of C stays in registers over the whole of K; B's panel (K x
-// kMicroVecs vectors) is what the L1 cache has to hold.
+// price. A kMicroRows x kMicroVecs tile of C stays in registers over at most kMostTerms of K, whose
+// sum is then added to C: rounding grows with the root of how many terms one sum has, and B's panel
+// (K x kMicroVecs vectors) is what the L1 cache has to hold.
 #pragma once
 
 #include "simd.h"
@@ -64,17 +65,27 @@ void gemm_columns(int64_t I, int64_t K, const C* A, int64_t lda, const C* B, int
   }
 }
 
+constexpr int64_t kMostTerms = 64;
+
 // J counts elements and is a multiple of one vector. `row_scale` (I) is read by kScaleAdd only.
 template <class C, Layout kLayout, Accumulate kAcc>
 void gemm(int64_t I, int64_t J, int64_t K, const C* A, int64_t lda, const C* B, int64_t ldb, C* out,
           int64_t ldc, const C* row_scale = nullptr) {
   constexpr int L = kLanes<C>;
+  const int64_t terms = min_of(K, kMostTerms);
   int64_t j = 0;
   for (; j + kMicroVecs * L <= J; j += kMicroVecs * L) {
-    gemm_columns<C, kMicroVecs, kLayout, kAcc>(I, K, A, lda, B + j, ldb, out + j, ldc, row_scale);
+    gemm_columns<C, kMicroVecs, kLayout, kAcc>(I, terms, A, lda, B + j, ldb, out + j, ldc,
+                                               row_scale);
   }
-  for (; j < J; j += L)
-    gemm_columns<C, 1, kLayout, kAcc>(I, K, A, lda, B + j, ldb, out + j, ldc, row_scale);
+  for (; j < J; j += L) {
+    gemm_columns<C, 1, kLayout, kAcc>(I, terms, A, lda, B + j, ldb, out + j, ldc, row_scale);
+  }
+  if (K > terms) {
+    const int64_t a_step = kLayout == Layout::kRowMajor ? 1 : lda;
+    gemm<C, kLayout, Accumulate::kAdd>(I, J, K - terms, A + terms * a_step, lda, B + terms * ldb,
+                                       ldb, out, ldc);
+  }
 }
 
 }  // namespace lctx::cpu::LCTX_ISA
