@@ -5,13 +5,21 @@ TORCH  ?= torch==2.13.0
 # One thread for each test process: threads of two processes that wait for each other spin.
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test build device-tests lint format sanitize clean
+.PHONY: demo test gpu-test build device-tests lint format sanitize clean
 
 demo: build
 	$(PYTHON) -m lctx_kernels.cli demo $(DEMO_ARGS)
 
 test: build
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $(PYTEST_ARGS)
+
+# On Hopper GPUs, GPUS=0,1 for two: tests of one GPU spread over them all, then those that start ranks.
+# 8 processes share the memory of a GPU, 13 ran out of 141 GB; ranks have deadlines, so two tests at a time.
+GPUS     ?= 0
+GPU_JOBS ?= 8
+gpu-test: build
+	LCTX_TEST_GPUS=$(GPUS) $(PYTHON) -m pytest -q -n $(GPU_JOBS) --dist worksteal -m "cuda and not dist"
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m "cuda and dist"
 
 # Compiles what changed into lctx_kernels/_C.abi3.so. PYTHON=... builds with another environment's torch.
 build: $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)

@@ -6,6 +6,11 @@ import sys
 # Read when torch loads OpenMP: threads that wait for others sleep. Spinning ones make the suite
 # several times slower as soon as another process wants the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# LCTX_TEST_GPUS=0,1: the processes of pytest -n take these GPUs in turn, and see no other.
+if "LCTX_TEST_GPUS" in os.environ and "PYTEST_XDIST_WORKER" in os.environ:
+    gpus = os.environ["LCTX_TEST_GPUS"].split(",")
+    process = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[process % len(gpus)]
 
 import pytest
 import torch
