@@ -1,4 +1,4 @@
-"""What every option must be, by its name: one check per option, the same for all ops."""
+"""What every option must be, by its name: one check per option, the same for ops and layers."""
 
 from __future__ import annotations
 
@@ -123,6 +123,10 @@ OPTIONS: dict[str, Callable[[Call, str], None]] = {
     "mix_grad": _choice("exact", "detached"),
     "segment_lengths": _integers,
     "dilation_rates": _integers,
+    "d_model": _integer(1),
+    "num_heads": _integer(1),
+    "num_kv_heads": _integer(1),
+    "head_dim": _integer(1, optional=True),
     "group": _group,
     "plan": _plan,
     "backend": _choice("auto", "cuda", "cpu", "reference"),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import stat_dtype
-from .keys import KeyRing, Memory, Rank, Wire, columns_of, heads_of, intervals, rows_of
+from .keys import KeyRing, Memory, Rank, Wire, columns_of, cut, heads_of, intervals, rows_of
 from .lanes import Lanes
 from .layout import head_groups, home_slot
 from .parts import Part, parts_of, whole
@@ -122,10 +122,9 @@ class Saved(NamedTuple):
     def heads(self, begin: int, end: int) -> Saved:
         """Query heads [begin, end)."""
         dout, q, lse, delta, dq = self
-        if end - begin == q.shape[2]:
-            return self
-        rows = slice(begin, end)
-        return Saved(dout[:, :, rows], q[:, :, rows], lse[:, rows], delta[:, rows], dq[:, :, rows])
+        lse, delta = cut(lse, 1, begin, end), cut(delta, 1, begin, end)
+        dout, q, dq = (heads_of(x, begin, end) for x in (dout, q, dq))
+        return Saved(dout, q, lse, delta, dq)
 
     def add(
         self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, first: bool

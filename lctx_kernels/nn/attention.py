@@ -52,9 +52,9 @@ class SelfAttention(nn.Module):
         super().__init__()
         name = type(self).__name__
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _require_counts(
+        require_options(
             name, d_model=d_model, num_heads=num_heads, num_kv_heads=num_kv_heads,
-            head_dim=1 if head_dim is None else head_dim,
+            head_dim=head_dim,
         )  # fmt: skip
         if head_dim is None and d_model % num_heads:
             raise ValueError(
@@ -318,11 +318,3 @@ def landmark_state(
             "top_k, the number of blocks to retrieve; try top_k=4"
         )
     return LandmarkState(block_size)
-
-
-def _require_counts(who: str, **counts: int) -> None:
-    for name, count in counts.items():
-        if type(count) is not int:
-            raise TypeError(f"{who}: {name} is {count!r}; expected an int >= 1")
-        if count < 1:
-            raise ValueError(f"{who}: {name} is {count}; expected an int >= 1")

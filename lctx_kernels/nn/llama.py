@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..data.landmarks import gather, insertion, spread
 from .attention import FullAttention, InfiniAttention, LandmarkAttention, SelfAttention
 from .dilated import DilatedAttention
 from .ring import RingAttention
-from .sampling import sample
+from .sampling import evaluating, sample
 
 METHODS = ("full", "infini", "landmark", "dilated", "ring")
 
@@ -218,32 +218,19 @@ class Llama(nn.Module):
                 f"Llama.generate: ids has shape {tuple(ids.shape)}; expected (B, T) with T >= 1; "
                 "nearest is a prompt of one token"
             )
-        training = self.training
-        self.eval()
-        try:
-            return self._continue(
-                ids, max_new_tokens, eos, chunk,
-                lambda logits: sample(logits, temperature, top_k, top_p, generator),
-            )  # fmt: skip
-        finally:
-            self.train(training)
-
-    def _continue(
-        self, ids: Tensor, count: int, eos: int | None, chunk: int | None,
-        choose: Callable[[Tensor], Tensor],
-    ) -> Tensor:  # fmt: skip
         states, seen, ended = self.new_states(), 0, torch.zeros_like(ids[:, 0], dtype=torch.bool)
-        for part in ids.split(chunk or ids.shape[1], dim=1):
-            logits = self(part, states, seen)[:, -1]
-            seen += part.shape[1]
-        for step in range(count):
-            token = choose(logits)
-            token = token if eos is None else token.masked_fill(ended, eos)
-            ids = torch.cat([ids, token[:, None]], dim=1)
-            ended |= token == eos if eos is not None else False
-            if bool(ended.all()) or step == count - 1:
-                break
-            logits, seen = self(token[:, None], states, seen)[:, -1], seen + 1
+        with evaluating(self):
+            for part in ids.split(chunk or ids.shape[1], dim=1):
+                logits = self(part, states, seen)[:, -1]
+                seen += part.shape[1]
+            for step in range(max_new_tokens):
+                token = sample(logits, temperature, top_k, top_p, generator)
+                token = token if eos is None else token.masked_fill(ended, eos)
+                ids = torch.cat([ids, token[:, None]], dim=1)
+                ended |= token == eos if eos is not None else False
+                if bool(ended.all()) or step == max_new_tokens - 1:
+                    break
+                logits, seen = self(token[:, None], states, seen)[:, -1], seen + 1
         return ids
 
 

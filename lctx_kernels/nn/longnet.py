@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .dilated import DilatedAttention
-from .sampling import sample
+from .sampling import evaluating, sample
 
 
 class LongNetTransformer(nn.Module):
@@ -149,29 +149,19 @@ class AutoregressiveWrapper(nn.Module):
                 f"{tuple(start_tokens.shape)}, seq_len is {seq_len}; expected at least one token "
                 "of both"
             )
-        training = self.net.training
-        self.net.eval()
-        try:
-            out = self._continue(prompt, seq_len, eos_token, temperature, filter_thres)
-        finally:
-            self.net.train(training)
-        return out if start_tokens.dim() == 2 else out[0]
-
-    def _continue(
-        self, prompt: Tensor, seq_len: int, eos_token: int | None, temperature: float,
-        filter_thres: float,
-    ) -> Tensor:  # fmt: skip
         states, new = self.net.new_states(), []
-        logits = self.net(prompt[:, -self.max_seq_len :], states)[:, -1]
-        top_k = math.ceil((1 - filter_thres) * logits.shape[-1])
         ended = torch.zeros_like(prompt[:, 0], dtype=torch.bool)
-        for step in range(seq_len):
-            token = sample(logits, temperature, top_k)
-            token = token.masked_fill(ended, self.pad_value)
-            new.append(token)
-            if eos_token is not None:
-                ended |= token == eos_token
-            if bool(ended.all()) or step == seq_len - 1:
-                break
-            logits = self.net(token[:, None], states)[:, -1]
-        return torch.stack(new, dim=1)
+        with evaluating(self.net):
+            logits = self.net(prompt[:, -self.max_seq_len :], states)[:, -1]
+            top_k = math.ceil((1 - filter_thres) * logits.shape[-1])
+            for step in range(seq_len):
+                token = sample(logits, temperature, top_k)
+                token = token.masked_fill(ended, self.pad_value)
+                new.append(token)
+                if eos_token is not None:
+                    ended |= token == eos_token
+                if bool(ended.all()) or step == seq_len - 1:
+                    break
+                logits = self.net(token[:, None], states)[:, -1]
+        out = torch.stack(new, dim=1)
+        return out if start_tokens.dim() == 2 else out[0]

@@ -1,9 +1,23 @@
-"""One token from the logits of the next."""
+"""What models that generate share: one token from the logits of the next, and their mode."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """`module` in evaluation mode; afterwards, also of what fails, in the mode that it had."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def sample(
