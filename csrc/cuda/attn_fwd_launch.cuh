@@ -85,14 +85,23 @@ inline int64_t heads_per_section(const AttnShape& s, int64_t keys, int64_t most)
   return std::clamp<int64_t>(kL2Budget / head_bytes, 1, most) * (s.Hq / s.Hkv);
 }
 
-// The same for whole sequences, in equal sections. What is read from memory while a wave of tiles
-// runs grows with the heads of a section, however long they are: 16 cost nothing. With a causal
-// mask the last section needs some tiles for each multiprocessor, or its longest ends the kernel.
-inline int64_t dense_section(const AttnShape& s) {
-  constexpr int64_t kRows = 512 * 128;  // of a section
-  const int64_t heads = std::max<int64_t>(s.B * s.Hkv, 1);
-  const int64_t most = std::clamp<int64_t>(kRows / std::max<int64_t>(s.Tq, 1), 8, 16);
-  return ceil_div(heads, ceil_div(heads, most)) * (s.Hq / s.Hkv);
+// The same for whole sequences, in equal sections. While tiles run in step, a key is read from
+// memory once for all of them, however many heads there are; but on long sequences tiles drift
+// apart, and only those of few heads still find each other's keys in the L2 cache
+// (docs/hopper_forward.md). With a causal mask a section has some tiles for each multiprocessor:
+// the longest of the last one would end the kernel.
+inline int64_t dense_section(const FlashParams& params) {
+  constexpr int64_t kRows = 512 * 128, kBytes = int64_t{32} << 20, kVeryLong = 128 * 1024;
+  const AttnShape& s = params.shape;
+  const int64_t heads = std::max<int64_t>(s.B * s.Hkv, 1), group = s.Hq / s.Hkv;
+  const int64_t rows = std::max<int64_t>(s.Tq, 1), keys = std::max<int64_t>(s.Tk, 1);
+  int64_t most = std::clamp<int64_t>(kRows / rows, 8, 16);
+  if (params.window == 0 && params.cu_seqlens == nullptr) {
+    const int64_t kept = kBytes / (keys * (s.Dk + s.Dv) * dtype_size(s.dtype));
+    const int64_t enough = params.causal ? ceil_div(kRows, rows * group) : 1;
+    most = std::min(most, std::max({kept, enough, int64_t{keys < kVeryLong ? 2 : 1}}));
+  }
+  return ceil_div(heads, ceil_div(heads, most)) * group;
 }
 
 // `m_blocks` row blocks for each of `heads` x `batches`.

@@ -17,9 +17,6 @@ from .keys import Rank, cut, of_shapes
 from .together import FORWARD_FLOPS, hop_seconds, own_square
 
 WORTH_SECONDS = 1e-3  # of own keys: less, and the host of twice as many calls would be late
-# Of one head's keys and values in a step. More are not kept by the L2 cache, and two launches whose
-# tiles do not begin together would read them from memory twice.
-MOST_BYTES = 32 << 20
 
 
 class Part(NamedTuple):
@@ -69,8 +66,6 @@ def parts_of(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> list[Part]:
     """
     (B, rows, heads, _), G = k.shape, q.shape[2] // k.shape[2]
     all_, own, count = whole(q, k), own_square(at, rows), B if B > 1 else heads
-    if rows * (k.shape[3] + v.shape[3]) * k.element_size() > MOST_BYTES:
-        return [all_]
     if own is None or not own.causal or max(map(len, at.schedule.calls[at.rank])) != 1:
         return [all_]
     seconds = own.pairs * 2 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3]) / FORWARD_FLOPS

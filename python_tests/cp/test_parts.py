@@ -37,10 +37,9 @@ def test_how_many(monkeypatch):
 
 
 def test_one_part():
-    """Where own keys are short, too many for the L2 cache, no triangle, or few heads."""
+    """Where own keys are short, no triangle, or few heads."""
     assert split(cp.make_plan(16384, 2), 0) == [(False, 1, 16)]
-    assert split(cp.make_plan(2**17, 2), 0) == [(False, 1, 8), (True, 1, 8)]
-    assert split(cp.make_plan(2**18, 2), 0) == [(False, 1, 16)]
+    assert split(cp.make_plan(2**18, 2), 0) == [(False, 1, 8), (True, 1, 8)]
     plan = cp.make_plan(65536, 2)
     assert split(plan, 0, 4, 1) == [(False, 1, 1)]
     assert split(plan, 0, causal=False) == split(plan, 0, window=999) == [(False, 1, 16)]
