@@ -2,7 +2,7 @@
 // Tile map: that of attn_bwd_sm90.cuh, with positions of queries and keys that are `query_offset`
 //       apart, and rows in front of the step's that take no part.
 // Pipeline: that of attn_bwd_sm90.cuh.
-// Memory: dk and dv are read and written once, in fp32.
+// Memory: dk and dv are written or added to once, in fp32.
 // Limits: those of attn_bwd_sm90.cuh.
 #pragma once
 
@@ -45,21 +45,20 @@ struct OrderedStepKeys : OrderedKeys<kBlockN> {
   }
 };
 
-// Finished dK and dV, added to fp32 tensors. Plain additions, since a tile is the only one of its
-// launch that has its keys. What a tile ends with decides which registers its main loop has.
+// Finished dK and dV in fp32: stored where nothing is there yet (kFirst), else added, in a fixed
+// order: a tile is the only one of its launch that has its keys. What a tile ends with decides
+// which registers its main loop has (docs/ring.md), and a sum that is read here is waited for.
+template <bool kFirst>
 struct SumKeys {
-  struct Params {
-    TensorView dk_sum, dv_sum;  // fp32
-    bool first;                 // nothing is there yet; the sums are not read
-  };
+  struct Params {};
   static constexpr bool kPrefetches = false, kReadsKeys = false;
 
   template <class Kernel, int N>
   static __device__ __forceinline__ void finish(const Kernel& kernel, int warpgroup,
                                                 const KeyWork& work, const float (&dk)[N],
                                                 const float (&dv)[N]) {
-    add(kernel, warpgroup, work, dv, 1.f, kernel.p.dv_sum);
-    add(kernel, warpgroup, work, dk, kernel.p.scale, kernel.p.dk_sum);
+    add(kernel, warpgroup, work, dv, 1.f, kernel.p.dv);
+    add(kernel, warpgroup, work, dk, kernel.p.scale, kernel.p.dk);
   }
 
   template <class Kernel, int N>
@@ -75,40 +74,44 @@ struct SumKeys {
       const int columns = key + 8 * i < work.key_end ? kernel.p.D - column : 0;
 #pragma unroll
       for (int j = 0; j < N / 4; ++j) {
-        float2* to = reinterpret_cast<float2*>(row + i * 8 * sum.stride_t) + 4 * j;
-        float2 x = make_float2(d[4 * j + 2 * i] * factor, d[4 * j + 2 * i + 1] * factor);
-        if (8 * j < columns && !kernel.p.first) {
-          const float2 y = *to;
-          x.x += y.x;
-          x.y += y.y;
+        float* to = row + i * 8 * sum.stride_t + 8 * j;
+        const float2 x = make_float2(d[4 * j + 2 * i] * factor, d[4 * j + 2 * i + 1] * factor);
+        if constexpr (kFirst) {
+          if (8 * j < columns) *reinterpret_cast<float2*>(to) = x;
+        } else {
+          if (8 * j < columns) ptx::red_add_v2(to, x.x, x.y);
         }
-        if (8 * j < columns) *to = x;
       }
     }
   }
 };
 
-template <class Tile, bool kWindowed, bool kOrdered = false>
-void launch_step(const CarryParams& params, const CarryGrads& grads, const BwdScratch& scratch,
-                 int64_t heads, int64_t blocks, int num_sms, Stream stream) {
+template <class Tile, bool kFirst, bool kWindowed, bool kOrdered>
+void launch_step_of(const CarryParams& params, const CarryGrads& grads, const BwdScratch& scratch,
+                    int64_t heads, int64_t blocks, int num_sms, Stream stream) {
   constexpr int kKeys = Tile::kBlockN;
   using Tiles = std::conditional_t<kOrdered, OrderedStepKeys<kKeys>, StepKeys<kKeys>>;
-  using Traits = BwdTraits<Tile, Tiles, SumKeys, kWindowed>;
+  using Traits = BwdTraits<Tile, Tiles, SumKeys<kFirst>, kWindowed>;
   typename Traits::Params p{};
   set_attention_bwd<Tile>(params, grads, scratch, p);
   p.Hq = static_cast<int>(heads);
   p.blocks_per_head = static_cast<int>(blocks);
   p.query_offset = query_offset(params);
   p.query_begin = static_cast<int>(grads.rows_in_front);
-  p.dk_sum = grads.dk;
-  p.dv_sum = grads.dv;
-  p.first = grads.first;
   // Without a mask all tiles of a head begin with the same block, and wait for one another: fewer
   // where the tiles that begin are of many heads.
   constexpr int64_t kMostHeads = 16;
   set_dense_order<Tile, kWindowed, kOrdered>("lctx::flash_carry_bwd", params, scratch, p,
                                              kOrdered ? kMostHeads : 0);
   launch_bwd<Traits>(p, num_sms, stream);
+}
+
+template <class Tile, bool kWindowed, bool kOrdered = false>
+void launch_step(const CarryParams& params, const CarryGrads& grads, const BwdScratch& scratch,
+                 int64_t heads, int64_t blocks, int num_sms, Stream stream) {
+  const auto run = grads.first ? launch_step_of<Tile, true, kWindowed, kOrdered>
+                               : launch_step_of<Tile, false, kWindowed, kOrdered>;
+  run(params, grads, scratch, heads, blocks, num_sms, stream);
 }
 
 }  // namespace lctx::cuda
