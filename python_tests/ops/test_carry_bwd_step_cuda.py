@@ -112,6 +112,28 @@ def test_same_bits_in_streams_of_their_own(D):
         assert all(map(torch.equal, first, again))
 
 
+@pytest.mark.parametrize("D", [40, 64, 128])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_first_sums_are_stored(fixed, D):
+    """The bits of an addition to zeros, and nothing of what was there; other keys stay."""
+    x, dout = tensors(D)
+    out, lse = lk.flash_attention(*x, return_lse=True)
+    rows, dq_sum = OPS.carry_bwd_begin(dout, None, out, lse, fixed)
+    found = []
+    for first in (True, False):
+        wide = [torch.full((2, 1100, 4, D), torch.nan if first else 0.0).cuda() for _ in range(2)]
+        dk, dv = (t[:, 30:1031, 1:3] for t in wide)
+        step = (x[1][:, :1001], x[2][:, :1001], rows, dq_sum, dk, dv, True, 0.1, 0, 0, 0, 0, 0)
+        OPS.carry_bwd_step(dout, x[0], *step, first, 0, fixed)
+        found.append([t.clone() for t in (dk, dv)])
+        for t, part in zip(wide, (dk, dv), strict=True):
+            assert not part.isnan().any() and part.any()
+            part.fill_(1.0)
+            untouched = t.isnan() if first else t == 0
+            assert untouched.sum() == t.numel() - part.numel()
+    assert all(map(torch.equal, *found))
+
+
 def test_statistics_of_the_other_form_are_refused():
     x, dout = tensors(128)
     out, lse = lk.flash_attention(*x, return_lse=True)
