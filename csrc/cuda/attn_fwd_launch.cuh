@@ -99,7 +99,8 @@ inline int64_t dense_section(const FlashParams& params) {
   if (params.window == 0 && params.cu_seqlens == nullptr) {
     const int64_t kept = kBytes / (keys * (s.Dk + s.Dv) * dtype_size(s.dtype));
     const int64_t enough = params.causal ? ceil_div(kRows, rows * group) : 1;
-    most = std::min(most, std::max({kept, enough, int64_t{keys < kVeryLong ? 2 : 1}}));
+    const int64_t least = std::max(rows, keys) < kVeryLong ? 2 : 1;
+    most = std::min(most, std::max({kept, enough, least}));
   }
   return ceil_div(heads, ceil_div(heads, most)) * group;
 }

@@ -27,8 +27,8 @@ void launch_step(const CarryParams& params, int* counter, int num_sms, Stream st
   p.final_rows = static_cast<int>(params.final_rows);
   p.partial_out = params.final_rows < s.Tq ? static_cast<float*>(params.carry_out.data) : nullptr;
   p.row_shift = row_shift<Tile>(s.Tq);
-  p.order =
-      make_order("lctx::flash_carry", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B, dense_section(params));
+  p.order = make_order("lctx::flash_carry", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
+                       dense_section(params));
   launch_fwd<Traits>(p, num_sms, stream);
 }
 
