@@ -5,7 +5,7 @@
 //       deterministic: dq by attn_dq_sm90.cuh.
 // Pipeline: statistics of the rows into blocks, the main kernel, the sum of dq added to dq. Where
 //       steps share these, carry_bwd_step.cu has the main kernel alone.
-// Memory: those of its parts; dk and dv are read and written once, dq as well.
+// Memory: those of its parts; dk and dv are written or added to once, dq is read and written.
 // Limits: those of attn_bwd_sm90.cuh.
 #include "attn_dq_launch.cuh"
 #include "carry_step.cuh"
