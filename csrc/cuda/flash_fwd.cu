@@ -22,8 +22,8 @@ void launch_dense(const FlashParams& params, int* counter, int num_sms, Stream s
   const AttnShape& s = params.shape;
   auto p = fwd_params<Traits>(params, counter);
   p.row_shift = row_shift<Tile>(s.Tq);
-  p.order =
-      make_order("lctx::flash_fwd", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B, dense_section(params));
+  p.order = make_order("lctx::flash_fwd", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
+                       dense_section(params));
   p.order.num_tiles -= tiles_left;
   launch_fwd<Traits>(p, num_sms, stream);
 }
@@ -47,8 +47,8 @@ void launch_tail(const FlashParams& params, const TailPlan& tail, int* scratch, 
       FwdTraits<Tile, TailTiles<Tile::kBlockM>, DenseScores<Tile::kBlockN, false>, TailRows>;
   const AttnShape& s = params.shape;
   auto p = fwd_params<Traits>(params, scratch + 1);
-  p.order =
-      make_order("lctx::flash_fwd", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B, dense_section(params));
+  p.order = make_order("lctx::flash_fwd", ceil_div(s.Tq, Tile::kBlockM), s.Hq, s.B,
+                       dense_section(params));
   p.whole = p.order.num_tiles - tail.tiles;
   p.order.num_tiles = tail.tiles * tail.parts;
   p.part_blocks = tail.blocks;
