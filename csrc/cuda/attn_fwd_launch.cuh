@@ -79,10 +79,14 @@ typename Traits::Params fwd_params(const OpParams& params, int* counter) {
   return p;
 }
 
+// How many heads' keys and values of `keys` rows take `bytes`; 0: fewer than one's.
+inline int64_t heads_in(const AttnShape& s, int64_t keys, int64_t bytes) {
+  return bytes / (std::max<int64_t>(keys, 1) * (s.Dk + s.Dv) * dtype_size(s.dtype));
+}
+
 // Query heads per section for keys and values of `keys` rows.
 inline int64_t heads_per_section(const AttnShape& s, int64_t keys, int64_t most) {
-  const int64_t head_bytes = std::max<int64_t>(keys, 1) * (s.Dk + s.Dv) * dtype_size(s.dtype);
-  return std::clamp<int64_t>(kL2Budget / head_bytes, 1, most) * (s.Hq / s.Hkv);
+  return std::clamp<int64_t>(heads_in(s, keys, kL2Budget), 1, most) * (s.Hq / s.Hkv);
 }
 
 // The same for whole sequences, in equal sections. While tiles run in step, a key is read from
@@ -94,13 +98,12 @@ inline int64_t dense_section(const FlashParams& params) {
   constexpr int64_t kRows = 512 * 128, kBytes = int64_t{32} << 20, kVeryLong = 128 * 1024;
   const AttnShape& s = params.shape;
   const int64_t heads = std::max<int64_t>(s.B * s.Hkv, 1), group = s.Hq / s.Hkv;
-  const int64_t rows = std::max<int64_t>(s.Tq, 1), keys = std::max<int64_t>(s.Tk, 1);
+  const int64_t rows = std::max<int64_t>(s.Tq, 1);
   int64_t most = std::clamp<int64_t>(kRows / rows, 8, 16);
   if (params.window == 0 && params.cu_seqlens == nullptr) {
-    const int64_t kept = kBytes / (keys * (s.Dk + s.Dv) * dtype_size(s.dtype));
     const int64_t enough = params.causal ? ceil_div(kRows, rows * group) : 1;
-    const int64_t least = std::max(rows, keys) < kVeryLong ? 2 : 1;
-    most = std::min(most, std::max({kept, enough, least}));
+    const int64_t least = std::max(rows, s.Tk) < kVeryLong ? 2 : 1;
+    most = std::min(most, std::max({heads_in(s, s.Tk, kBytes), enough, least}));
   }
   return ceil_div(heads, ceil_div(heads, most)) * group;
 }

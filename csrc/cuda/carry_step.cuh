@@ -76,10 +76,12 @@ struct SumKeys {
       for (int j = 0; j < N / 4; ++j) {
         float* to = row + i * 8 * sum.stride_t + 8 * j;
         const float2 x = make_float2(d[4 * j + 2 * i] * factor, d[4 * j + 2 * i + 1] * factor);
-        if constexpr (kFirst) {
-          if (8 * j < columns) *reinterpret_cast<float2*>(to) = x;
-        } else {
-          if (8 * j < columns) ptx::red_add_v2(to, x.x, x.y);
+        if (8 * j < columns) {
+          if constexpr (kFirst) {
+            *reinterpret_cast<float2*>(to) = x;
+          } else {
+            ptx::red_add_v2(to, x.x, x.y);
+          }
         }
       }
     }
