@@ -12,7 +12,7 @@ from . import _ops
 from ._checks import require
 from ._dtypes import autocast
 from .cp import ops as _ring_ops  # registers lctx::ring_fwd, lctx::ring_bwd
-from .cp.checks import plan_spec
+from .cp.checks import TRANSPORTS, plan_spec
 from .cp.choose import choose
 from .cp.groups import SIM, process_group
 from .cp.plan import Plan
@@ -139,4 +139,5 @@ def _announce_refusal(q: Any, group: Any, transport: str, error: str) -> None:
     with contextlib.suppress(TypeError, ValueError, NotImplementedError, RingError):
         members = process_group(group, "ring_attention")
         if has_backend(members, q.device):
-            choose(members, q.device, transport, ANNOUNCE_SECONDS).announce(error)
+            kind = transport if q.is_cuda and transport in TRANSPORTS else "auto"
+            choose(members, q.device, kind, ANNOUNCE_SECONDS).announce(error)

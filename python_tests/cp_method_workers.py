@@ -85,12 +85,56 @@ def infini_cases(rank, n):
                 shards, rank, grads=weight_like,
             )  # fmt: skip
     infini_detached(rank, n)
+    infini_twice(rank, n)
+    infini_autocast(rank, n)
     message = ""
     try:
         lk.infini_attention(q, k, v, segment_len=4, group=dist.group.WORLD)
     except ValueError as error:
         message = str(error)
     assert "expected whole segments of segment_len = 4" in message
+
+
+def infini_twice(rank, n):
+    """A gradient of a gradient is refused, not wrong."""
+    x = [t.requires_grad_() for t in global_tensors(4)[:3]]
+    out, _ = lk.infini_attention(*x, segment_len=4, group=dist.group.WORLD)
+    message = ""
+    try:
+        grads = torch.autograd.grad(out.sum(), x, create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in grads), x)
+    except NotImplementedError as error:
+        message = str(error)
+    assert "double backward" in message
+
+
+def infini_autocast(rank, n):
+    """The memory is fp32 under autocast, too."""
+    x = [t.float() for t in global_tensors(16 * n)[:3]]
+    part = [t[:, 16 * rank : 16 * rank + 16] for t in x]
+    for update in ("linear", "delta"):
+        exact = lk.infini_attention(*(t.bfloat16().double() for t in x), segment_len=16,
+                                    update=update)[1]  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16):
+            found = lk.infini_attention(
+                *part, segment_len=16, update=update, group=dist.group.WORLD
+            )[1]
+        torch.testing.assert_close(found.M.double(), exact.M, atol=1e-5, rtol=1e-5)
+
+
+def infini_compiled(rank, n):
+    """torch.compile goes round what agrees with other ranks."""
+    x = [t.float() for t in global_tensors(8 * n)[:3]]
+    part = [t[:, 8 * rank : 8 * rank + 8].clone().requires_grad_() for t in x]
+
+    def call(q, k, v):
+        out, _ = lk.infini_attention(q.sin(), k, v, segment_len=4, group=dist.group.WORLD)
+        with torch.no_grad():
+            return out.cos(), cp.decode_attention(q, k, v).cos()
+
+    for wanted, found in zip(call(*part), torch.compile(call, backend="aot_eager")(*part),
+                             strict=True):  # fmt: skip
+        torch.testing.assert_close(found, wanted)
 
 
 def infini_detached(rank, n):

@@ -96,6 +96,26 @@ def moving_tokens(rank, n):
     assert torch.equal(grad, cp.shard(plan, total.expand(2, -1), 1, rank))
     (grad,) = torch.autograd.grad((rolled * cp.shard(plan, weight, 0, rank)).sum(), local)
     assert grad.shape == local.shape
+    loss = (cp.unshard(plan, local, 1, None) ** 3).sum() + (local**3).sum()
+    (grad,) = torch.autograd.grad(loss, local, create_graph=True)
+    (twice,) = torch.autograd.grad(grad.sum(), local)  # through what the gradient has sent, too
+    torch.testing.assert_close(twice, 6 * (n + 1) * local)
+    before = torch.arange(11.0)
+    with torch.device("meta"):  # a plan is shared: what it keeps is of no default device
+        other = cp.make_plan(11, n, layout="striped")
+        assert cp.shard_positions(other, rank).device.type == "cpu" and len(other.places) == 2
+    assert torch.equal(cp.unshard(other, cp.shard(other, before, 0, rank), 0, None), before)
+
+
+def backward_of_one_rank(rank, n):
+    """Where nothing travels, one rank may leave its backward out; later calls are in order."""
+    starts = torch.arange(0, 8 * n + 1, 8, dtype=torch.int32)
+    plan = cp.make_plan(8 * n, n, layout="contiguous", cu_seqlens=starts)
+    x = [cp.shard(plan, t, 1, rank).requires_grad_() for t in global_tensors(8 * n)[:3]]
+    out = lk.ring_attention(*x, plan=plan)
+    if rank == 0:
+        out.sum().backward()
+    check_case(rank, cp.make_plan(8 * n, n), global_tensors(8 * n))
 
 
 def groups_and_meshes(rank, n):
@@ -222,6 +242,31 @@ def refused_alone(rank, n, victim):
 def other_window(rank, n, victim):
     q, k, v = global_tensors(10)[:3]
     lk.ring_attention(q, k, v, window=5 if rank == victim else 4, timeout=20)
+
+
+def other_transport(rank, n, victim):
+    """A refusal that is long, and not of letters."""
+    q, k, v = global_tensors(10)[:3]
+    refused = {"transport": "p2p", "layout": "\U0001f600" * 500} if rank == victim else {}
+    lk.ring_attention(q, k, v, timeout=20, **refused)
+
+
+def unshard_by_another_plan(rank, n, victim):
+    plan = cp.make_plan(4 * n, n, layout="striped" if rank == victim else "zigzag")
+    cp.unshard(plan, torch.zeros(1, 4), 1, None)
+
+
+def unshard_of_another_dtype(rank, n, victim):
+    dtype = torch.float64 if rank == victim else torch.float32
+    cp.unshard(cp.make_plan(4 * n, n), torch.zeros(1, 4, dtype=dtype), 1, None)
+
+
+def unshard_of_another_batch(rank, n, victim):
+    cp.unshard(cp.make_plan(4 * n, n), torch.zeros(2 if rank == victim else 1, 4), 1, None)
+
+
+def roll_by_another_shift(rank, n, victim):
+    cp.roll(cp.make_plan(4 * n, n), torch.zeros(1, 4), 2 if rank == victim else 1, 1, None)
 
 
 def other_order(rank, n, victim, timeout):

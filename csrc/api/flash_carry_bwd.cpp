@@ -46,7 +46,7 @@ void flash_carry_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const
   grads.dout = call.rows(LCTX_ARG(dout), {s.B, s.Tq, s.Hq, s.Dv});
   grads.delta = call.stat_slice(LCTX_ARG(delta), {s.B, s.Hq, s.Tq});
   const auto same_stride = [&](int64_t dim) {
-    return lse.size(dim) <= 1 || delta.stride(dim) == lse.stride(dim);
+    return lse.size(dim) <= 1 || lse.numel() == 0 || delta.stride(dim) == lse.stride(dim);
   };
   call.check(same_stride(0) && same_stride(1),
              "delta and lse have different strides; expected slices of equal tensors");

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from .._dtypes import dtype_name, stat_dtype
 from .gather import begin, exchange
+from .groups import never_compiled
 
 
+@never_compiled
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, *, group: Any = None, scale: float | None = None
 ) -> Tensor:

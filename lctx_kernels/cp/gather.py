@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -38,6 +38,25 @@ def exchange(transport: GroupTransport, phase: str, outgoing: Sequence[Tensor]) 
     return arrived
 
 
+class _Summed(torch.autograd.Function):
+    """The gradient of `_Gathered`, a sum over the ranks. What it sends autograd does not see."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, transport: GroupTransport, phase: str) -> Tensor:
+        arrived = exchange(transport, phase, list(grad.unbind()))
+        total = arrived[0].clone()
+        for part in arrived[1:]:  # in the order of the ranks: deterministic
+            total += part
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            "infini_attention over ranks has no double backward; nearest is one rank: "
+            "lctx_kernels.reference.infini_attention"
+        )
+
+
 class _Gathered(torch.autograd.Function):
     """x of all ranks. `keep` passes through, so that every rank comes here in the backward."""
 
@@ -45,17 +64,15 @@ class _Gathered(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, keep: Tensor, transport: GroupTransport, phase: str
     ) -> tuple[Tensor, Tensor]:
-        ctx.transport, ctx.phase = transport, phase
+        ctx.transport, ctx.phase, ctx.timeout = transport, phase, transport.timeout
         parts = exchange(transport, f"forward {phase}", [x] * transport.world_size)
         return torch.stack(parts), keep.view_as(keep)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, keep = grads
-        arrived = exchange(ctx.transport, f"backward {ctx.phase}", list(grad.unbind()))
-        total = arrived[0].clone()
-        for part in arrived[1:]:  # in the order of the ranks: deterministic
-            total += part
+        ctx.transport.timeout = ctx.timeout  # not that of the group's latest call
+        total = _Summed.apply(grad, ctx.transport, f"backward {ctx.phase}")  # type: ignore[no-untyped-call]
         return total, keep, None, None
 
 

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 SIM = "sim"
 """Stands for a group whose ranks are all in this process."""
+
+
+def never_compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`function`, which agrees with other ranks: torch.compile breaks its graph around it."""
+
+    @functools.wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if torch.compiler.is_compiling():  # else the compiler, slow to import, is not needed
+            return cast(Result, torch.compiler.disable(function)(*args, **kwargs))
+        return function(*args, **kwargs)
+
+    return run
 
 
 class Ranks:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._dtypes import dtype_name, stat_dtype
+from .._dtypes import dtype_name, stat_dtype, without_autocast
 from .gather import begin, exchange, gathered
+from .groups import never_compiled
 from .process_group import GroupTransport
 
 State = tuple[Tensor, Tensor]
@@ -91,6 +92,7 @@ def _prefixes(
     return (None if empty else (M_in, z_in)), (M_out, z_out), v
 
 
+@never_compiled
 def infini_over_ranks(
     local: Local, k: Tensor, v: Tensor, mem: State | None, *, segment_len: int, update: str,
     detach_every: int, group: Any,
@@ -111,7 +113,8 @@ def infini_over_ranks(
     transport = begin(group, "infini_attention", k, note)
     segments = _check(_lengths(transport, k), segment_len, detach_every)
     stat = stat_dtype(k.dtype)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_every):
+    gradients = torch.set_grad_enabled(torch.is_grad_enabled() and not detach_every)
+    with gradients, without_autocast(k.device.type):
         phi = functional.elu(k.to(stat)) + 1
         state, after, kept = _prefixes(
             transport, phi, v, v.to(stat), mem, segments, update, segment_len

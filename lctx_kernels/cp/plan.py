@@ -70,13 +70,13 @@ class Plan:
     @functools.cached_property
     def places(self) -> tuple[Tensor, Tensor]:
         """(seq_len,) int64 each: the rank that holds a position, and its row there."""
-        owner = torch.empty(self.seq_len, dtype=torch.int64)
-        row = torch.empty(self.seq_len, dtype=torch.int64)
+        owner = torch.empty(self.seq_len, dtype=torch.int64, device="cpu")
+        row = torch.empty(self.seq_len, dtype=torch.int64, device="cpu")
         for rank, ranges in enumerate(self.ranges):
             first = 0
             for r in ranges:
                 owner[r.start : r.stop : r.step] = rank
-                row[r.start : r.stop : r.step] = torch.arange(first, first + len(r))
+                row[r.start : r.stop : r.step] = torch.arange(first, first + len(r), device="cpu")
                 first += len(r)
         return owner, row
 

@@ -105,9 +105,10 @@ class GroupTransport:
     def _exchange_notes(self, note: dict[str, Any]) -> list[dict[str, Any]]:
         import torch.distributed as dist
 
-        text = json.dumps(note).encode()[:NOTE_BYTES]
-        if len(text) == NOTE_BYTES:
-            text = json.dumps({"error": note.get("error", "")[: NOTE_BYTES // 2]}).encode()
+        text = json.dumps(note).encode()
+        while len(text) > NOTE_BYTES:  # only errors are so long
+            note = {"error": note["error"][: len(note["error"]) * 3 // 4]}
+            text = json.dumps(note).encode()
         mine = torch.tensor(list(text.ljust(NOTE_BYTES)), dtype=torch.uint8, device=self.device)
         notes = [torch.empty_like(mine) for _ in range(self.world_size)]
         others = tuple(r for r in range(self.world_size) if r != self.rank)
@@ -122,11 +123,14 @@ class GroupTransport:
         return [json.loads(bytes(n.tolist())) for n in notes]
 
     def _agree(self, note: dict[str, Any]) -> None:
-        notes = self._exchange_notes(note)
+        """Compare notes. Calls are counted alike from here on: not all may have gone back."""
+        notes = self._exchange_notes({**note, "call": self.call_number})
+        self.call_number = max(n.pop("call", 0) for n in notes)
+        who = note.get("op", "ring_attention")
         refused = [f"rank {r}: {n['error']}" for r, n in enumerate(notes) if "error" in n]
         if refused:
             raise ValueError(
-                "ring_attention: nothing was sent, because other ranks refuse their arguments:\n"
+                f"{who}: nothing was sent, because other ranks refuse their arguments:\n"
                 + "\n".join(refused)
             )
         if any(other != notes[0] for other in notes):
@@ -136,7 +140,7 @@ class GroupTransport:
                 for r, n in enumerate(notes)
             )
             raise ValueError(
-                "ring_attention: nothing was sent, because the ranks were called with different "
+                f"{who}: nothing was sent, because the ranks were called with different "
                 "arguments; expected equal ones:\n" + "\n".join(lines)
             )
 

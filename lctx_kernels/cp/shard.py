@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .groups import SIM, member
+from .._dtypes import dtype_name
+from .gather import begin
+from .groups import SIM, member, never_compiled
 from .plan import Plan, document_bounds
 
 
@@ -29,8 +32,8 @@ def _check_length(x: Tensor, dim: int, length: int, who: str, what: str) -> None
 
 
 def _positions(plan: Plan, rank: int) -> Tensor:
-    parts = [torch.arange(r.start, r.stop, r.step) for r in plan.ranges[rank]]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+    parts = [torch.arange(r.start, r.stop, r.step, device="cpu") for r in plan.ranges[rank]]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def shard_positions(plan: Plan, rank: int) -> Tensor:
@@ -89,21 +92,22 @@ def shard(plan: Plan, x: Tensor, dim: int, rank: int | None) -> Tensor:
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows of every rank, by number, to every rank; the gradient takes the same way back."""
+    """Rows of every rank, by number, or all, to every rank; the gradient takes the way back."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rows: Tensor, sent: list[int], received: list[int], group: Any
+        ctx: Any, x: Tensor, rows: Tensor | None, sent: list[int], received: list[int], group: Any
     ) -> Tensor:
         ctx.rows, ctx.sent, ctx.received, ctx.group = rows, sent, received, group
         ctx.length = x.shape[0]
-        return _all_to_all(x[rows], sent, received, group)
+        return _all_to_all(x if rows is None else x[rows], sent, received, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        back = _all_to_all(grad.contiguous(), ctx.received, ctx.sent, ctx.group)
-        dx = grad.new_zeros(ctx.length, *grad.shape[1:]).index_add_(0, ctx.rows, back)
-        return dx, None, None, None, None
+        back = _Exchange.apply(grad, None, ctx.received, ctx.sent, ctx.group)  # type: ignore[no-untyped-call]
+        if ctx.rows is not None:
+            back = grad.new_zeros(ctx.length, *grad.shape[1:]).index_add(0, ctx.rows, back)
+        return back, None, None, None, None
 
 
 def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
@@ -114,18 +118,28 @@ def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: Any) -> 
     return out
 
 
-def _gather(plan: Plan, x: Tensor, dim: int, wanted: Sequence[Tensor], group: Any) -> Tensor:
+@never_compiled
+def _gather(
+    plan: Plan, x: Tensor, dim: int, wanted: Sequence[Tensor], group: Any, note: dict[str, Any]
+) -> Tensor:
     """x at the positions wanted[rank], from the local parts of all ranks; wanted is every rank's.
 
-    With group = "sim", x holds all parts one after another, and so does the result.
+    With group = "sim", x holds all parts one after another, and so does the result. `note`: what
+    all ranks must have in common besides plan, dtype and the other dimensions.
     """
     n = plan.world_size
     owner, row = plan.places
     if group == SIM:
-        offset = torch.tensor([0, *plan.lengths[:-1]]).cumsum(0)
+        offset = torch.tensor([0, *plan.lengths[:-1]], device="cpu").cumsum(0)
         at = torch.cat([offset[owner[w]] + row[w] for w in wanted])
         return x.index_select(dim, at.to(x.device))
     process_group, rank = member(group, n, "cp")
+    rest = [size for d, size in enumerate(x.shape) if d != dim % x.dim()]
+    begin(process_group, f"cp.{note.pop('op')}", x, {
+        "dtype": dtype_name(x.dtype), "dim": dim % x.dim(), "other dims": rest,
+        "sequence length": plan.seq_len, "layout": plan.layout,
+        "plan": zlib.crc32(plan.spec.encode()), **note,
+    })  # fmt: skip
     mine = wanted[rank]
     rows = [row[w[owner[w] == rank]] for w in wanted]
     by_owner = torch.argsort(owner[mine], stable=True)
@@ -161,7 +175,9 @@ def unshard(plan: Plan, x_local: Tensor, dim: int, group: Any) -> Tensor:
         Tensor with plan.seq_len elements along `dim`.
 
     Raises:
-        ValueError: A length that is not the plan's, or a group of another size.
+        ValueError: A length that is not the plan's, a group of another size, or ranks that were
+            called with different arguments; nothing has been sent then.
+        RingError: A rank does not come.
 
     >>> import torch
     >>> from lctx_kernels import cp
@@ -170,9 +186,9 @@ def unshard(plan: Plan, x_local: Tensor, dim: int, group: Any) -> Tensor:
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
     _check_local(plan, x_local, dim, group, "unshard")
-    everything = torch.arange(plan.seq_len)
+    everything = torch.arange(plan.seq_len, device="cpu")
     wanted = [everything] * (1 if group == SIM else plan.world_size)
-    return _gather(plan, x_local, dim, wanted, group)
+    return _gather(plan, x_local, dim, wanted, group, {"op": "unshard"})
 
 
 def roll(plan: Plan, x_local: Tensor, shifts: int, dim: int, group: Any) -> Tensor:
@@ -191,7 +207,9 @@ def roll(plan: Plan, x_local: Tensor, shifts: int, dim: int, group: Any) -> Tens
         This rank's part of the rolled sequence.
 
     Raises:
-        ValueError: A length that is not the plan's, or a group of another size.
+        ValueError: A length that is not the plan's, a group of another size, or ranks that were
+            called with different arguments; nothing has been sent then.
+        RingError: A rank does not come.
 
     >>> import torch
     >>> from lctx_kernels import cp
@@ -203,7 +221,7 @@ def roll(plan: Plan, x_local: Tensor, shifts: int, dim: int, group: Any) -> Tens
     _check_local(plan, x_local, dim, group, "roll")
     length = max(plan.seq_len, 1)
     wanted = [(_positions(plan, rank) - shifts) % length for rank in range(plan.world_size)]
-    return _gather(plan, x_local, dim, wanted, group)
+    return _gather(plan, x_local, dim, wanted, group, {"op": "roll", "shifts": shifts % length})
 
 
 def shift_labels(

@@ -66,6 +66,11 @@ def test_a_rank_that_does_not_call():
         (cp_workers.other_length, ("different arguments", "rank 1: sequence length = 27")),
         (cp_workers.not_the_plans_length, ("q has 9 rows on rank 1; expected 10",)),
         (cp_workers.other_window, ("different arguments", "rank 0: window = 4", "window = 5")),
+        (cp_workers.other_transport, ("layout is ",)),
+        (cp_workers.unshard_by_another_plan, ("cp.unshard", "rank 1: layout = striped")),
+        (cp_workers.unshard_of_another_dtype, ("cp.unshard", "rank 1: dtype = float64")),
+        (cp_workers.unshard_of_another_batch, ("cp.unshard", "rank 1: other dims = [2]")),
+        (cp_workers.roll_by_another_shift, ("cp.roll", "rank 1: shifts = 2")),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

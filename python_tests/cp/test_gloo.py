@@ -19,6 +19,7 @@ def test_many_cases(n):
     [
         (2, cp_workers.equal_lengths_need_no_plan),
         (3, cp_workers.moving_tokens),
+        (2, cp_workers.backward_of_one_rank),
         (4, cp_workers.groups_and_meshes),
         (2, cp_workers.checkpoint_and_compile),
     ],
@@ -40,6 +41,10 @@ METHODS = (
 @pytest.mark.parametrize("check", METHODS, ids=lambda check: check.__name__)
 def test_other_methods_over_ranks(check, n):
     run_ranks_well(check, n)
+
+
+def test_compiled_methods_over_ranks():
+    run_ranks_well(methods.infini_compiled, 2)
 
 
 def test_hop_log(tmp_path):

@@ -159,8 +159,10 @@ def test_inputs_may_be_strided_and_batches_empty():
     parts = [p.transpose(1, 2).contiguous().transpose(1, 2) for p in parts]
     out = lk.ring_attention(*parts, plan=plan, transport="sim")
     assert_fp64_equal("out", cp.unshard(plan, out, 1, "sim"), expected["out"])
-    none = [p[:0] for p in parts]
-    assert lk.ring_attention(*none, plan=plan, transport="sim").shape == (0, 30, 4, 5)
+    none = [p[:0].requires_grad_() for p in parts]
+    out = lk.ring_attention(*none, plan=plan, transport="sim")
+    assert out.shape == (0, 30, 4, 5)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), none)] == [p.shape for p in none]
 
 
 class Counting(transport.Simulator):
