@@ -14,9 +14,9 @@ from ._dtypes import autocast
 from .cp import ops as _ring_ops  # registers lctx::ring_fwd, lctx::ring_bwd
 from .cp.checks import TRANSPORTS, plan_spec
 from .cp.choose import choose
-from .cp.groups import SIM, process_group
+from .cp.groups import SIM, lacks_backend, process_group
 from .cp.plan import Plan
-from .cp.process_group import ANNOUNCE_SECONDS, has_backend
+from .cp.process_group import ANNOUNCE_SECONDS
 from .cp.transport import RingError
 
 assert _ring_ops
@@ -138,6 +138,6 @@ def _announce_refusal(q: Any, group: Any, transport: str, error: str) -> None:
         return
     with contextlib.suppress(TypeError, ValueError, NotImplementedError, RingError):
         members = process_group(group, "ring_attention")
-        if has_backend(members, q.device):
+        if lacks_backend(members, q.device) is None:
             kind = transport if q.is_cuda and transport in TRANSPORTS else "auto"
             choose(members, q.device, kind, ANNOUNCE_SECONDS).announce(error)

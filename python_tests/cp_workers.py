@@ -1,5 +1,6 @@
 """What the processes of python_tests/cp do: a rank's share of each check."""
 
+import contextlib
 import functools
 import json
 import os
@@ -100,6 +101,10 @@ def moving_tokens(rank, n):
     (grad,) = torch.autograd.grad(loss, local, create_graph=True)
     (twice,) = torch.autograd.grad(grad.sum(), local)  # through what the gradient has sent, too
     torch.testing.assert_close(twice, 6 * (n + 1) * local)
+    part = local.detach().bfloat16().requires_grad_()
+    weight = torch.tensor([1.0, 2**-8, 2**-8][rank % 3], dtype=torch.bfloat16)
+    (grad,) = torch.autograd.grad((cp.unshard(plan, part, 1, None) * weight).sum(), part)
+    assert n != 3 or (grad == 1 + 2**-7).all()  # rounded once: 1 + 2^-8 in bf16 is 1
     before = torch.arange(11.0)
     with torch.device("meta"):  # a plan is shared: what it keeps is of no default device
         other = cp.make_plan(11, n, layout="striped")
@@ -249,6 +254,20 @@ def other_transport(rank, n, victim):
     q, k, v = global_tensors(10)[:3]
     refused = {"transport": "p2p", "layout": "\U0001f600" * 500} if rank == victim else {}
     lk.ring_attention(q, k, v, timeout=20, **refused)
+
+
+def group_for_other_devices(rank, n, victim):
+    group = dist.new_group(backend="cuda:gloo")
+    x = global_tensors(4)[:3]
+    for call in (
+        lambda: cp.unshard(cp.make_plan(4 * n, n), x[0], 1, group),
+        lambda: lk.infini_attention(*x, segment_len=4, group=group),
+        lambda: cp.decode_attention(*x, group=group),
+    ):
+        with contextlib.suppress(ValueError):
+            call()
+            raise AssertionError("not refused")
+    lk.ring_attention(*x, group=group)
 
 
 def unshard_by_another_plan(rank, n, victim):

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from .._operands import Call, describe, values_readable
 from .device import KINDS, library
-from .groups import SIM, process_group
+from .groups import SIM, lacks_backend, process_group
 from .plan import LAYOUTS, Plan, _spec, document_bounds, plan_of
-from .process_group import has_backend
 
 TRANSPORTS = ("auto", "pg", "p2p", "nccl", SIM)
 
@@ -66,13 +65,8 @@ def _group(call: Call) -> Any:
             text += '; nearest is transport="sim", all ranks in one process'
         call.refuse(type(error), text)
         return None
-    if not torch.compiler.is_compiling() and not has_backend(resolved, device):
-        call.refuse(
-            ValueError,
-            f"the group cannot move {device.type} tensors; expected a group with a backend for "
-            f'them; try torch.distributed.new_group(backend="'
-            f'{"gloo" if device.type == "cpu" else "nccl"}")',
-        )
+    if not torch.compiler.is_compiling() and (lacking := lacks_backend(resolved, device)):
+        call.refuse(ValueError, lacking)
         return None
     return resolved
 

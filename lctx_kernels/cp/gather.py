@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .groups import process_group
+from .groups import lacks_backend, process_group
 from .process_group import GroupTransport, transport_of
 from .transport import Hop, Note
 
@@ -17,10 +17,14 @@ def begin(group: Any, who: str, x: Tensor, note: dict[str, Any]) -> GroupTranspo
     """The transport of a group at the start of a call on which all ranks agree.
 
     Raises:
-        TypeError, ValueError: No group; or the ranks were called with different arguments.
+        TypeError, ValueError: No group, or none for these tensors; or the ranks were called with
+            different arguments.
         RingError: A rank does not come.
     """
-    transport = transport_of(process_group(group, who), x.device)
+    group = process_group(group, who)
+    if lacking := lacks_backend(group, x.device):
+        raise ValueError(f"{who}: {lacking}")
+    transport = transport_of(group, x.device)
     transport.begin(Note.of({"op": who, **note}), 0.0, agree=True)
     return transport
 

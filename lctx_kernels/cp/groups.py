@@ -91,3 +91,16 @@ def member(group: Any, world_size: int, who: str) -> tuple[Any, int]:
             f"try make_plan(seq_len, {size})"
         )
     return resolved, dist.get_rank(resolved)
+
+
+def lacks_backend(group: Any, device: torch.device) -> str | None:
+    """Why the group cannot move tensors of this device, if so, and what could."""
+    try:
+        group._get_backend(device)
+    except RuntimeError:
+        nearest = "gloo" if device.type == "cpu" else "nccl"
+        return (
+            f"the group cannot move {device.type} tensors; expected a group with a backend for "
+            f'them; try torch.distributed.new_group(backend="{nearest}")'
+        )
+    return None

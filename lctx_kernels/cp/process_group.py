@@ -313,15 +313,6 @@ def _store(group: Any) -> Any:
     return distributed_c10d._get_process_group_store(group)
 
 
-def has_backend(group: Any, device: torch.device) -> bool:
-    """Whether the group can move tensors of this device."""
-    try:
-        group._get_backend(device)
-    except RuntimeError:
-        return False
-    return True
-
-
 _TRANSPORTS: dict[tuple[str, str, str], tuple[weakref.ref[Any], GroupTransport]] = {}
 
 

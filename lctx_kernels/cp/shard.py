@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dtypes import dtype_name
+from .._dtypes import dtype_name, stat_dtype
 from .gather import begin
 from .groups import SIM, member, never_compiled
 from .plan import Plan, document_bounds
@@ -105,9 +105,13 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         back = _Exchange.apply(grad, None, ctx.received, ctx.sent, ctx.group)  # type: ignore[no-untyped-call]
-        if ctx.rows is not None:
-            back = grad.new_zeros(ctx.length, *grad.shape[1:]).index_add(0, ctx.rows, back)
-        return back, None, None, None, None
+        if ctx.rows is None:
+            return back, None, None, None, None
+        # A row that many ranks have: summed in their order, and rounded once.
+        total = grad.new_zeros(ctx.length, *grad.shape[1:], dtype=stat_dtype(grad.dtype))
+        for rows, part in zip(ctx.rows.split(ctx.sent), back.split(ctx.sent), strict=True):
+            total.index_add_(0, rows, part.to(total.dtype))
+        return total.to(grad.dtype), None, None, None, None
 
 
 def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:

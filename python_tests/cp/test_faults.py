@@ -67,6 +67,7 @@ def test_a_rank_that_does_not_call():
         (cp_workers.not_the_plans_length, ("q has 9 rows on rank 1; expected 10",)),
         (cp_workers.other_window, ("different arguments", "rank 0: window = 4", "window = 5")),
         (cp_workers.other_transport, ("layout is ",)),
+        (cp_workers.group_for_other_devices, ("the group cannot move cpu tensors",)),
         (cp_workers.unshard_by_another_plan, ("cp.unshard", "rank 1: layout = striped")),
         (cp_workers.unshard_of_another_dtype, ("cp.unshard", "rank 1: dtype = float64")),
         (cp_workers.unshard_of_another_batch, ("cp.unshard", "rank 1: other dims = [2]")),
