@@ -2,11 +2,13 @@
 
     torchrun --nproc-per-node 4 examples/train_ring.py --dp 2 --cp 2
     torchrun --nproc-per-node 4 examples/train_ring.py --cp 2 --tp 2
+    torchrun --nproc-per-node 8 examples/train_ring.py --fsdp 2 --cp 2 --tp 2
 
-Three dimensions of one device mesh: `dp` ranks read different sequences, `cp` ranks hold parts of
-the same ones, `tp` ranks hold different heads and columns (torch's own tensor parallelism). FSDP2
-shards the parameters over dp x cp. Any split of the ranks gives the same losses. It runs on CPUs
-with gloo and on GPUs with NCCL, and learns its own source text.
+Four dimensions of one device mesh: `dp` and `fsdp` ranks read different sequences, `cp` ranks hold
+parts of the same ones, `tp` ranks hold different heads and columns (torch's own tensor
+parallelism). FSDP2 shards the parameters over fsdp x cp and keeps a copy for each dp rank. Any
+split of the ranks gives the same losses. It runs on CPUs with gloo and on GPUs with NCCL, and
+learns its own source text.
 """
 
 import argparse
@@ -84,13 +86,14 @@ class Model(nn.Module):
 
 
 def parallelize(model: Model, mesh: DeviceMesh) -> None:
-    """Heads and columns over tp, parameters over dp x cp."""
+    """Heads and columns over tp, parameters over fsdp x cp, copies of them over dp."""
     if mesh["tp"].size() > 1:
         columns = dict.fromkeys(("q", "k", "v", "gate", "up"), ColwiseParallel())
         for block in model.blocks:
             parallelize_module(block, mesh["tp"], {**columns, "o": RowwiseParallel(),
                                                    "down": RowwiseParallel()})  # fmt: skip
-    data = mesh["dp", "cp"]._flatten("dp_cp")
+    mesh["fsdp", "cp"]._flatten("fsdp_cp")
+    data = mesh["dp", "fsdp_cp"]
     for module in (*model.blocks, model):
         fully_shard(module, mesh=data)
 
@@ -105,8 +108,10 @@ def batch_of(text: Tensor, step: int, batch: int, length: int) -> Tensor:
 def train(options: argparse.Namespace) -> list[float]:
     """Losses of all steps, the same on every rank."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = (dist.get_world_size() // (options.cp * options.tp), options.cp, options.tp)
-    mesh = init_device_mesh(device, shape, mesh_dim_names=("dp", "cp", "tp"))
+    readers = dist.get_world_size() // (options.cp * options.tp)  # of different sequences
+    shape = (readers // options.fsdp, options.fsdp, options.cp, options.tp)
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("dp", "fsdp", "cp", "tp"))
+    reader = mesh["dp"].get_local_rank() * options.fsdp + mesh["fsdp"].get_local_rank()
     group, rank = mesh["cp"].get_group(), mesh["cp"].get_local_rank()
     text = torch.tensor(list(Path(__file__).read_bytes())).clamp(max=VOCABULARY - 1)
     plan = cp.make_plan(options.length, options.cp)
@@ -121,11 +126,11 @@ def train(options: argparse.Namespace) -> list[float]:
         tokens = batch_of(text, step, options.batch, options.length)
         labels = cp.shift_labels(tokens)  # before sharding: a row's next token may be elsewhere
         count = (labels != -100).sum()
-        mine = torch.arange(options.batch).chunk(shape[0])[mesh["dp"].get_local_rank()]
+        mine = torch.arange(options.batch).chunk(readers)[reader]
         x, y = (cp.shard(plan, t[mine], 1, rank).to(device) for t in (tokens, labels))
         logits = model(x, positions, plan, group)
         loss = functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / count
-        (loss * shape[0] * options.cp).backward()  # FSDP takes the mean over its ranks
+        (loss * readers * options.cp).backward()  # FSDP takes the mean over its ranks
         optimizer.step()
         optimizer.zero_grad()
         total = loss.detach() / options.tp  # tp ranks compute the same loss
@@ -138,6 +143,7 @@ def main() -> None:
     """Read the command line, train, print the losses."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dp", type=int, help="checked against the number of processes")
+    parser.add_argument("--fsdp", type=int, default=1, help="ranks that share parameters")
     parser.add_argument("--cp", type=int, default=1, help="ranks that share a sequence")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share a layer's heads")
     parser.add_argument("--steps", type=int, default=10)
@@ -148,8 +154,9 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()
     world_size = dist.get_world_size()
-    if (options.dp or 1) * options.cp * options.tp != world_size and options.dp is not None:
-        parser.error(f"dp x cp x tp is not the number of processes, {world_size}")
+    given = options.fsdp * options.cp * options.tp
+    if world_size % given or (options.dp is not None and options.dp * given != world_size):
+        parser.error(f"dp x fsdp x cp x tp is not the number of processes, {world_size}")
     losses = train(options)
     if dist.get_rank() == 0:
         print(" ".join(f"{loss:.4f}" for loss in losses))

@@ -71,7 +71,7 @@ def dilated_attention(
             the default group.
         plan: `cp.Plan` of consecutive tokens ("zigzag", "contiguous"): q, k, v are this rank's
             rows of it. Nothing travels for segments that lie inside ranks of a contiguous
-            plan, else 1 / rate of the keys.
+            plan, else 1 / rate of the rows of a key head, for each phase that reads it.
         backend: "auto" (that of the tensors' device), "cpu", "cuda" or "reference".
 
     Returns:
@@ -110,7 +110,8 @@ def dilated_attention(
 
         def ring(a: Tensor, b: Tensor, c: Tensor, own: Plan) -> tuple[Tensor, Tensor]:
             return ring_attention(
-                a, b, c, group=group, plan=own, causal=causal, scale=scale, return_lse=True
+                a, b, c, group=group, plan=own, causal=causal, scale=scale,
+                deterministic=deterministic, return_lse=True,
             )  # fmt: skip
 
         branches = list(zip(segment_lengths, dilation_rates, strict=True))

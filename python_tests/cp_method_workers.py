@@ -185,6 +185,14 @@ def dilated_cases(rank, n):
     parts = [cp.shard(plan, t, 1, rank) for t in global_tensors(16 * n)[:3]]
     lk.dilated_attention(*parts, [4, 16], [1, 2], plan=plan)
     assert len(cp.hop_log()) == sent  # nothing travels for segments inside ranks
+    parts = [cp.shard(plan, t, 1, rank) for t in global_tensors(16 * n, Hq=8, Hkv=2)[:3]]
+    for offset in ("mod", "block"):
+        before = len(cp.hop_log())
+        lk.dilated_attention(*parts, [16 * n], [2], plan=plan, head_offset=offset)
+        moved = sum(hop["bytes_sent"] for hop in cp.hop_log()[before:] if hop["step"] >= 0)
+        # Of a phase half of the rows, those of the ranks before too; the last rank sends nothing.
+        rows = 8 * (rank + 1) % (8 * n) * 2 * 8 * 8  # of a key head: k and v, head dimension, bytes
+        assert moved == rows * (4 if offset == "mod" else 2), (moved, rows)
     message = ""
     try:
         lk.dilated_attention(*parts, [4], [1], plan=cp.make_plan(16 * n, n, layout="striped"))

@@ -1,12 +1,15 @@
 """Dilated attention over ranks: every branch is rings over the tokens that it selects.
 
 Tokens of one phase are a shorter sequence whose segments are documents, so that the ring's own plan
-knows what has to travel: nothing where segments lie inside ranks, else 1 / rate of the keys.
+knows what has to travel: nothing where segments lie inside ranks, else 1 / rate of the rows of each
+key head that the phase's query heads read: 1 / rate of the keys where that is one phase, at most
+all of them.
 Source: Ding et al. 2023 (arXiv 2307.02486), sections 2.2 and 3.1.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,6 +74,13 @@ def _offsets(Hq: int, r: int, head_offset: str) -> dict[int, list[int]]:
     return heads
 
 
+def _key_heads(heads: list[int], G: int) -> list[int]:
+    """Key heads of query heads: each once where all are read equally often, else one for each."""
+    every = [h // G for h in heads]
+    each = collections.Counter(every)
+    return list(each) if len(set(each.values())) == 1 else every
+
+
 def _merged(parts: Sequence[Partial], mix_grad: str) -> Partial:
     out, lse = functools.reduce(lambda a, b: merge_attention(*a, *b), parts)
     if mix_grad == "exact":
@@ -111,9 +121,10 @@ def dilated_over_ranks(
         for offset, heads in _offsets(Hq, r, head_offset).items():
             rows = ((positions % w) % r == offset).nonzero().flatten().to(q.device)
             own = torch.tensor(heads, device=q.device)
+            keys = torch.tensor(_key_heads(heads, G), device=q.device)
             a, b, c = (
                 x.index_select(1, rows).index_select(2, h)
-                for x, h in ((q, own), (k, own // G), (v, own // G))
+                for x, h in ((q, own), (k, keys), (v, keys))
             )
             some, some_lse = ring(a, b, c, phase_plan(plan, w, r, offset))
             out = out.index_put((torch.arange(B)[:, None, None], rows[:, None], own), some.to(stat))

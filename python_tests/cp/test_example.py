@@ -30,3 +30,5 @@ def test_every_split_of_the_ranks_learns_the_same():
     assert len(alone) == 6 and alone[-1] < alone[0] - 0.5
     torch.testing.assert_close(losses(4, "--dp", "2", "--cp", "2"), alone, atol=1e-3, rtol=0)
     torch.testing.assert_close(losses(4, "--cp", "2", "--tp", "2"), alone, atol=1e-3, rtol=0)
+    torch.testing.assert_close(losses(4, "--dp", "2", "--fsdp", "2"), alone, atol=1e-3, rtol=0)
+    torch.testing.assert_close(losses(4, "--fsdp", "2", "--cp", "2"), alone, atol=1e-3, rtol=0)
