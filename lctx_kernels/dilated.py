@@ -11,6 +11,7 @@ from . import _ops, reference
 from ._checks import require
 from ._dtypes import autocast, without_autocast
 from .cp.dilated import dilated_over_ranks
+from .cp.gather import announce_refusal
 from .cp.plan import Plan
 from .ring import ring_attention
 
@@ -93,12 +94,17 @@ def dilated_attention(
     >>> dilated_attention(q, k, v, segment_lengths=(32, 128), dilation_rates=(1, 4)).shape
     torch.Size([1, 128, 4, 32])
     """
-    where = require(
-        "dilated_attention", q=q, k=k, v=v, segment_lengths=segment_lengths,
-        dilation_rates=dilation_rates, causal=causal, scale=scale, head_offset=head_offset,
-        mix_grad=mix_grad, seqlens=seqlens, return_lse=return_lse, deterministic=deterministic,
-        group=group, plan=plan, backend=backend,
-    )  # fmt: skip
+    try:
+        where = require(
+            "dilated_attention", q=q, k=k, v=v, segment_lengths=segment_lengths,
+            dilation_rates=dilation_rates, causal=causal, scale=scale, head_offset=head_offset,
+            mix_grad=mix_grad, seqlens=seqlens, return_lse=return_lse, deterministic=deterministic,
+            group=group, plan=plan, backend=backend,
+        )  # fmt: skip
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if plan is not None:
+            announce_refusal("dilated_attention", q, group, error)
+        raise
     q, k, v = autocast(q), autocast(k), autocast(v)
     if plan is not None:
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _ops, reference
 from ._checks import require
 from ._dtypes import autocast, without_autocast
+from .cp.gather import announce_refusal
 from .cp.infini import infini_over_ranks
 
 
@@ -87,11 +88,16 @@ def infini_attention(
     >>> torch.allclose(torch.cat([head, tail], dim=1), out, atol=1e-5)
     True
     """
-    where = require(
-        "infini_attention", q=q, k=k, v=v, mem=mem, gate=gate, q_mem=q_mem, k_mem=k_mem,
-        segment_len=segment_len, update=update, first=first, detach_every=detach_every, scale=scale,
-        deterministic=deterministic, group=group, backend=backend,
-    )  # fmt: skip
+    try:
+        where = require(
+            "infini_attention", q=q, k=k, v=v, mem=mem, gate=gate, q_mem=q_mem, k_mem=k_mem,
+            segment_len=segment_len, update=update, first=first, detach_every=detach_every,
+            scale=scale, deterministic=deterministic, group=group, backend=backend,
+        )  # fmt: skip
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if group is not None:
+            announce_refusal("infini_attention", q, group, error)
+        raise
     q, k, v = autocast(q), autocast(k), autocast(v)
     q_mem = None if q_mem is None else autocast(q_mem)
     k_mem = None if k_mem is None else autocast(k_mem)

@@ -11,6 +11,7 @@ from . import _ops, reference
 from ._checks import require
 from ._dtypes import autocast, without_autocast
 from ._operands import describe, values_readable
+from .cp.gather import announce_refusal
 from .cp.landmark import landmark_over_ranks
 
 
@@ -83,11 +84,16 @@ def landmark_attention(
     >>> out.shape, lse.shape
     (torch.Size([1, 100, 4, 32]), torch.Size([1, 4, 100]))
     """
-    where = require(
-        "landmark_attention", q=q, k=k, v=v, block_size=block_size, is_landmark=is_landmark,
-        scale=scale, return_lse=return_lse, deterministic=deterministic, group=group, plan=plan,
-        backend=backend,
-    )  # fmt: skip
+    try:
+        where = require(
+            "landmark_attention", q=q, k=k, v=v, block_size=block_size, is_landmark=is_landmark,
+            scale=scale, return_lse=return_lse, deterministic=deterministic, group=group, plan=plan,
+            backend=backend,
+        )  # fmt: skip
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if plan is not None:
+            announce_refusal("landmark_attention", q, group, error)
+        raise
     q, k, v = autocast(q), autocast(k), autocast(v)
     if plan is not None:
 

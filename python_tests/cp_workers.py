@@ -256,6 +256,22 @@ def other_transport(rank, n, victim):
     lk.ring_attention(q, k, v, timeout=20, **refused)
 
 
+def refused_infini(rank, n, victim):
+    lk.infini_attention(
+        *global_tensors(8)[:3], segment_len=0 if rank == victim else 4, group=dist.group.WORLD
+    )
+
+
+def refused_landmark(rank, n, victim):
+    plan, size = cp.make_plan(8 * n, n), 1 if rank == victim else 4
+    lk.landmark_attention(*global_tensors(8)[:3], block_size=size, plan=plan)
+
+
+def refused_dilated(rank, n, victim):
+    plan, w = cp.make_plan(8 * n, n), 0 if rank == victim else 8 * n
+    lk.dilated_attention(*global_tensors(8)[:3], [w], [1], plan=plan)
+
+
 def group_for_other_devices(rank, n, victim):
     group = dist.new_group(backend="cuda:gloo")
     x = global_tensors(4)[:3]
