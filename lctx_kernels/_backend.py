@@ -17,8 +17,19 @@ FAMILY = {
     "dilated_attention": "dilated",
     "merge_attention": "merge",
     "ring_attention": "ring",
+    "cp.decode_attention": "ring",
 }
 """Ops that exist: public function -> family of `lctx::` ops."""
+
+FORWARD_ONLY = {"cp.decode_attention": "ring_attention"}
+"""Ops without gradients, and what is nearest that has them."""
+
+REFERENCES = {
+    "merge_attention": "lctx_kernels.reference.merge_attention",
+    "ring_attention": "lctx_kernels.reference.ring_attention",
+    "cp.decode_attention": "lctx_kernels.reference.flash_attention over the keys of all ranks",
+}
+"""Definitions of the ops that have no option `backend`."""
 
 CUDA_CAPABILITY = (9, 0)  # sm_90a code runs on no other
 
@@ -36,6 +47,11 @@ def resolve(backend: str, device_type: str) -> str:
     return "cpu" if device_type == "meta" else device_type
 
 
+def reference_of(op: str) -> str:
+    """How the definition of an op in plain PyTorch is called."""
+    return REFERENCES.get(op, 'backend="reference"') + " (plain PyTorch)"
+
+
 @cache
 def _cuda_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
@@ -45,11 +61,12 @@ def unavailable(op: str, where: str, device: torch.device, needs_grad: bool) -> 
     """Why backend `where` cannot run `op`, or None. The reference backend always can."""
     if where == "reference":
         return None
-    nearest = (
-        f"lctx_kernels.reference.{op}"
-        if op in ("merge_attention", "ring_attention")
-        else 'backend="reference"'
-    ) + " (plain PyTorch)"
+    if needs_grad and op in FORWARD_ONLY:
+        return (
+            f"{op} has no backward; expected torch.no_grad() or tensors without requires_grad; "
+            f"nearest is {FORWARD_ONLY[op]}"
+        )
+    nearest = reference_of(op)
     if where not in ("cpu", "cuda"):
         return f"no kernels for device type {where}; expected cpu or cuda; nearest is {nearest}"
     error = _load.LIBRARY_ERROR

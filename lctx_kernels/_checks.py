@@ -13,7 +13,7 @@ from . import _backend
 from ._dtypes import autocast_dtype
 from ._operands import OPERANDS, Call, Reason, check_operands, describe, values_readable
 from ._options import OPTIONS
-from .cp.checks import ring_rules
+from .cp.checks import group_rules, ring_rules
 from .cp.groups import SIM, process_group
 
 
@@ -131,7 +131,7 @@ def _available(call: Call) -> None:
 def _hopper_limits(call: Call) -> None:
     """What the TMA kernels take beyond the checks of every backend."""
     q, Dk, Dv = call.arguments["q"], call.size("Dk"), call.size("Dv")
-    nearest = 'nearest is backend="reference" (plain PyTorch)'
+    nearest = f"nearest is {_backend.reference_of(call.op)}"
     dtype = autocast_dtype(q) if isinstance(q, Tensor) else torch.float16  # refused elsewhere
     if dtype not in (torch.bfloat16, torch.float16):
         call.refuse(
@@ -170,7 +170,9 @@ HOPPER_OPS = (
     "landmark_attention",
     "dilated_attention",
     "ring_attention",
+    "cp.decode_attention",
 )
+OVER_RANKS = ("ring_attention", "cp.decode_attention")  # always; the others where a group is given
 RULES: dict[str, tuple[Callable[[Call], None], ...]] = {
     "flash_attention": (check_operands, _heads, _head_dims, _documents),
     "infini_attention": (_memory, check_operands, _heads, _head_dims),
@@ -178,6 +180,7 @@ RULES: dict[str, tuple[Callable[[Call], None], ...]] = {
     "dilated_attention": (check_operands, _heads, _head_dims, _branches, _true_lengths),
     "merge_attention": (check_operands, _head_dims),
     "ring_attention": (check_operands, _heads, _head_dims, ring_rules),
+    "cp.decode_attention": (check_operands, _heads, _head_dims, group_rules),
 }
 
 
@@ -187,7 +190,7 @@ def reasons(op: str, arguments: dict[str, Any]) -> list[Reason]:
     for rule in RULES[op]:
         rule(call)
     for name in arguments:
-        if name in OPTIONS and (op != "ring_attention" or name not in ("group", "plan")):
+        if name in OPTIONS and (op not in OVER_RANKS or name not in ("group", "plan")):
             OPTIONS[name](call, name)
     _available(call)
     return call.reasons
@@ -246,7 +249,7 @@ def _key(op: str, arguments: dict[str, Any]) -> tuple[Any, ...] | None:
     lower = autocast_dtype(first) if torch._C._is_any_autocast_enabled() else None
     try:
         group: Any = ()
-        if op == "ring_attention" and arguments["transport"] != SIM:
+        if op in OVER_RANKS and arguments.get("transport") != SIM:
             group = weakref.ref(process_group(arguments["group"], op))  # None is the default's
         elif arguments.get("plan") is not None or arguments.get("group") is not None:
             return None

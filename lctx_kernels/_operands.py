@@ -69,6 +69,11 @@ OPERANDS: dict[str, tuple[Operand, ...]] = {
         Operand("v", ("B", "L", "Hkv", "Dv")),
         Operand("cu_seqlens", ("documents + 1",), "int32", True),
     ),
+    "cp.decode_attention": (
+        Q,
+        Operand("k", ("B", "L", "Hkv", "Dk")),
+        Operand("v", ("B", "L", "Hkv", "Dv")),
+    ),
     "landmark_attention": (Q, K, V, Operand("is_landmark", ("B", "Tk"), "bool", True)),
     "dilated_attention": (*SAME_LENGTH_QKV, Operand("seqlens", ("B",), "int32", True)),
     "merge_attention": (

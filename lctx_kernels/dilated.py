@@ -10,8 +10,8 @@ from torch import Tensor
 from . import _ops, reference
 from ._checks import require
 from ._dtypes import autocast, without_autocast
+from .cp.agree import announce_refusal
 from .cp.dilated import dilated_over_ranks
-from .cp.gather import announce_refusal
 from .cp.plan import Plan
 from .ring import ring_attention
 
@@ -103,7 +103,7 @@ def dilated_attention(
         )  # fmt: skip
     except (TypeError, ValueError, NotImplementedError) as error:
         if plan is not None:
-            announce_refusal("dilated_attention", q, group, error)
+            announce_refusal("dilated_attention", (q, k, v), group, error)
         raise
     q, k, v = autocast(q), autocast(k), autocast(v)
     if plan is not None:
@@ -123,7 +123,7 @@ def dilated_attention(
         branches = list(zip(segment_lengths, dilation_rates, strict=True))
         out, lse = dilated_over_ranks(
             local, ring, q, k, v, branches, head_offset=head_offset, mix_grad=mix_grad,
-            group=group, plan=plan,
+            options={"causal": causal, "scale": scale}, group=group, plan=plan,
         )  # fmt: skip
         return (out, lse) if return_lse else out
     if where == "reference":

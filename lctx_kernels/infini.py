@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _ops, reference
 from ._checks import require
 from ._dtypes import autocast, without_autocast
-from .cp.gather import announce_refusal
+from .cp.agree import announce_refusal
 from .cp.infini import infini_over_ranks
 
 
@@ -96,7 +96,7 @@ def infini_attention(
         )  # fmt: skip
     except (TypeError, ValueError, NotImplementedError) as error:
         if group is not None:
-            announce_refusal("infini_attention", q, group, error)
+            announce_refusal("infini_attention", (q, k, v), group, error)
         raise
     q, k, v = autocast(q), autocast(k), autocast(v)
     q_mem = None if q_mem is None else autocast(q_mem)
@@ -112,7 +112,7 @@ def infini_attention(
 
         out, state = infini_over_ranks(
             local, k if k_mem is None else k_mem, v, mem, segment_len=segment_len, update=update,
-            detach_every=detach_every, group=group,
+            detach_every=detach_every, options={"first": first, "scale": scale}, group=group,
         )  # fmt: skip
         return out, InfiniMemory(*state)
     if where == "reference":

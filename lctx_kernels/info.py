@@ -108,7 +108,7 @@ def _ops() -> dict[str, dict[str, str]]:
             return "no kernel"
         if where == "cuda" and absent:
             return f"built, {absent}"
-        return "yes" if backward else "forward only"
+        return "yes" if backward and op not in _backend.FORWARD_ONLY else "forward only"
 
     return {
         op: {"reference": "yes", "cpu": state(op, "cpu"), "cuda": state(op, "cuda")}
@@ -186,9 +186,9 @@ def render(facts: dict[str, Any]) -> str:
     ops = facts["ops"]
     if not isinstance(ops, dict):
         return "\n".join([*lines, f"ops: {ops}"])
-    lines.append(f"{'op':<20}{'reference':<12}{'cpu':<20}{'cuda':<20}")
+    lines.append(f"{'op':<20}{'reference':<12}{'cpu':<31}{'cuda':<20}")
     lines += [
-        f"{op:<20}{row['reference']:<12}{row['cpu']:<20}{row['cuda']:<20}".rstrip()
+        f"{op:<20}{row['reference']:<12}{row['cpu']:<31}{row['cuda']:<20}".rstrip()
         for op, row in ops.items()
     ]
     return "\n".join(lines)

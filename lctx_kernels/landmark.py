@@ -11,7 +11,7 @@ from . import _ops, reference
 from ._checks import require
 from ._dtypes import autocast, without_autocast
 from ._operands import describe, values_readable
-from .cp.gather import announce_refusal
+from .cp.agree import announce_refusal
 from .cp.landmark import landmark_over_ranks
 
 
@@ -92,7 +92,7 @@ def landmark_attention(
         )  # fmt: skip
     except (TypeError, ValueError, NotImplementedError) as error:
         if plan is not None:
-            announce_refusal("landmark_attention", q, group, error)
+            announce_refusal("landmark_attention", (q, k, v), group, error)
         raise
     q, k, v = autocast(q), autocast(k), autocast(v)
     if plan is not None:
@@ -103,7 +103,10 @@ def landmark_attention(
                 deterministic=deterministic, backend=backend,
             )  # fmt: skip
 
-        out, lse = landmark_over_ranks(attend, q, k, v, is_landmark, group=group, plan=plan)
+        out, lse = landmark_over_ranks(
+            attend, q, k, v, is_landmark, options={"block_size": block_size, "scale": scale},
+            group=group, plan=plan,
+        )  # fmt: skip
         return (out, lse) if return_lse else out
     if where == "reference":
         with without_autocast(q.device.type):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -116,7 +117,7 @@ def ring_attention(
         )  # fmt: skip
     except (TypeError, ValueError, NotImplementedError) as error:
         if not torch.compiler.is_compiling():
-            _announce_refusal(q, group, transport, str(error))
+            _announce_refusal((q, k, v), group, transport, str(error))
         raise
     members = None if transport == SIM else process_group(group, "ring_attention")
     world_size = 1 if members is None else members.size()
@@ -132,12 +133,13 @@ def ring_attention(
     return (out, lse) if return_lse else out
 
 
-def _announce_refusal(q: Any, group: Any, transport: str, error: str) -> None:
+def _announce_refusal(qkv: Sequence[Any], group: Any, transport: str, error: str) -> None:
     """Let the other ranks know of a call that this one refuses: they would wait for it."""
-    if transport == SIM or not isinstance(q, Tensor):
+    x = next((x for x in qkv if isinstance(x, Tensor)), None)
+    if transport == SIM or x is None:
         return
     with contextlib.suppress(TypeError, ValueError, NotImplementedError, RingError):
         members = process_group(group, "ring_attention")
-        if lacks_backend(members, q.device) is None:
-            kind = transport if q.is_cuda and transport in TRANSPORTS else "auto"
-            choose(members, q.device, kind, ANNOUNCE_SECONDS).announce(error)
+        if lacks_backend(members, x.device) is None:
+            kind = transport if x.is_cuda and transport in TRANSPORTS else "auto"
+            choose(members, x.device, kind, ANNOUNCE_SECONDS).announce(error)

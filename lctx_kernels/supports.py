@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ._checks import RULES, reasons
+from .cp.decode import decode_attention
 from .dilated import dilated_attention
 from .flash import flash_attention
 from .infini import infini_attention
@@ -21,6 +22,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "dilated_attention": dilated_attention,
     "merge_attention": merge_attention,
     "ring_attention": ring_attention,
+    "cp.decode_attention": decode_attention,
 }
 assert OPS.keys() == RULES.keys()
 

@@ -184,7 +184,8 @@ def dilated_cases(rank, n):
     plan = cp.make_plan(16 * n, n, layout="contiguous")
     parts = [cp.shard(plan, t, 1, rank) for t in global_tensors(16 * n)[:3]]
     lk.dilated_attention(*parts, [4, 16], [1, 2], plan=plan)
-    assert len(cp.hop_log()) == sent  # nothing travels for segments inside ranks
+    hops = cp.hop_log()[sent:]
+    assert [hop["phase"] for hop in hops] == ["agreement"]  # nothing of segments inside ranks
     parts = [cp.shard(plan, t, 1, rank) for t in global_tensors(16 * n, Hq=8, Hkv=2)[:3]]
     for offset in ("mod", "block"):
         before = len(cp.hop_log())
@@ -216,6 +217,9 @@ def decode_cases(rank, n):
         tolerance = 1e-12 if dtype == torch.float64 else 1e-2
         torch.testing.assert_close(out, whole, atol=tolerance, rtol=tolerance)
     assert not cp.decode_attention(q, k[:, :0], v[:, :0]).any()  # no keys on any rank
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = cp.decode_attention(q.float(), k[:, begin:end].float(), v[:, begin:end])
+    assert mixed.dtype == torch.bfloat16 and torch.equal(mixed, out)
     message = ""
     try:
         cp.decode_attention(q.float().requires_grad_(), k.float(), v.float())
@@ -247,3 +251,41 @@ def landmark_cases(rank, n):
                 functools.partial(call, None), functools.partial(call, plan),
                 {"q": q, "k": k, "v": v}, shards, rank, grads=weight_like,
             )  # fmt: skip
+
+
+def another_first(rank, n, victim):
+    first = "bypass" if rank == victim else "gate"
+    lk.infini_attention(*global_tensors(8)[:3], segment_len=4, first=first, group=dist.group.WORLD)
+
+
+def another_block_size(rank, n, victim):
+    plan, size = cp.make_plan(8 * n, n), 8 if rank == victim else 4
+    lk.landmark_attention(*global_tensors(8)[:3], block_size=size, plan=plan)
+
+
+def another_number_of_rows(rank, n, victim):
+    plan = cp.make_plan(8 * n, n)
+    x = global_tensors(7 if rank == victim else 8)[:3]
+    lk.landmark_attention(*x, block_size=4, plan=plan)
+
+
+def another_mix_grad(rank, n, victim):
+    """Of segments inside ranks, for which nothing travels."""
+    plan = cp.make_plan(8 * n, n, layout="contiguous")
+    mix = "detached" if rank == victim else "exact"
+    lk.dilated_attention(*global_tensors(8)[:3], [4, 8], [1, 2], mix_grad=mix, plan=plan)
+
+
+def decode_of_other_keys(rank, n, victim):
+    q, k, v, _ = global_tensors(8)
+    cp.decode_attention(q, k[:, :, :, :4] if rank == victim else k, v)
+
+
+def decode_of_no_queries(rank, n, victim):
+    q, k, v, _ = global_tensors(8)
+    cp.decode_attention(None if rank == victim else q, k, v)
+
+
+def ring_of_no_queries(rank, n, victim):
+    q, k, v, _ = global_tensors(8)
+    lk.ring_attention(None if rank == victim else q, k, v)

@@ -300,6 +300,10 @@ def unshard_of_another_batch(rank, n, victim):
     cp.unshard(cp.make_plan(4 * n, n), torch.zeros(2 if rank == victim else 1, 4), 1, None)
 
 
+def unshard_of_another_length(rank, n, victim):
+    cp.unshard(cp.make_plan(4 * n, n), torch.zeros(1, 5 if rank == victim else 4), 1, None)
+
+
 def roll_by_another_shift(rank, n, victim):
     cp.roll(cp.make_plan(4 * n, n), torch.zeros(1, 4), 2 if rank == victim else 1, 1, None)
 

@@ -48,7 +48,7 @@ def _timeout(call: Call) -> None:
 
 def _group(call: Call) -> Any:
     """The process group, or None where it is refused or there is none."""
-    group, device = call.arguments["group"], call.arguments["q"].device
+    group = call.arguments["group"]
     if call.arguments["transport"] == SIM:
         if group is not None:
             text = f'group is {group!r} with transport="sim"; expected group=None'
@@ -57,13 +57,17 @@ def _group(call: Call) -> Any:
             text = 'transport="sim" without a plan; expected plan=cp.make_plan(seq_len, world_size)'
             call.refuse(ValueError, f"{text}, which says how many ranks there are")
         return None
+    return _members(call, '; nearest is transport="sim", all ranks in one process')
+
+
+def _members(call: Call, without: str) -> Any:
+    """The process group, or None where it is refused. `without`: what to say where none is."""
+    group, device = call.arguments["group"], call.arguments["q"].device
     try:
-        resolved = process_group(group, "ring_attention")
+        resolved = process_group(group, call.op)
     except (TypeError, ValueError) as error:
-        text = str(error).removeprefix("ring_attention: ")
-        if group is None:
-            text += '; nearest is transport="sim", all ranks in one process'
-        call.refuse(type(error), text)
+        text = str(error).removeprefix(f"{call.op}: ")
+        call.refuse(type(error), text + (without if group is None else ""))
         return None
     if not torch.compiler.is_compiling() and (lacking := lacks_backend(resolved, device)):
         call.refuse(ValueError, lacking)
@@ -142,6 +146,12 @@ def _documents(call: Call, plan: Plan | None, seq_len: int) -> None:
                 "cu_seqlens and the plan give different documents; expected equal ones, or one of "
                 "the two",
             )
+
+
+def group_rules(call: Call) -> None:
+    """The group of an op that has always one."""
+    if isinstance(call.arguments["q"], Tensor):
+        _members(call, "")
 
 
 def ring_rules(call: Call) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dtypes import dtype_name, stat_dtype
-from .gather import begin, exchange
+from .._dtypes import autocast, dtype_name, stat_dtype
+from .agree import announce_refusal, begin
+from .gather import exchange
 from .groups import never_compiled
+
+OP = "cp.decode_attention"
 
 
 @never_compiled
@@ -32,8 +35,9 @@ def decode_attention(
         out (B, Tq, Hq, Dv) in q's dtype, the same bits on every rank.
 
     Raises:
-        NotImplementedError: A gradient is wanted.
-        TypeError, ValueError: No group; tensors that do not fit; or ranks that do other things.
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: Shapes, strides, groups or values that do not fit, on this rank or on another.
+        NotImplementedError: A gradient is wanted, or no kernel for this device.
         RingError: A rank that is late, gone, or called with other arguments.
 
     Source: Dao et al. 2023, Flash-Decoding (split keys and merge), over ranks.
@@ -43,18 +47,22 @@ def decode_attention(
     >>> from lctx_kernels import cp
     >>> cp.decode_attention(*torch.zeros(3, 1, 1, 2, 8))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: cp.decode_attention: group is None and there is no default process group; ...
+    ValueError: cp.decode_attention cannot run:
+      - group is None and there is no default process group; ...
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise NotImplementedError(
-            "cp.decode_attention has no backward; expected torch.no_grad() or tensors without "
-            "requires_grad; nearest is ring_attention"
-        )
+    from .._checks import require  # which has the checks of this package, and this op, too
+
+    try:
+        require(OP, q=q, k=k, v=v, group=group, scale=scale)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        announce_refusal(OP, (q, k, v), group, error)
+        raise
+    q, k, v = autocast(q), autocast(k), autocast(v)
     note = {
         "queries": list(q.shape), "key heads": k.shape[2], "head dims": [k.shape[3], v.shape[3]],
         "dtype": dtype_name(q.dtype), "scale": scale,
     }  # fmt: skip
-    transport = begin(group, "cp.decode_attention", q, note)
+    transport = begin(group, OP, q, note)
     stat = stat_dtype(q.dtype)
     (B, Tq, Hq, Dk), Dv = q.shape, v.shape[-1]
     carry = q.new_zeros(B, Tq, Hq, Dv, dtype=stat)

@@ -19,25 +19,13 @@ from torch import Tensor
 
 from .._dtypes import stat_dtype
 from ..merge import merge_attention
-from .groups import member
+from .agree import begin, plan_facts, rank_of_rows, tensor_facts
 from .plan import Plan, _spec, plan_of
 from .shard import _positions
 
+OP = "dilated_attention"
+BRANCHES_SHOWN = 500  # characters of the branches that ranks compare
 Partial = tuple[Tensor, Tensor]
-
-
-def check_plan(plan: Plan, rank: int, L: int, who: str) -> None:
-    """Raise ValueError unless the plan has rows of consecutive tokens, and this rank L of them."""
-    if plan.stride != 1 or len(plan.documents) > 2:
-        raise ValueError(
-            f'{who}: the plan is "{plan.layout}" with {len(plan.documents) - 1} document(s); '
-            'expected consecutive tokens and one document; nearest is layout="contiguous"'
-        )
-    if plan.lengths[rank] != L:
-        raise ValueError(
-            f"{who}: q has {L} rows on rank {rank}; expected {plan.lengths[rank]}, what the plan "
-            "gives it"
-        )
 
 
 def _selected_before(x: int, w: int, r: int, offset: int) -> int:
@@ -94,19 +82,25 @@ def dilated_over_ranks(
     local: Callable[[list[int], list[int]], Partial],
     ring: Callable[[Tensor, Tensor, Tensor, Plan], Partial],
     q: Tensor, k: Tensor, v: Tensor, branches: Sequence[tuple[int, int]], *, head_offset: str,
-    mix_grad: str, group: Any, plan: Plan,
+    mix_grad: str, options: dict[str, Any], group: Any, plan: Plan,
 ) -> Partial:  # fmt: skip
     """(out, lse) of this rank's rows.
 
     local(segment_lengths, dilation_rates): branches over the own rows. ring: attention over ranks.
+    options: what else all ranks must have in common.
 
     Raises:
         ValueError: A plan that does not fit, or as `ring_attention`.
         RingError: As `ring_attention`.
     """
-    rank = member(group, plan.world_size, "dilated_attention")[1]
+    rank = rank_of_rows(plan, q, group, OP)
+    if not torch.compiler.is_compiling():  # there, only what travels is agreed on, by its ring
+        begin(group, OP, q, {
+            **tensor_facts(q.shape, v.shape, q.dtype), **plan_facts(plan), **options,
+            "branches": str(list(branches))[:BRANCHES_SHOWN], "head_offset": head_offset,
+            "mix_grad": mix_grad,
+        })  # fmt: skip
     (B, L, Hq, _), Dv, G = q.shape, v.shape[-1], q.shape[2] // k.shape[2]
-    check_plan(plan, rank, L, "dilated_attention")
     stat, T = stat_dtype(q.dtype), max(plan.seq_len, 1)
     near = [b for b in branches if _inside_ranks(plan, min(b[0], T))]
     parts = []

@@ -2,45 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .groups import lacks_backend, process_group
-from .process_group import GroupTransport, transport_of
-from .transport import Hop, Note, RingError
-
-
-def begin(group: Any, who: str, x: Tensor, note: dict[str, Any]) -> GroupTransport:
-    """The transport of a group at the start of a call on which all ranks agree.
-
-    Raises:
-        TypeError, ValueError: No group, or none for these tensors; or the ranks were called with
-            different arguments.
-        RingError: A rank does not come.
-    """
-    group = process_group(group, who)
-    if lacking := lacks_backend(group, x.device):
-        raise ValueError(f"{who}: {lacking}")
-    transport = transport_of(group, x.device)
-    transport.begin(Note.of({"op": who, **note}), 0.0, agree=True)
-    return transport
-
-
-def announce_refusal(who: str, x: Any, group: Any, error: Exception) -> None:
-    """Let ranks that make this call hear of what this one refuses: they would wait for it.
-
-    On CPU tensors alone: on GPUs, where ranks do not agree on every call, nobody may listen.
-    """
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.device.type != "cpu":
-        return
-    with contextlib.suppress(TypeError, ValueError, RingError):
-        members = process_group(group, who)
-        if lacks_backend(members, x.device) is None:
-            transport_of(members, x.device).announce(str(error))
+from .process_group import GroupTransport
+from .transport import Hop
 
 
 def exchange(transport: GroupTransport, phase: str, outgoing: Sequence[Tensor]) -> list[Tensor]:

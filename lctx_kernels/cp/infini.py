@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._dtypes import dtype_name, stat_dtype, without_autocast
-from .gather import begin, exchange, gathered
+from .agree import begin
+from .gather import exchange, gathered
 from .groups import never_compiled
 from .process_group import GroupTransport
 
@@ -95,11 +96,12 @@ def _prefixes(
 @never_compiled
 def infini_over_ranks(
     local: Local, k: Tensor, v: Tensor, mem: State | None, *, segment_len: int, update: str,
-    detach_every: int, group: Any,
+    detach_every: int, options: dict[str, Any], group: Any,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """out of this rank, and the memory after all ranks.
 
-    local(v, mem): the rank's own attention. k: the keys that are written to the memory.
+    local(v, mem): the rank's own attention. k: the keys that are written to the memory. options:
+    what else all ranks must have in common.
 
     Raises:
         ValueError: Segments that straddle ranks; or the ranks were called with different arguments.
@@ -109,6 +111,7 @@ def infini_over_ranks(
         "batch": k.shape[0], "key heads": k.shape[2], "head dims": [k.shape[3], v.shape[3]],
         "dtype": dtype_name(k.dtype), "segment_len": segment_len, "update": update,
         "detach_every": detach_every, "memory given": mem is not None,
+        **options,
     }  # fmt: skip
     transport = begin(group, "infini_attention", k, note)
     segments = _check(_lengths(transport, k), segment_len, detach_every)

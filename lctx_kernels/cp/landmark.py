@@ -14,27 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dilated import check_plan
-from .groups import member
+from .agree import rank_of_rows, tensor_facts
 from .plan import Plan
-from .shard import unshard
+from .shard import whole
 
+OP = "landmark_attention"
 Rows = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def landmark_over_ranks(
-    attend: Rows, q: Tensor, k: Tensor, v: Tensor, is_landmark: Tensor | None, *, group: Any,
-    plan: Plan,
+    attend: Rows, q: Tensor, k: Tensor, v: Tensor, is_landmark: Tensor | None, *,
+    options: dict[str, Any], group: Any, plan: Plan,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) of this rank's rows; attend(q, k, v, is_landmark): q are the last rows of k.
 
+    options: what else all ranks must have in common.
+
     Raises:
-        ValueError: A plan that does not fit.
+        ValueError: A plan that does not fit, or ranks that were called with different arguments.
+        RingError: A rank does not come.
     """
-    rank = member(group, plan.world_size, "landmark_attention")[1]
-    check_plan(plan, rank, q.shape[1], "landmark_attention")
-    k, v = (unshard(plan, x, 1, group) for x in (k, v))
-    landmarks = None if is_landmark is None else unshard(plan, is_landmark, 1, group)
+    rank = rank_of_rows(plan, q, group, OP)
+    note = {**tensor_facts(q.shape, v.shape, q.dtype), **options, "marks": is_landmark is not None}
+    k = whole(plan, k, 1, group, OP, note)
+    v = whole(plan, v, 1, group, OP, {})
+    landmarks = None if is_landmark is None else whole(plan, is_landmark, 1, group, OP, {})
     results, row = [attend(q[:, :0], k[:, :0], v[:, :0], _until(landmarks, 0))], 0
     for p in plan.ranges[rank]:
         end = p.stop

@@ -7,7 +7,6 @@ group and transport are text, because an op takes no Python objects.
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import _load, _ops
-from .._dtypes import dtype_name
 from . import steps
+from .agree import plan_facts, tensor_facts
 from .choose import choose
 from .groups import SIM
 from .keys import Rank
@@ -46,14 +45,9 @@ class _Options(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _note(o: _Options, q: torch.Size, v: torch.Size, dtype: torch.dtype) -> Note:
     """What all ranks must have in common, of shapes of q and v."""
-    plan = plan_of(o.plan)
     return Note.of({
-        "batch": q[0], "query heads": q[2], "key heads": v[2], "head dims": [q[3], v[3]],
-        "dtype": dtype_name(dtype), "sequence length": plan.seq_len,
-        "lengths": list(plan.lengths[:16]), "layout": plan.layout,
-        "documents": len(plan.documents) - 1, "plan": zlib.crc32(o.plan.encode()),
-        "causal": o.causal, "window": o.window, "scale": o.scale,
-        "deterministic": o.deterministic,
+        **tensor_facts(q, v, dtype), **plan_facts(plan_of(o.plan)), "causal": o.causal,
+        "window": o.window, "scale": o.scale, "deterministic": o.deterministic,
     })  # fmt: skip
 
 

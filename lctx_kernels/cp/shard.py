@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import dtype_name, stat_dtype
-from .gather import begin
+from .agree import announce_refusal, begin, plan_facts
 from .groups import SIM, member, never_compiled
 from .plan import Plan, document_bounds
 
@@ -124,8 +123,9 @@ def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: Any) -> 
 
 @never_compiled
 def _gather(
-    plan: Plan, x: Tensor, dim: int, wanted: Sequence[Tensor], group: Any, note: dict[str, Any]
-) -> Tensor:
+    plan: Plan, x: Tensor, dim: int, wanted: Sequence[Tensor], group: Any, who: str,
+    note: dict[str, Any],
+) -> Tensor:  # fmt: skip
     """x at the positions wanted[rank], from the local parts of all ranks; wanted is every rank's.
 
     With group = "sim", x holds all parts one after another, and so does the result. `note`: what
@@ -139,10 +139,9 @@ def _gather(
         return x.index_select(dim, at.to(x.device))
     process_group, rank = member(group, n, "cp")
     rest = [size for d, size in enumerate(x.shape) if d != dim % x.dim()]
-    begin(process_group, f"cp.{note.pop('op')}", x, {
+    begin(process_group, who, x, {
         "dtype": dtype_name(x.dtype), "dim": dim % x.dim(), "other dims": rest,
-        "sequence length": plan.seq_len, "layout": plan.layout,
-        "plan": zlib.crc32(plan.spec.encode()), **note,
+        **plan_facts(plan), **note,
     })  # fmt: skip
     mine = wanted[rank]
     rows = [row[w[owner[w] == rank]] for w in wanted]
@@ -159,8 +158,12 @@ def _check_local(plan: Plan, x: Tensor, dim: int, group: Any, who: str) -> None:
     if group == SIM:
         _check_length(x, dim, plan.seq_len, who, "the parts of all ranks one after another")
         return
-    rank = member(group, plan.world_size, f"cp.{who}")[1]
-    _check_length(x, dim, plan.lengths[rank], who, f"what the plan gives rank {rank}")
+    try:
+        rank = member(group, plan.world_size, f"cp.{who}")[1]
+        _check_length(x, dim, plan.lengths[rank], who, f"what the plan gives rank {rank}")
+    except (TypeError, ValueError) as error:
+        announce_refusal(f"cp.{who}", (x,), group, error)
+        raise
 
 
 def unshard(plan: Plan, x_local: Tensor, dim: int, group: Any) -> Tensor:
@@ -190,9 +193,16 @@ def unshard(plan: Plan, x_local: Tensor, dim: int, group: Any) -> Tensor:
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
     _check_local(plan, x_local, dim, group, "unshard")
+    return whole(plan, x_local, dim, group, "cp.unshard", {})
+
+
+def whole(
+    plan: Plan, x_local: Tensor, dim: int, group: Any, who: str, note: dict[str, Any]
+) -> Tensor:
+    """As `unshard`, for the call `who`, of which all ranks must say this note, too."""
     everything = torch.arange(plan.seq_len, device="cpu")
     wanted = [everything] * (1 if group == SIM else plan.world_size)
-    return _gather(plan, x_local, dim, wanted, group, {"op": "unshard"})
+    return _gather(plan, x_local, dim, wanted, group, who, note)
 
 
 def roll(plan: Plan, x_local: Tensor, shifts: int, dim: int, group: Any) -> Tensor:
@@ -225,7 +235,7 @@ def roll(plan: Plan, x_local: Tensor, shifts: int, dim: int, group: Any) -> Tens
     _check_local(plan, x_local, dim, group, "roll")
     length = max(plan.seq_len, 1)
     wanted = [(_positions(plan, rank) - shifts) % length for rank in range(plan.world_size)]
-    return _gather(plan, x_local, dim, wanted, group, {"op": "roll", "shifts": shifts % length})
+    return _gather(plan, x_local, dim, wanted, group, "cp.roll", {"shifts": shifts % length})
 
 
 def shift_labels(

@@ -26,7 +26,8 @@ def test_json_has_everything():
     assert facts["torch"]["version"] and facts["cpu"]["model"] and facts["python"]
     assert facts["library"]["loaded"] and facts["library"]["cpu"]["active_isa"]
     assert set(facts["library"]["cuda"]) >= {"built", "skipped"}
-    assert tuple(facts["ops"]) == OPS
+    assert tuple(facts["ops"]) == (*OPS, "cp.decode_attention")
+    assert facts["ops"]["cp.decode_attention"]["cpu"] == "forward only"
     for op in OPS:
         assert facts["ops"][op]["reference"] == facts["ops"][op]["cpu"] == "yes"
 

@@ -2,6 +2,7 @@
 
 import re
 
+import cp_method_workers as methods
 import cp_workers
 import pytest
 from processes import run_ranks
@@ -74,7 +75,13 @@ def test_a_rank_that_does_not_call():
         (cp_workers.unshard_by_another_plan, ("cp.unshard", "rank 1: layout = striped")),
         (cp_workers.unshard_of_another_dtype, ("cp.unshard", "rank 1: dtype = float64")),
         (cp_workers.unshard_of_another_batch, ("cp.unshard", "rank 1: other dims = [2]")),
+        (cp_workers.unshard_of_another_length, ("cp.unshard", "5 at dim = 1; expected 4")),
         (cp_workers.roll_by_another_shift, ("cp.roll", "rank 1: shifts = 2")),
+        (methods.another_first, ("infini_attention", "rank 1: first = bypass")),
+        (methods.another_block_size, ("landmark_attention", "rank 1: block_size = 8")),
+        (methods.another_number_of_rows, ("q has 7 rows on rank 1; expected 8",)),
+        (methods.another_mix_grad, ("dilated_attention", "rank 1: mix_grad = detached")),
+        (methods.decode_of_other_keys, ("k.shape[3] is 4 but q.shape[3] is 8",)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -83,6 +90,14 @@ def test_other_arguments_are_one_error_on_every_rank(call, texts):
         assert outcome.error == "ValueError", outcome.text
         assert all(text in outcome.text for text in texts), outcome.text
         assert outcome.seconds < 10 * GRACE  # not the timeout of the group, half an hour
+
+
+@pytest.mark.parametrize("call", [methods.decode_of_no_queries, methods.ring_of_no_queries])
+def test_what_is_no_tensor_is_refused_on_every_rank(call):
+    for rank, outcome in enumerate(run_ranks(call, 3, 1)):
+        assert outcome.error == ("TypeError" if rank == 1 else "ValueError"), outcome.text
+        assert "q is None; expected a torch.Tensor" in outcome.text
+        assert outcome.seconds < 10 * GRACE
 
 
 def test_an_error_of_the_only_caller_is_its_own():
