@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import signal
 import time
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -137,6 +139,21 @@ def groups_and_meshes(rank, n):
     except ValueError as error:
         message = str(error)
     assert "DeviceMesh of 2 dimensions" in message
+
+
+def destroyed_groups(rank, n):
+    """Nothing keeps a group that was destroyed, nor the memory that its transport held."""
+    gone = []
+    for _ in range(3):
+        group = dist.new_group()
+        check_case(rank, cp.make_plan(19, n), global_tensors(19), group=group)
+        gone.append(weakref.ref(group))
+        dist.destroy_process_group(group)
+        del group
+    check_case(rank, cp.make_plan(19, n), global_tensors(19), group=dist.new_group())
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
+    assert cp.hop_log() == []  # of the default group, which has done nothing
 
 
 def checkpoint_and_compile(rank, n):

@@ -10,7 +10,7 @@
 from .decode import decode_attention
 from .forecast import Forecast, forecast
 from .plan import Plan, make_plan
-from .process_group import dump_hop_log, hop_log, synchronize
+from .registry import dump_hop_log, hop_log, synchronize
 from .shard import roll, shard, shard_positions, shift_labels, unshard
 from .transport import RingError
 

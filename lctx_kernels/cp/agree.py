@@ -13,7 +13,8 @@ from torch import Tensor
 from .._dtypes import dtype_name
 from .groups import lacks_backend, member, process_group
 from .plan import Plan
-from .process_group import GroupTransport, transport_of
+from .process_group import GroupTransport
+from .registry import transport_of
 from .transport import Note, RingError
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .device import KINDS, library
-from .process_group import GroupTransport, _store, known_transport, transport_of
+from .process_group import GroupTransport, _store
+from .registry import known_transport, transport_of
 from .transport import RingError
 
 

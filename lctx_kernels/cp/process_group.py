@@ -10,20 +10,16 @@ import collections
 import contextlib
 import datetime
 import json
-import os
 import threading
 import time
-import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .groups import process_group
 from .transport import Hop, Note, RingError
 
 LOG_LENGTH = 4096  # hops that a group's log keeps
@@ -311,78 +307,3 @@ def _store(group: Any) -> Any:
     if hasattr(group, "get_group_store"):
         return group.get_group_store()
     return distributed_c10d._get_process_group_store(group)
-
-
-_TRANSPORTS: dict[tuple[str, str, str], tuple[weakref.ref[Any], GroupTransport]] = {}
-
-
-def known_transport(
-    group: Any, device: torch.device, kind: str, make: Callable[[], GroupTransport]
-) -> GroupTransport:
-    """The transport of one kind of a group, for tensors of a device."""
-    key = (group.group_name, device.type, kind)
-    known = _TRANSPORTS.get(key)
-    if known is None or known[0]() is not group:
-        _TRANSPORTS[key] = known = (weakref.ref(group), make())
-    return known[1]
-
-
-def transport_of(group: Any, device: torch.device) -> GroupTransport:
-    """The transport of a group by torch.distributed, for tensors of a device."""
-    return known_transport(group, device, "pg", lambda: GroupTransport(group, device))
-
-
-def synchronize(group: Any = None) -> None:
-    """Wait until all hops that this rank has posted in a group are done.
-
-    On GPUs a hop that fails is raised by the next call of `ring_attention` or by this function:
-    call it where results leave the GPU for good, as before writing a checkpoint.
-
-    Args:
-        group: ProcessGroup, 1-D DeviceMesh, or None for the default group.
-
-    Raises:
-        RingError: A rank was late, gone, or called with other arguments.
-        TypeError, ValueError: Not a group.
-    """
-    group = process_group(group, "cp.synchronize")
-    for ref, transport in list(_TRANSPORTS.values()):
-        if ref() is group:
-            transport.synchronize()
-
-
-def hop_log(group: Any = None) -> list[dict[str, Any]]:
-    """What this rank has exchanged in a group, the latest hops last.
-
-    Args:
-        group: ProcessGroup, 1-D DeviceMesh, or None for the default group.
-
-    Returns:
-        A dictionary for each hop: call, phase, step, part, the ranks in "to" and "from",
-        bytes_sent, bytes_received, the times (seconds since 1970) "posted" and "done", and "error".
-        A hop that never ended has neither done nor, before its deadline, an error. On GPUs "done"
-        is known to some milliseconds, and with transport="pg", where the stream waits and not the
-        host, it is None.
-
-    Raises:
-        TypeError, ValueError: Not a group.
-    """
-    group = process_group(group, "cp.hop_log")
-    known = [t for ref, t in _TRANSPORTS.values() if ref() is group]
-    return [dict(entry) for transport in known for entry in transport.entries()]
-
-
-def dump_hop_log(path: str | os.PathLike[str], group: Any = None) -> None:
-    """Write `hop_log(group)` of this rank to a JSON file, one for each rank.
-
-    Args:
-        path: File to write, such as f"hops-{rank}.json".
-        group: As of `hop_log`.
-
-    Raises:
-        TypeError, ValueError: Not a group.
-        OSError: The file cannot be written.
-    """
-    group = process_group(group, "cp.dump_hop_log")
-    facts = {"rank": group.rank(), "world_size": group.size(), "hops": hop_log(group)}
-    Path(path).write_text(json.dumps(facts, indent=1))

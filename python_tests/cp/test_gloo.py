@@ -21,6 +21,7 @@ def test_many_cases(n):
         (3, cp_workers.moving_tokens),
         (2, cp_workers.backward_of_one_rank),
         (4, cp_workers.groups_and_meshes),
+        (2, cp_workers.destroyed_groups),
         (2, cp_workers.checkpoint_and_compile),
     ],
     ids=lambda value: getattr(value, "__name__", value),
