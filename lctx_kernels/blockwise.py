@@ -7,9 +7,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from . import _ops, _token_loss  # noqa: F401  (_token_loss defines the ops)
+from . import _ops, _remat, _token_loss  # noqa: F401  (_token_loss defines the ops)
 from ._dtypes import DATA_DTYPES, autocast, autocast_dtype, dtype_name
 from ._operands import describe, values_readable
 
@@ -30,7 +29,7 @@ def _check_data(op: str, name: str, tensor: Any, min_dim: int, layout: str) -> N
 
 
 def blockwise_feedforward(
-    fn: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int, *, remat: bool = True
+    fn: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int, *, remat: bool | str = True
 ) -> Tensor:
     """`fn` on chunks of tokens, so that its activations exist for one chunk at a time.
 
@@ -39,15 +38,18 @@ def blockwise_feedforward(
             receive their gradients as usual.
         x: (..., T, D).
         chunk_size: Tokens per chunk (>= 1); the last chunk may be shorter.
-        remat: Recompute a chunk's activations in the backward instead of keeping them.
+        remat: Recompute a chunk's activations in the backward instead of keeping them: True, False,
+            or the name of a policy: "nothing_saveable" is True, "everything_saveable" False,
+            "dots_saveable" keeps matrix products, "dots_with_no_batch_dims_saveable" those of two
+            matrices alone, "attention_saveable" attention alone; both of dots keep attention, too.
 
     Returns:
         (..., T, E), exactly fn(x) up to the rounding of its matmuls.
 
     Raises:
         TypeError: An argument of the wrong type or dtype.
-        ValueError: A chunk size below 1, x with fewer than two dimensions, or an `fn` that changes
-            the number of tokens.
+        ValueError: A chunk size below 1, an unknown policy, x with fewer than two dimensions, or
+            an `fn` that changes the number of tokens.
 
     Source: Liu and Abbeel 2023 (arXiv 2305.19370), algorithm 1.
     Equivalent to: fn(x).
@@ -62,14 +64,12 @@ def blockwise_feedforward(
     op = "blockwise_feedforward"
     if not callable(fn):
         raise TypeError(f"{op}: fn is {describe(fn)}; expected a callable")
-    if not isinstance(remat, bool):
-        raise TypeError(f"{op}: remat is {describe(remat)}; expected True or False")
+    policy = _remat.policy_of(op, "remat", remat)
     _check_data(op, "x", x, 2, "at least 2 dimensions (..., T, D)")
     _check_chunk_size(op, chunk_size)
     parts = []
     for chunk in x.split(chunk_size, dim=-2):
-        recompute = remat and torch.is_grad_enabled()
-        part: Tensor = checkpoint(fn, chunk, use_reentrant=False) if recompute else fn(chunk)
+        part = _remat.run(policy, fn, chunk)
         if part.shape[:-1] != chunk.shape[:-1]:
             raise ValueError(
                 f"{op}: fn mapped {describe(chunk)} to {describe(part)}; expected it to keep all "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .. import _remat
 from ..blockwise import blockwise_cross_entropy, blockwise_feedforward
 from ..cp.groups import Ranks, process_group
 from ..cp.plan import Plan, make_plan
@@ -20,6 +21,7 @@ from .dilated import DilatedAttention
 from .ring import RingAttention
 from .sampling import evaluating, sample
 
+KEEP = "everything_saveable"  # with states, which a second run would write to again
 METHODS = ("full", "infini", "landmark", "dilated", "ring")
 
 
@@ -40,6 +42,10 @@ class LlamaConfig:
         dropout: Of the outputs of attention and feed-forward layers, in training.
         tie: Whether the output layer is the embedding.
         ffn_chunk: Tokens of which feed-forward activations exist at a time; 0 is all.
+        ffn_remat: What the backward keeps of feed-forward layers, as of `blockwise_feedforward`;
+            None is True with ffn_chunk, else False.
+        remat: What the backward keeps of whole layers, likewise. "attention_saveable" computes
+            again all but attention.
         loss_chunk: Tokens of which logits exist at a time in the loss.
         norm_eps: Added to the mean square in norms; None is the smallest step of the dtype.
     """
@@ -56,6 +62,8 @@ class LlamaConfig:
     dropout: float = 0.0
     tie: bool = True
     ffn_chunk: int = 0
+    ffn_remat: bool | str | None = None
+    remat: bool | str = False
     loss_chunk: int = 1024
     norm_eps: float | None = None
 
@@ -103,6 +111,7 @@ class Llama(nn.Module):
         methods = config.methods()
         self.config = config
         self.ranks = Ranks(group) if "ring" in methods else None
+        self.remat = _remat.policy_of("LlamaConfig", "remat", config.remat)
         block_size = config.options.get("landmark", {}).get("block_size", 64)
         self.mem_freq = block_size - 1 if "landmark" in methods else None
         rows = config.vocab_size + (self.mem_freq is not None)
@@ -133,7 +142,8 @@ class Llama(nn.Module):
             inserted = insertion(ids.shape[1], self.mem_freq, [seen], None, ids.device)
             x = spread(x, inserted, self.embedding.weight[self.config.vocab_size], None)
         for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
-            x = layer(x, state) if self.ranks is None else layer(x, state, plan=plan)
+            options = {} if self.ranks is None else {"plan": plan}
+            x = _remat.run(self.remat if state is None else KEEP, layer, x, state, **options)
         x = x if inserted is None else gather(x, inserted)
         normed: Tensor = self.norm(x)
         return normed
@@ -247,13 +257,17 @@ class Layer(nn.Module):
         self.up_proj = nn.Linear(config.d_model, d_ff, bias=False)
         self.down_proj = nn.Linear(d_ff, config.d_model, bias=False)
         self.dropout, self.ffn_chunk = nn.Dropout(config.dropout), config.ffn_chunk
+        remat = config.ffn_chunk > 0 if config.ffn_remat is None else config.ffn_remat
+        self.ffn_remat = _remat.policy_of("LlamaConfig", "ffn_remat", remat)
 
     def forward(self, x: Tensor, state: Any = None, **options: Any) -> Tensor:
         """x (B, T, d_model) to the same shape; with a state, x are the next tokens."""
         x = x + self.attention(self.attention_norm(x), state, **options)
         if self.ffn_chunk:
-            return x + blockwise_feedforward(self.feedforward, x, self.ffn_chunk)
-        return x + self.feedforward(x)
+            return x + blockwise_feedforward(
+                self.feedforward, x, self.ffn_chunk, remat=self.ffn_remat
+            )
+        return x + _remat.run(self.ffn_remat, self.feedforward, x)
 
     def feedforward(self, x: Tensor) -> Tensor:
         """The second branch."""

@@ -113,11 +113,6 @@ def test_feedforward_refuses(arguments, error, text):
         lk.blockwise_feedforward(*arguments)
 
 
-def test_feedforward_refuses_a_remat_that_is_no_flag():
-    with pytest.raises(TypeError, match="remat is 1; expected True or False"):
-        lk.blockwise_feedforward(torch.sin, rand(4, 8), 2, remat=1)
-
-
 # Cross entropy
 
 
