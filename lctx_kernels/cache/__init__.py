@@ -10,6 +10,7 @@ from .dilated import DilatedState
 from .flash import FlashState
 from .infini import InfiniState
 from .landmark import LandmarkState, RetrievalState
+from .ring import RingState
 from .rows import Rows
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "InfiniState",
     "LandmarkState",
     "RetrievalState",
+    "RingState",
     "RopeTable",
     "Rows",
 ]

@@ -17,7 +17,13 @@ OP = "cp.decode_attention"
 
 @never_compiled
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, group: Any = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Any = None,
+    scale: float | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """Attention of a few new queries over the keys that all ranks of a group hold.
 
@@ -25,11 +31,14 @@ def decode_attention(
     travels depends on the number of queries, not on that of keys. For inference: no gradients.
 
     Args:
-        q: (B, Tq, Hq, Dk) queries, the same on every rank; each sees all keys of all ranks.
+        q: (B, Tq, Hq, Dk) queries, the same on every rank; each sees all keys of all ranks, but for
+            `causal`.
         k: (B, L, Hkv, Dk) this rank's part of the cache; L may differ between ranks, 0 too.
         v: (B, L, Hkv, Dv) its values.
         group: ProcessGroup, 1-D DeviceMesh, or None for the default group.
         scale: Factor on the scores; None is Dk**-0.5.
+        causal: This rank's last Tq keys are those of the queries' own tokens, of which a query sees
+            its own and those before, as in `flash_attention`. True on one rank at most.
 
     Returns:
         out (B, Tq, Hq, Dv) in q's dtype, the same bits on every rank.
@@ -53,7 +62,7 @@ def decode_attention(
     from .._checks import require  # which has the checks of this package, and this op, too
 
     try:
-        require(OP, q=q, k=k, v=v, group=group, scale=scale)
+        require(OP, q=q, k=k, v=v, group=group, scale=scale, causal=causal)
     except (TypeError, ValueError, NotImplementedError) as error:
         announce_refusal(OP, (q, k, v), group, error)
         raise
@@ -67,9 +76,9 @@ def decode_attention(
     (B, Tq, Hq, Dk), Dv = q.shape, v.shape[-1]
     carry = q.new_zeros(B, Tq, Hq, Dv, dtype=stat)
     lse = q.new_full((B, Hq, Tq), -torch.inf, dtype=stat)
-    torch.ops.lctx.flash_carry(
-        q, k, v, carry, lse, False, Dk**-0.5 if scale is None else scale, 0, 0, 0, False
-    )
+    if L := k.shape[1]:
+        factor = Dk**-0.5 if scale is None else float(scale)
+        torch.ops.lctx.flash_carry(q, k, v, carry, lse, causal, factor, 0, L - Tq, 0, False)
     own = torch.cat([carry, lse.transpose(1, 2).unsqueeze(-1)], -1)
     parts = torch.stack(exchange(transport, "forward decode", [own] * transport.world_size))
     outs, statistics = parts[..., :-1], parts[..., -1:]

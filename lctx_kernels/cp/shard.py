@@ -200,8 +200,15 @@ def whole(
     plan: Plan, x_local: Tensor, dim: int, group: Any, who: str, note: dict[str, Any]
 ) -> Tensor:
     """As `unshard`, for the call `who`, of which all ranks must say this note, too."""
-    everything = torch.arange(plan.seq_len, device="cpu")
-    wanted = [everything] * (1 if group == SIM else plan.world_size)
+    return rows_at(plan, x_local, dim, torch.arange(plan.seq_len, device="cpu"), group, who, note)
+
+
+def rows_at(
+    plan: Plan, x_local: Tensor, dim: int, positions: Tensor, group: Any, who: str,
+    note: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """As `whole`, of the tokens at these positions alone."""
+    wanted = [positions] * (1 if group == SIM else plan.world_size)
     return _gather(plan, x_local, dim, wanted, group, who, note)
 
 

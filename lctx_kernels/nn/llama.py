@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,10 @@ from torch.nn import functional
 
 from .. import _remat
 from ..blockwise import blockwise_cross_entropy, blockwise_feedforward
+from ..cp.agree import begin
 from ..cp.groups import Ranks, process_group
 from ..cp.plan import Plan, make_plan
-from ..cp.shard import shard, shift_labels
+from ..cp.shard import rows_at, shard, shift_labels
 from ..data.landmarks import gather, insertion, spread
 from .attention import FullAttention, InfiniAttention, LandmarkAttention, SelfAttention
 from .dilated import DilatedAttention
@@ -97,7 +99,7 @@ class Llama(nn.Module):
     texts, labels and logits know nothing of them.
 
     With ring layers every rank of `group` holds its rows of each text (`cp.shard`), which `hidden`
-    and `forward` take with their plan; `loss` takes whole texts and cuts them itself.
+    and `forward` take with their plan; `loss` and `generate` take whole texts and cut them.
 
     >>> config = LlamaConfig(vocab_size=97, d_model=32, num_layers=2, num_heads=4,
     ...                      attention=["full", "infini"], options={"infini": {"segment_len": 8}})
@@ -182,9 +184,7 @@ class Llama(nn.Module):
         self, ids: Tensor, labels: Tensor, ignore_index: int, plan: Plan | None
     ) -> Tensor:
         group = process_group(self.ranks and self.ranks.group, "Llama.loss")
-        if plan is None:
-            layout = self.config.options.get("ring", {}).get("layout", "zigzag")
-            plan = make_plan(ids.shape[1], group.size(), layout=layout)
+        plan = self._plan(ids.shape[1], group) if plan is None else plan
         ends = torch.tensor(plan.documents, dtype=torch.int32)
         shifted = shift_labels(labels, ignore_index=ignore_index, cu_seqlens=ends)
         mine, targets = (shard(plan, x, 1, group.rank()) for x in (ids, shifted))
@@ -194,6 +194,30 @@ class Llama(nn.Module):
             chunk_size=self.config.loss_chunk, ignore_index=ignore_index, reduction="sum",
         )  # fmt: skip
         return total / (shifted != ignore_index).sum()
+
+    def _plan(self, length: int, group: Any) -> Plan:
+        """That of a single text of this length."""
+        layout = self.config.options.get("ring", {}).get("layout", "zigzag")
+        return make_plan(length, group.size(), layout=layout)
+
+    def _next_logits(self, ids: Tensor, states: list[Any], seen: int) -> Tensor:
+        """Logits (B, V) of the token behind these, the same on every rank."""
+        if self.ranks is None or seen:
+            last = self.hidden(ids, states, seen)[:, -1]
+        else:  # a prompt, of which each rank reads its part
+            group = process_group(self.ranks.group, "Llama.generate")
+            tokens = zlib.crc32(ids.cpu().numpy().tobytes())
+            begin(group, "Llama.generate", ids, {"prompts": list(ids.shape), "tokens": tokens})
+            plan, end = self._plan(ids.shape[1], group), torch.tensor([ids.shape[1] - 1])
+            hidden = self.hidden(shard(plan, ids, 1, group.rank()), states, plan=plan)
+            last = rows_at(plan, hidden, 1, end, group, "Llama.generate", {})[:, 0]
+        return functional.linear(last, self.output_weight)
+
+    def _same_on_every_rank(self, token: Tensor) -> Tensor:
+        if self.ranks is not None:
+            group = process_group(self.ranks.group, "Llama.generate")
+            torch.distributed.broadcast(token, group=group, group_src=0)
+        return token
 
     @torch.no_grad()
     def generate(
@@ -210,6 +234,9 @@ class Llama(nn.Module):
     ) -> Tensor:
         """ids (B, T >= 1) continued to (B, T + max_new_tokens), or less if all rows end with eos.
 
+        With ring layers every rank has the whole prompts and gets the whole result; keys and values
+        are split over the ranks, and it is rank 0 that samples.
+
         Args:
             ids: Prompts of one length.
             max_new_tokens: Tokens to add.
@@ -217,30 +244,38 @@ class Llama(nn.Module):
             top_k, top_p: Sample from the likeliest top_k tokens, or from those that hold top_p of
                 the probability.
             eos: Token after which a row is filled with eos.
-            chunk: Tokens of the prompt that are read at a time; None is all.
+            chunk: Tokens of the prompt that are read at a time; None is all, as with ring layers.
             generator: Source of randomness.
 
         Raises:
-            ValueError: An empty prompt, or limits of `sample` that leave no token.
+            ValueError: An empty prompt, or limits of `sample` that leave no token; with ring layers
+                a chunk, or ranks with different prompts.
         """
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(
                 f"Llama.generate: ids has shape {tuple(ids.shape)}; expected (B, T) with T >= 1; "
                 "nearest is a prompt of one token"
             )
+        if self.ranks is not None and chunk is not None:
+            raise ValueError(
+                f"Llama.generate: chunk is {chunk} with ring layers; expected None: the ranks read "
+                "the prompt at once"
+            )
         states, seen, ended = self.new_states(), 0, torch.zeros_like(ids[:, 0], dtype=torch.bool)
         with evaluating(self):
             for part in ids.split(chunk or ids.shape[1], dim=1):
-                logits = self(part, states, seen)[:, -1]
+                logits = self._next_logits(part, states, seen)
                 seen += part.shape[1]
             for step in range(max_new_tokens):
-                token = sample(logits, temperature, top_k, top_p, generator)
+                token = self._same_on_every_rank(
+                    sample(logits, temperature, top_k, top_p, generator)
+                )
                 token = token if eos is None else token.masked_fill(ended, eos)
                 ids = torch.cat([ids, token[:, None]], dim=1)
                 ended |= token == eos if eos is not None else False
                 if bool(ended.all()) or step == max_new_tokens - 1:
                     break
-                logits, seen = self(token[:, None], states, seen)[:, -1], seen + 1
+                logits, seen = self._next_logits(token[:, None], states, seen), seen + 1
         return ids
 
 

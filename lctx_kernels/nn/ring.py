@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..cache import RingState
 from ..cp.groups import Ranks, process_group
 from ..cp.plan import Plan, make_plan
 from ..cp.shard import shard_positions
@@ -16,7 +18,7 @@ from .attention import SelfAttention
 class RingAttention(SelfAttention):
     """Dense causal self-attention of one text whose tokens are split over ranks.
 
-    The parameters are those of `FullAttention`, which generates with them.
+    The parameters are those of `FullAttention`.
 
     Args:
         d_model, num_heads: As in `SelfAttention`, whose other options are taken too.
@@ -58,27 +60,30 @@ class RingAttention(SelfAttention):
         self.ranks, self.layout, self.window = Ranks(group), layout, window
         self.deterministic, self.transport, self.timeout = deterministic, transport, timeout
 
-    def new_state(self) -> NoReturn:
-        """Refused: a model over ranks reads and trains."""
-        raise NotImplementedError(
-            "RingAttention: a state for generation is not built; expected training; nearest is "
-            "FullAttention, which takes the same parameters, or cp.decode_attention"
-        )
+    def new_state(self) -> RingState:
+        """An empty state for `forward(x, state)`: each rank keeps its part of keys and values."""
+        return RingState(self.ranks.group, self.window)
 
     def plan(self, length: int) -> Plan:
         """The plan of a text of which every rank has `length` tokens."""
         size = process_group(self.ranks.group, "RingAttention").size()
         return make_plan(length * size, size, layout=self.layout)
 
-    def forward(self, x: Tensor, state: None = None, plan: Plan | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: RingState | None = None, plan: Plan | None = None
+    ) -> Tensor:
         """x (B, L, d_model), this rank's tokens of the plan, to the same shape.
 
+        With a state, the first x is the prompt, and every later one (B, T, d_model) of the next
+        tokens, the same on every rank.
+
         Raises:
-            NotImplementedError: A state.
-            ValueError: Another number of ranks or tokens than the plan's.
+            ValueError: Another number of ranks or tokens than the plan's; or a plan for tokens
+                behind a prompt.
+            NotImplementedError: Gradients of tokens behind a prompt.
         """
-        if state is not None:
-            self.new_state()
+        if state is not None and state.seen:
+            return self._next(x, state, plan)
         group = process_group(self.ranks.group, "RingAttention")
         plan, rank = plan or self.plan(x.shape[1]), group.rank()
         if plan.world_size != group.size() or plan.lengths[rank] != x.shape[1]:
@@ -89,9 +94,23 @@ class RingAttention(SelfAttention):
             )
         q, k, v = self.project(x)
         positions = shard_positions(plan, rank).to(x.device)[None, :, None]
+        q, k = self.rope(q, positions), self.rope(k, positions)
         heads = ring_attention(
-            self.rope(q, positions), self.rope(k, positions), v, group=group, plan=plan,
+            q, k, v, group=group, plan=plan,
             window=self.window, deterministic=self.deterministic, transport=self.transport,
             timeout=self.timeout,
         )  # fmt: skip
+        if state is not None:
+            state.read(plan, rank, k.detach(), v.detach())
         return self.output(heads)
+
+    def _next(self, x: Tensor, state: RingState, plan: Plan | None) -> Tensor:
+        if plan is not None:
+            raise ValueError(
+                f"RingAttention: a plan is given for tokens behind a prompt of {state.seen}; "
+                "expected None and the same tokens on every rank, or a new state"
+            )
+        q, k, v = self.project(x)
+        positions = torch.arange(state.seen, state.seen + x.shape[1], device=x.device)
+        q, k = (self.rope(y, positions[None, :, None]) for y in (q, k))
+        return self.output(state.attend(q, k, v))

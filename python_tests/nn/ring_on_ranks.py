@@ -5,6 +5,7 @@ import copy
 import torch
 import torch.distributed as dist
 
+import lctx_kernels as lk
 from lctx_kernels import cp, nn
 
 SHAPE = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
@@ -70,11 +71,84 @@ def llama(rank, n):
     messages = []
     for call in (
         lambda: ring(ids[:, :7], plan=plan),
-        lambda: ring.generate(ids, 2),
+        lambda: ring.generate(ids, 2, chunk=5),
         lambda: nn.LlamaConfig(97, attention=["ring", "full"], num_layers=2).methods(),
     ):
         try:
             call()
         except (ValueError, NotImplementedError) as error:
+            messages.append(str(error))
+    return messages
+
+
+def generation(rank, n):
+    """Every rank generates what the dense model does alone; its keys are a part of all."""
+    torch.manual_seed(0)
+    dense = nn.Llama(nn.LlamaConfig(97, **SHAPE)).double()
+    for T, options in (
+        (41, {}),
+        (30, {"layout": "striped"}),
+        (20, {"layout": "contiguous"}),
+        (1, {}),  # ranks without any
+    ):
+        config = nn.LlamaConfig(97, attention="ring", options={"ring": options}, **SHAPE)
+        ring = nn.Llama(config).double()
+        ring.load_state_dict(dense.state_dict())
+        ids = torch.randint(97, (2, T))
+        want = dense.generate(ids, 12)
+        assert torch.equal(ring.generate(ids, 12), want)
+        eos = int(want[0, T + 3])
+        assert torch.equal(ring.generate(ids, 12, eos=eos), dense.generate(ids, 12, eos=eos))
+    torch.manual_seed(rank)
+    drawn = ring.generate(ids, 12, temperature=2.0)
+    drawn_elsewhere = [torch.empty_like(drawn) for _ in range(n)]
+    dist.all_gather(drawn_elsewhere, drawn)
+    assert all(torch.equal(x, drawn) for x in drawn_elsewhere)
+    message = ""
+    try:
+        ring.generate(ids + rank, 1)
+    except ValueError as error:
+        message = str(error)
+    return message
+
+
+@torch.no_grad()
+def states(rank, n):
+    """Layers with states against the dense layer: windows, documents, any order of positions."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 60, 32, dtype=torch.float64)
+    documents = torch.tensor([0, 9, 25, 40], dtype=torch.int32)
+    shuffled = torch.randperm(40).tensor_split(n)
+    for plan, begin, window in (
+        (cp.make_plan(40, n), 0, None),
+        (cp.make_plan(40, n), 0, 7),
+        (cp.make_plan(40, n, layout="striped"), 0, 25),
+        (cp.make_plan(40, n, cu_seqlens=documents), 25, None),
+        (cp.make_plan(40, n, cu_seqlens=documents), 25, 20),
+        (cp.make_plan(40, n, positions=shuffled), 0, 30),
+    ):
+        ring = nn.RingAttention(32, 4, num_kv_heads=2, window=window).double()
+        state = ring.new_state()
+        ring(cp.shard(plan, x[:, :40], 1, rank), state, plan)
+        parts = [ring(x[:, a:b], state) for a, b in ((40, 41), (41, 42), (42, 47))]
+        rows = torch.tensor([2, 0])
+        state = state.select(rows)
+        parts = [part[rows] for part in parts]
+        parts += [ring(x[rows, a:b], state) for a, b in ((47, 48), (48, 60))]
+        q, k, v = ring.project(x[rows, begin:])
+        at = torch.arange(begin, 60)[None, :, None]
+        want = lk.flash_attention(ring.rope(q, at), ring.rope(k, at), v, window=window)
+        close(torch.cat(parts, 1), ring.output(want)[:, 40 - begin :])
+        assert state.seen == 60 and sum(state.lengths) == 60
+        assert max(state.lengths) - min(state.lengths) <= 12  # the longest chunk
+    messages = []
+    for call in (
+        lambda: ring(x, state, plan),
+        lambda: ring.new_state().attend(q, k, v),
+        lambda: state.read(plan, rank, k, v),
+    ):
+        try:
+            call()
+        except ValueError as error:
             messages.append(str(error))
     return messages
