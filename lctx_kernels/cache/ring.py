@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cp.decode import decode_attention
+from ..cp.groups import process_group
 from ..cp.plan import Plan
 from ..cp.shard import shard_positions
 from .buffer import Buffer
@@ -18,9 +19,9 @@ from .buffer import Buffer
 class RingState:
     """This rank's part of the keys and values of a text that all ranks have read.
 
-    A prompt comes from `ring_attention`, as the ranks' rows of a plan, by `read`. What follows is
-    the same on every rank, by `attend`; its keys go to the rank that has the fewest, so that the
-    parts grow alike.
+    A prompt comes from `ring_attention`, as the ranks' rows of a plan, by `read`. What follows, or
+    a text without a prompt, is the same on every rank, by `attend`; its keys go to the rank that
+    has the fewest, so that the parts grow alike.
 
     Args:
         group: ProcessGroup, 1-D DeviceMesh, or None for the default group.
@@ -47,7 +48,7 @@ class RingState:
         self.group, self.window = group, window
         self.k, self.v = Buffer(), Buffer()
         self.seen, self.begin = 0, 0  # tokens of the text; the first that is not of another text
-        self.rank, self.lengths = 0, [0]
+        self.rank, self.lengths = 0, [0]  # tokens of every rank
         self.held: collections.deque[range] = collections.deque()  # positions, ascending
         self.passed = 0  # rows before those of `held`
 
@@ -75,11 +76,13 @@ class RingState:
         """Output (B, T, Hq, Dv) of the next T tokens, the same on every rank.
 
         Raises:
-            ValueError: Nothing has been read; or as `cp.decode_attention`.
-            RingError: As `cp.decode_attention`.
+            TypeError, ValueError, NotImplementedError, RingError: As `cp.decode_attention`.
         """
         if not self.seen:
-            raise ValueError("RingState: nothing has been read; expected a prompt first, by read")
+            group = process_group(self.group, "RingState")
+            self.rank, self.lengths = group.rank(), [0] * group.size()
+            self.k.append(k[:, :0])
+            self.v.append(v[:, :0])
         if self.window is not None and q.shape[1] > 1:  # their windows begin at different keys
             tokens = zip(*(x.split(1, dim=1) for x in (q, k, v)), strict=True)
             return torch.cat([self.attend(*token, scale=scale) for token in tokens], dim=1)

@@ -34,8 +34,12 @@ def tensor_facts(q: torch.Size, v: torch.Size, dtype: torch.dtype) -> dict[str, 
     }  # fmt: skip
 
 
-def begin(group: Any, who: str, x: Tensor, note: dict[str, Any]) -> GroupTransport:
+def begin(
+    group: Any, who: str, x: Tensor, note: dict[str, Any], *, remember: bool = True
+) -> GroupTransport:
     """The transport of a group at the start of a call on which all ranks agree.
+
+    remember: On GPUs ranks agree once on a note; False has them agree every time.
 
     Raises:
         TypeError, ValueError: No group, or none for these tensors; or the ranks were called with
@@ -46,7 +50,10 @@ def begin(group: Any, who: str, x: Tensor, note: dict[str, Any]) -> GroupTranspo
     if lacking := lacks_backend(group, x.device):
         raise ValueError(f"{who}: {lacking}")
     transport = transport_of(group, x.device)
-    transport.begin(Note.of({"op": who, **note}), 0.0, agree=True)
+    said = Note.of({"op": who, **note})
+    transport.begin(said, 0.0, agree=True)
+    if not remember:
+        transport.agreed.discard(said.text)
     return transport
 
 

@@ -78,7 +78,8 @@ def make_cache(model: Any, **options: Any) -> Any:
         options: For landmark top_k, select, offload, max_blocks, instead of those of `convert`.
 
     Returns:
-        A transformers `Cache` whose infini layers have a constant size.
+        A transformers `Cache` whose infini layers have a constant size; of a ring model this rank's
+        part of the keys and values, which `generate` and forwards fill on all ranks.
 
     Raises:
         TypeError: A model that is not converted, or an unknown option.

@@ -9,11 +9,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..cache import InfiniState, Rows
+from ..cache import InfiniState, RingState, Rows
+from ..cp.groups import Ranks
+from ..cp.plan import Plan
 from ..nn.attention import landmark_state
 from ._compat import Cache, CacheLayerMixin, DynamicCache
 from .options import CACHE_OPTIONS, complete
-from .ring import refuse_cache
 
 
 class ConvertedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -100,6 +101,21 @@ class ConvertedLayer(CacheLayerMixin):  # type: ignore[misc]
         raise NotImplementedError(f"hf.make_cache: {what} of a {state} is not supported; {instead}")
 
 
+class RingLayer(ConvertedLayer):
+    """This rank's part of a layer's keys and values."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__(lambda: RingState(ranks.group))
+
+    def read(self, plan: Plan, rank: int, k: Tensor, v: Tensor, window: int | None) -> None:
+        """Keep this rank's rows of a prompt, of a layer with this window."""
+        self.is_initialized = True
+        self.columns += plan.seq_len
+        self.rows.batch, state = k.shape[0], self.rows.states[0]
+        state.window = window
+        state.read(plan, rank, k, v)
+
+
 class ConvertedCache(Cache):  # type: ignore[misc]
     """The cache of a converted model: one layer each, those of unconverted layers as usual."""
 
@@ -127,6 +143,12 @@ def state_maker(
     return partial(landmark_state, **{n: options[n] for n in names})
 
 
+def ranks_of(model: Any) -> Ranks:
+    """The ranks of a ring model."""
+    ranks: Ranks = next(m._lctx_ranks for m in model.modules() if hasattr(m, "_lctx_ranks"))
+    return ranks
+
+
 def make_cache(model: Any, **options: Any) -> Any:
     """See lctx_kernels.hf.make_cache."""
     spec = getattr(model.config, "lctx", None)
@@ -135,8 +157,6 @@ def make_cache(model: Any, **options: Any) -> Any:
             f"hf.make_cache: {type(model).__name__} is not converted; expected the result of "
             "hf.convert"
         )
-    if spec["method"] == "ring":
-        refuse_cache("hf.make_cache")
     method, known = spec["method"], CACHE_OPTIONS[spec["method"]]
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -154,6 +174,9 @@ def make_cache(model: Any, **options: Any) -> Any:
             f"hf.make_cache: transformers made {len(layers)} cache layers for "
             f"{model.config.num_hidden_layers} layers of the model"
         )
+    if method == "ring":
+        ranks = ranks_of(model)
+        return ConvertedCache(layers=[RingLayer(ranks) for _ in layers])
     gemma2 = model.config.model_type.endswith("gemma2")
     softcap = model.config.attn_logit_softcapping if gemma2 else None
     make = state_maker(method, merged, softcap)

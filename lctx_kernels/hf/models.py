@@ -52,8 +52,6 @@ class ConvertedModel:
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         given = model_kwargs.get("past_key_values")
-        if self.method == "ring":
-            ring.refuse_cache(f"{type(self).__name__}.generate")
         mode = args[0] if args else kwargs.get("generation_mode")
         if self.method != "dilated" and getattr(mode, "value", "") == "assisted_generation":
             raise NotImplementedError(
@@ -61,6 +59,8 @@ class ConvertedModel:
                 "given; candidates that are rejected would have to be taken back from a memory, "
                 "which cannot be; expected neither"
             )
+        if self.method == "ring":
+            ring.check_generation(self, f"{type(self).__name__}.generate", generation_config)
         if self.method == "dilated" or given is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, *args, **kwargs

@@ -207,7 +207,8 @@ class Llama(nn.Module):
         else:  # a prompt, of which each rank reads its part
             group = process_group(self.ranks.group, "Llama.generate")
             tokens = zlib.crc32(ids.cpu().numpy().tobytes())
-            begin(group, "Llama.generate", ids, {"prompts": list(ids.shape), "tokens": tokens})
+            note = {"prompts": list(ids.shape), "tokens": tokens}
+            begin(group, "Llama.generate", ids, note, remember=False)
             plan, end = self._plan(ids.shape[1], group), torch.tensor([ids.shape[1] - 1])
             hidden = self.hidden(shard(plan, ids, 1, group.rank()), states, plan=plan)
             last = rows_at(plan, hidden, 1, end, group, "Llama.generate", {})[:, 0]

@@ -5,6 +5,7 @@ import copy
 import torch
 import torch.distributed as dist
 from hf.tiny import FAMILIES, LAYERS, base, close, hf, tokens
+from transformers import DynamicCache
 
 from lctx_kernels import cp
 
@@ -93,6 +94,38 @@ def groups_and_copies(rank, n):
             close(logits, base()(ids).logits)
 
 
+def drawn(model, ids, seed, **options):
+    torch.manual_seed(seed)
+    return model.generate(ids, max_new_tokens=9, do_sample=True, pad_token_id=0, **options)
+
+
+def generation(rank, n):
+    """Every rank generates what the base model does alone, from prompts of any length."""
+    for family in FAMILIES:
+        changes = WINDOWS.get(family, {})
+        dense, ring = base(family, **changes), hf.convert(base(family, **changes), "ring")
+        for T in (37, 1):
+            options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+            ids = tokens(2, T)
+            assert torch.equal(ring.generate(ids, **options), dense.generate(ids, **options))
+    ids = tokens(2, 23)
+    assert torch.equal(drawn(ring, ids, seed=3), drawn(dense, ids, seed=3))
+    options |= {"num_beams": 3, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(ring.generate(ids, **options), dense.generate(ids, **options))
+    cache = hf.make_cache(ring)
+    with torch.no_grad():  # a prompt, more tokens at once, one token
+        want = dense(torch.cat([ids, ids], 1)).logits
+        found = [ring(part, past_key_values=cache).logits
+                 for part in (ids, ids[:, :22], ids[:, 22:])]  # fmt: skip
+    assert cache.get_seq_length() == 46
+    close(torch.cat(found, 1), want[:, 22:])
+    held = cache.layers[0].rows.states[0]
+    assert held.k.value.shape[1] == held.lengths[rank] and sum(held.lengths) == 46
+    cache.reset()
+    with torch.no_grad():
+        close(ring(ids, past_key_values=cache).logits, want[:, 22:23])
+
+
 def refusals(rank, n):
     """What a ring refuses, before anything is sent."""
     ring, ids = hf.convert(base(), "ring"), tokens(1, 20)
@@ -100,16 +133,21 @@ def refusals(rank, n):
     messages = []
     for call in (
         lambda: ring(inputs["input_ids"], labels=inputs["labels"]),
-        lambda: ring(inputs["input_ids"], use_cache=True),
+        lambda: ring(ids, use_cache=True, ring_plan=inputs["ring_plan"]),
         lambda: ring(ids, ring_plan=inputs["ring_plan"]),
         lambda: ring(**inputs, position_ids=torch.arange(10)[None]),
         lambda: ring(**inputs, attention_mask=torch.tensor([[0] + [1] * 9])),
-        lambda: ring.generate(ids, max_new_tokens=3),
-        lambda: hf.make_cache(ring),
+        lambda: ring.generate(ids, max_new_tokens=3, use_cache=False),
+        lambda: ring.generate(ids, max_new_tokens=3 + rank),
+        lambda: ring.generate(ids + rank, max_new_tokens=3),
+        lambda: drawn(ring, ids, seed=rank),
+        lambda: ring(ids, past_key_values=DynamicCache()),
+        lambda: ring(ids, use_cache=True, position_ids=torch.arange(1, 21)[None]),
+        lambda: ring(ids[:, :0], use_cache=True),
     ):
         try:
             call()
-        except (ValueError, NotImplementedError) as error:
+        except (TypeError, ValueError, NotImplementedError) as error:
             messages.append(f"{type(error).__name__}: {error}")
         else:
             messages.append("no error")

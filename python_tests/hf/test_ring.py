@@ -24,15 +24,25 @@ def test_groups_and_copies():
 
 
 @pytest.mark.dist
+def test_generates_what_the_base_does():
+    run_ranks_well(ring_on_ranks.generation, 3)
+
+
+@pytest.mark.dist
 def test_what_a_ring_refuses():
     expected = [
         "ValueError: RingLlamaForCausalLM: labels without shift_labels",
-        "NotImplementedError: RingLlamaModel: use_cache is True",
+        "ValueError: RingLlamaModel: ring_plan is given with a cache",
         "ValueError: RingLlamaModel: this rank has 20 tokens",
         "ValueError: RingLlamaModel: position_ids are not those",
         "NotImplementedError: RingLlamaModel: attention_mask has pads",
-        "NotImplementedError: RingLlamaForCausalLM.generate: use_cache is True",
-        "NotImplementedError: hf.make_cache: use_cache is True",
+        "NotImplementedError: RingLlamaForCausalLM.generate: use_cache is False",
+        "ValueError: RingLlamaForCausalLM.generate: nothing was sent, because the ranks were",
+        "ValueError: RingLlamaModel: nothing was sent, because the ranks were",
+        "ValueError: RingLlamaForCausalLM.generate: nothing was sent, because the ranks were",
+        "TypeError: RingLlamaModel: past_key_values is DynamicCache; expected the result of",
+        "ValueError: RingLlamaModel: position_ids are not 0 to 19",
+        "ValueError: RingLlamaModel: the prompt is empty",
     ]
     for messages in run_ranks_well(ring_on_ranks.refusals, 2):
         for message, start in zip(messages, expected, strict=True):

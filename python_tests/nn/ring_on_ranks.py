@@ -141,10 +141,12 @@ def states(rank, n):
         close(torch.cat(parts, 1), ring.output(want)[:, 40 - begin :])
         assert state.seen == 60 and sum(state.lengths) == 60
         assert max(state.lengths) - min(state.lengths) <= 12  # the longest chunk
+    fresh = nn.RingAttention(32, 4, num_kv_heads=2).new_state()
+    parts = [fresh.attend(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in ((0, 2), (2, 3), (3, 9))]
+    close(torch.cat(parts, 1), lk.flash_attention(q[:, :9], k[:, :9], v[:, :9]))  # no prompt
     messages = []
     for call in (
         lambda: ring(x, state, plan),
-        lambda: ring.new_state().attend(q, k, v),
         lambda: state.read(plan, rank, k, v),
     ):
         try:
