@@ -189,7 +189,7 @@ def check(group: Group, ranks: Ranks, name: str, calls: dict[str, Any], row: Row
     found = calls[name]()
     names = ("out", "dq", "dk", "dv")
     for what, a, b in zip(names, found, wanted, strict=False):
-        rows = slice(0, min(8192, a.shape[1]))
+        rows = slice(0, None, -(-a.shape[1] // 8192))  # of the whole sequence; doubles need room
         row.errors[f"{what} against one GPU"] = relative_rms(a[:, rows], b[:, rows])
     every = ranks.gather(row.errors)
     row.errors = {what: max(e[what] for e in every) for what in row.errors}

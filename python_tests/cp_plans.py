@@ -3,11 +3,20 @@
 import itertools
 
 import torch
+from helpers import random_tensor
 from hypothesis import strategies as st
 
 from lctx_kernels import cp
 
 LAYOUTS = ("zigzag", "striped", "contiguous")
+
+
+def tensors(T, *, B=1, Hkv=2, G=2, Dk=6, Dv=5, dtype=torch.float64, seed=0):
+    shapes = ((B, T, Hkv * G, Dk), (B, T, Hkv, Dk), (B, T, Hkv, Dv))
+    return {
+        name: random_tensor(*s, dtype=dtype, seed=seed + i)
+        for i, (name, s) in enumerate(zip("qkv", shapes, strict=True))
+    }
 
 
 def int32(values):

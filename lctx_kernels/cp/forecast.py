@@ -23,7 +23,8 @@ class Direction:
         efficiency: Time of the computation, spread evenly over the ranks, over the predicted time.
         memory: Bytes beyond inputs and results of the rank that needs most: the keys that it
             sends and two slots for those that pass, the fp32 result; in the backward dq, dk and dv
-            in fp32, two row constants, and two slots for the sums that pass.
+            in fp32, two row constants, and two slots for the sums that pass; a third where own
+            sums come home while others pass, as with windows and in contiguous plans.
     """
 
     hops: int
