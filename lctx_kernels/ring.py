@@ -93,9 +93,10 @@ def ring_attention(
         TypeError: An argument of the wrong type or dtype.
         ValueError: Shapes, strides, plans, groups or values that do not fit, on this rank or on
             another one; nothing has been sent then.
-        NotImplementedError: Legal, but not built or no kernel for this device.
-        cp.RingError: A rank that is late, gone, or called with other arguments. It names rank,
-            step, phase, peers and bytes; the group is given up.
+        NotImplementedError: Legal, but not built or no kernel for this device; or a CUDA graph is
+            being captured.
+        cp.RingError: A rank that is late, gone, or called with other arguments, or that stopped in
+            the middle. It names rank, step, phase, peers and bytes; the group is given up.
 
     Source: Liu et al. 2023 (arXiv 2310.01889), algorithm 1.
     Equivalent to: lctx_kernels.reference.ring_attention, which loops over simulated ranks.

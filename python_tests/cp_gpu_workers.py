@@ -1,4 +1,4 @@
-"""What the processes of python_tests/cp/test_ring_two_gpus.py do, one GPU each."""
+"""What the processes of python_tests/cp/test_ring_two_gpus.py do, one GPU each if there are two."""
 
 import functools
 import itertools
@@ -22,8 +22,12 @@ OUT_ERROR = 1.02  # times that of one device
 MASKS = ({}, {"causal": False}, {"window": 300})
 
 
+def take_gpu(rank):
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+
+
 def gpu_group(rank):
-    torch.cuda.set_device(rank)
+    take_gpu(rank)
     return dist.new_group(backend="nccl")
 
 
@@ -183,7 +187,7 @@ def strike(phase, step, what):
 def caught(plan, rank, x, group, calls=1, **options):
     """(seconds, text, phase, step, peers) of the RingError of one of some calls; there must be one.
 
-    A rank whose last hop is late gets what it needs, and hears of it in the next call.
+    By NCCL a rank whose last hop is late gets what it needs, and hears of it in the next call.
     """
     begin = time.monotonic()
     try:
@@ -214,7 +218,7 @@ def late_and_again(rank, n, transport, rounds, timeout):
 
     What the old one held is free then.
     """
-    torch.cuda.set_device(rank)
+    take_gpu(rank)
     plan, x = cp.make_plan(1100, n), gpu_tensors(1100)
     every, found, old = local_run(plan, None, x), [], None
     begin = sum(plan.lengths[:rank])
@@ -232,9 +236,73 @@ def late_and_again(rank, n, transport, rounds, timeout):
         if late:
             strike(phase, step, functools.partial(time.sleep, timeout + 1))
         options = {"transport": transport, "timeout": timeout}
-        found.append(caught(plan, rank, x, group, calls=1 + late, **options))
+        calls = 2 if late and transport == "nccl" else 1
+        found.append(caught(plan, rank, x, group, calls=calls, **options))
         dist.barrier()  # of the processes, by gloo
     return found
+
+
+def stopped(rank, n, transport, phase, step, timeout):
+    """Memory is short on rank 1 in the middle of a call, and it goes on to the next."""
+    group = gpu_group(rank)
+    plan, x = cp.make_plan(1100, n), gpu_tensors(1100)
+    local_run(plan, rank, x, group=group, transport=transport)
+    if rank == 0:
+        return caught(plan, rank, x, group, transport=transport, timeout=timeout)
+
+    def out_of_memory():
+        raise MemoryError("no memory for this hop")
+
+    strike(phase, step, out_of_memory)
+    said = []
+    for _ in range(2):
+        try:
+            local_run(plan, rank, x, group=group, transport=transport, timeout=timeout)
+        except (MemoryError, cp.RingError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    torch.cuda.synchronize()
+    return said
+
+
+def captured(rank, n, transport):
+    """What a captured call says; the next one, outside, is as ever."""
+    group = gpu_group(rank)
+    plan, x = cp.make_plan(1100, n), gpu_tensors(1100)
+    every = local_run(plan, None, x)
+    text = ""
+    for i in range(3):
+        mine = local_run(plan, rank, x, group=group, transport=transport)
+        wrong = differences(plan, rank, mine, every)
+        assert not wrong, wrong
+        if i != 1:
+            continue
+        parts = [cp.shard(plan, t, 1, rank) for t in x[:3]]
+        try:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                lk.ring_attention(*parts, plan=plan, group=group, transport=transport)
+        except NotImplementedError as error:
+            text = str(error)
+    return text
+
+
+def ends_early(rank, n, transport):
+    """Rank 1 ends while rank 0 has yet to begin."""
+    group = gpu_group(rank)
+    plan, x = cp.make_plan(1100, n), gpu_tensors(1100)
+    every = local_run(plan, None, x)
+    for _ in range(2):  # the first agrees, and makes memory
+        mine = local_run(plan, rank, x, group=group, transport=transport)
+        cp.synchronize(group)
+        dist.barrier()
+    if rank == 0:
+        time.sleep(4)
+    mine = local_run(plan, rank, x, group=group, transport=transport, timeout=20.0)
+    if rank == 0:
+        cp.synchronize(group)
+        wrong = differences(plan, rank, mine, every)
+        assert not wrong, wrong
+    else:
+        device._close_all()  # what ends a process that has not raised
 
 
 def other_order(rank, n, transport, timeout):
@@ -243,7 +311,7 @@ def other_order(rank, n, transport, timeout):
     A rank may get all that it needs when the other one gives up first, and hears of it in the next
     call.
     """
-    torch.cuda.set_device(rank)
+    take_gpu(rank)
     groups = [dist.new_group(backend="nccl") for _ in range(2)]
     plan, x = cp.make_plan(1100, n), gpu_tensors(1100)
     for group in groups:

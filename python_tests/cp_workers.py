@@ -17,6 +17,8 @@ from torch.utils import checkpoint
 import lctx_kernels as lk
 from lctx_kernels import cp, reference
 from lctx_kernels.cp import process_group
+from lctx_kernels.cp.registry import known_transport
+from lctx_kernels.cp.transport import Note
 
 
 def global_tensors(T, *, B=1, Hq=4, Hkv=2, D=8, dtype=torch.float64, seed=0):
@@ -233,6 +235,50 @@ def delayed(rank, n, victim, phase, step, timeout):
     return caught, cp.hop_log(group)[-1]
 
 
+def stopped(rank, n, victim, phase, step, timeout):
+    """Memory is short on one rank in the middle of a call, and it goes on to the next."""
+
+    def out_of_memory():
+        raise MemoryError("no memory for this hop")
+
+    strike(rank, victim, phase, step, out_of_memory)
+    plan, x = cp.make_plan(40, n), global_tensors(40)
+    if rank != victim:
+        local_run(plan, rank, x, timeout=timeout)
+        return None
+    said = []
+    for _ in range(2):
+        try:
+            local_run(plan, rank, x, timeout=timeout)
+        except (MemoryError, cp.RingError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    time.sleep(timeout)  # its process keeps the sockets that the others wait on
+    return said
+
+
+def made_again(rank, n):
+    """What no rank can have is tried again; what failed on the way is given up."""
+    group, cpu = dist.group.WORLD, torch.device("cpu")
+
+    def fail(error):
+        raise error
+
+    for error in (NotImplementedError("no"), NotImplementedError("never")):
+        with contextlib.suppress(NotImplementedError):
+            known_transport(group, cpu, "p2p", lambda error=error: fail(error))
+            raise AssertionError("made")
+    try:
+        known_transport(group, cpu, "p2p", lambda: fail(RuntimeError("out of handles\nat all")))
+    except RuntimeError as error:
+        assert "out of handles" in str(error)
+    given_up = known_transport(group, cpu, "p2p", lambda: fail(AssertionError("made again")))
+    try:
+        given_up.begin(Note.of({}), 0.0, agree=True)
+        raise AssertionError("begun")
+    except cp.RingError as error:
+        assert "given up: p2p was not made: out of handles; make another" in str(error)
+
+
 def absent(rank, n, victim, timeout):
     if rank == victim:
         time.sleep(2 * timeout)
@@ -266,7 +312,7 @@ def other_window(rank, n, victim):
     lk.ring_attention(q, k, v, window=5 if rank == victim else 4, timeout=20)
 
 
-def other_transport(rank, n, victim):
+def refused_at_length(rank, n, victim):
     """A refusal that is long, and not of letters."""
     q, k, v = global_tensors(10)[:3]
     refused = {"transport": "p2p", "layout": "\U0001f600" * 500} if rank == victim else {}

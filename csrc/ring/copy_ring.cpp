@@ -90,7 +90,7 @@ void CopyRing::free_memory() {
 }
 
 void CopyRing::tell(CUstream stream, Word kind, int channel, int peer, uint32_t count) {
-  const CUdeviceptr out = words_ + word(kind == kFreeIn ? kFreeOut : kDataOut, channel, peer);
+  const CUdeviceptr out = words_ + word(static_cast<Word>(kind + kFreeOut), channel, peer);
   LCTX_CU(cuStreamWriteValue32, stream, out, count, CU_STREAM_WRITE_VALUE_DEFAULT);
   LCTX_CU(cuMemcpyDtoDAsync, peer_words_[peer] + word(kind, channel, rank_), out, sizeof count,
           stream);
@@ -193,6 +193,15 @@ uint32_t CopyRing::read(CUdeviceptr word) {
   return found;
 }
 
+void CopyRing::tell_peers() {
+  for (int peer = 0; peer < static_cast<int>(peer_words_.size()); ++peer) {
+    try {
+      if (peer != rank_) tell(rescue_, kGaveUpIn, 0, peer, 1);
+    } catch (const std::runtime_error&) {  // it does not hear; its own deadlines remain
+    }
+  }
+}
+
 void CopyRing::release(const std::vector<Hop*>& pending) {
   for (const Hop* hop : pending) {
     const int channel = hop->channel();
@@ -207,6 +216,23 @@ void CopyRing::release(const std::vector<Hop*>& pending) {
       let_go(kDataIn, hop->recvs[i], hop->recv_counts[i]);
     }
   }
+}
+
+std::string CopyRing::asynchronous_error() {
+  std::vector<uint32_t> words(world_size_ * kWordStep / sizeof(uint32_t));
+  const CUdeviceptr first = words_ + word(kGaveUpIn, 0, 0);
+  try {
+    LCTX_CU(cuMemcpyDtoHAsync, words.data(), first, words.size() * sizeof(uint32_t), rescue_);
+    LCTX_CU(cuStreamSynchronize, rescue_);
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  for (int peer = 0; peer < world_size_; ++peer) {
+    if (words[peer * kWordStep / sizeof(uint32_t)] != 0) {
+      return "rank " + std::to_string(peer) + " has given up";
+    }
+  }
+  return "";
 }
 
 std::string CopyRing::missing(const Hop& hop) {

@@ -6,7 +6,9 @@
 //   tell each sender that its place here is free          (a word there)
 //   for each receiver: wait until its place is free, copy, tell it that the data is there
 //   wait for the data
-// Words count messages, so they are never reset. The stream writes a peer's word itself where that
+// Words count messages, so they are never reset. A rank that gives up raises its own words past all
+// counts, so that its streams go on, and sends what it has; before, it sets a word at every peer,
+// by which they know that what has come is void. The stream writes a peer's word itself where that
 // works between all ranks (not every driver lets it, for memory of another process), else a copy of
 // 4 bytes brings it, behind the data in the same stream.
 #pragma once
@@ -42,12 +44,14 @@ class CopyRing : public Ring {
 
  protected:
   void enqueue(Hop& hop, CUstream stream) override;
+  void tell_peers() override;
   void release(const std::vector<Hop*>& pending) override;
   void leave_peers() override;
   std::string missing(const Hop& hop) override;
+  std::string asynchronous_error() override;
 
  private:
-  enum Word { kFreeIn, kDataIn, kFreeOut, kDataOut, kTest };
+  enum Word { kFreeIn, kDataIn, kGaveUpIn, kFreeOut, kDataOut, kGaveUpOut, kTest };
 
   size_t word(Word kind, int channel, int peer) const;
   void tell(CUstream stream, Word kind, int channel, int peer, uint32_t count);

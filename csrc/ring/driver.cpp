@@ -40,11 +40,14 @@ const Driver& driver() {
   return loaded;
 }
 
-void check(CUresult result, const char* what) {
-  if (result == CUDA_SUCCESS) return;
+std::string text_of(CUresult result, const char* what) {
   const char* text = nullptr;
   driver().cuGetErrorString_(result, &text);
-  throw std::runtime_error(std::string(what) + ": " + (text == nullptr ? "unknown error" : text));
+  return std::string(what) + ": " + (text == nullptr ? "unknown error" : text);
+}
+
+void check(CUresult result, const char* what) {
+  if (result != CUDA_SUCCESS) throw std::runtime_error(text_of(result, what));
 }
 
 }  // namespace lctx::ring

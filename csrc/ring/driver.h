@@ -42,7 +42,10 @@ struct Driver {
 // Throws std::runtime_error where there is no driver.
 const Driver& driver();
 
-// Throws std::runtime_error that says what was tried and what the driver answered.
+// What was tried and what the driver answered.
+std::string text_of(CUresult result, const char* what);
+
+// Throws it as std::runtime_error, but for CUDA_SUCCESS.
 void check(CUresult result, const char* what);
 
 // Address of `name` in a library that is loaded, or std::runtime_error.

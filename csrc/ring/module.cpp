@@ -167,10 +167,16 @@ PYBIND11_MODULE(_ring, m) {
       .def("abort", &Ring::abort, release())
       .def("let_go", &Ring::let_go, release())
       .def("free_memory", &Ring::free_memory, release())
-      .def("close", &Ring::close, release())
+      .def("close", &Ring::close, py::arg("patience") = 1.0, release())
       .def_property_readonly("library_seconds", &Ring::library_seconds)
       .def_property_readonly("failed", &Ring::failed)
-      .def("failure", [](Ring& ring) { return as_dict(ring.failure()); })
+      .def("failure",
+           [](Ring& ring) {
+             const Hop hop = ring.failure();
+             py::dict entry = as_dict(hop);
+             entry["number"] = hop.number;  // 0: no hop failed, the ring did
+             return entry;
+           })
       .def("log", [](Ring& ring) {
         py::list entries;
         for (const Hop& hop : ring.log()) entries.append(as_dict(hop));

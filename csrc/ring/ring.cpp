@@ -82,12 +82,17 @@ int64_t Ring::post(CUstream stream, Hop posted) {
   }
   const double begin = steady_seconds();
   // Without the lock: a full queue blocks here until the watchdog has let the stream go on.
-  LCTX_CU(cuEventRecord, pending.ready, stream);
-  LCTX_CU(cuStreamWaitEvent, channels_[channel], pending.ready, 0);
-  if (starts_first()) LCTX_CU(cuEventRecord, pending.ready, channels_[channel]);
-  enqueue(*hop, channels_[channel]);
-  if (starts_first()) LCTX_CU(cuStreamWaitEvent, stream, pending.ready, 0);
-  LCTX_CU(cuEventRecord, pending.done, channels_[channel]);
+  try {
+    LCTX_CU(cuEventRecord, pending.ready, stream);
+    LCTX_CU(cuStreamWaitEvent, channels_[channel], pending.ready, 0);
+    if (starts_first()) LCTX_CU(cuEventRecord, pending.ready, channels_[channel]);
+    enqueue(*hop, channels_[channel]);
+    if (starts_first()) LCTX_CU(cuStreamWaitEvent, stream, pending.ready, 0);
+    LCTX_CU(cuEventRecord, pending.done, channels_[channel]);
+  } catch (const std::exception& error) {  // half a hop: the peers' counts are not ours any more
+    abort(error.what());
+    throw;
+  }
   const double seconds = steady_seconds() - begin;
   const std::lock_guard<std::mutex> lock(mutex_);
   library_seconds_ += seconds;
@@ -146,10 +151,11 @@ bool Ring::let_go(double seconds) {
   return peers_ == Peers::kGone;
 }
 
-void Ring::close() {
+void Ring::close(double patience) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     closing_ = true;
+    patience_ = patience;
     changed_.notify_all();
   }
   if (!watchdog_.joinable()) return;
@@ -206,11 +212,23 @@ void Ring::watch() {
       continue;
     }
     idle_since = 0;
-    const double now = seconds_now();
-    for (int channel = 0; channel < kChannels; ++channel) look_after(channel, now);
+    std::string error;
+    size_t done[kChannels];
+    for (int channel = 0; channel < kChannels; ++channel) done[channel] = ended(channel, error);
+    if (failure_.empty() && error.empty()) {
+      lock.unlock();
+      error = asynchronous_error();
+      lock.lock();
+    }
+    for (int channel = 0; channel < kChannels; ++channel) look_after(channel, done[channel], error);
+    const double now = steady_seconds();
     if (closing_ && closing_since == 0) closing_since = now;
-    if (closing_ && now - closing_since > 1 && failure_.empty() && !idle()) fail_first("closed");
-    if (closing_ && now - closing_since > 3) break;  // a kernel of the caller hangs
+    if (closing_ && failure_.empty() && !idle() && now - closing_since > patience_) {
+      fail_first("closed");
+    }
+    if (closing_ && !failure_.empty() && now - std::max(closing_since, failed_since_) > 2) {
+      break;  // a kernel of the caller hangs
+    }
     if (idle()) changed_.notify_all();
     changed_.wait_for(lock, kInterval);
   }
@@ -241,12 +259,24 @@ void Ring::fail_first(const std::string& what) {
   fail(none, what);
 }
 
-void Ring::look_after(int channel, double now) {
+size_t Ring::ended(int channel, std::string& error) const {
+  size_t count = 0;
+  for (const Pending& one : pending_[channel]) {
+    const CUresult result = driver().cuEventQuery_(one.done);
+    if (result == CUDA_ERROR_NOT_READY) break;
+    if (result != CUDA_SUCCESS) error = text_of(result, "CUDA");
+    ++count;
+  }
+  return count;
+}
+
+void Ring::look_after(int channel, size_t ended, const std::string& error) {
   auto& pending = pending_[channel];
-  while (!pending.empty() && driver().cuEventQuery_(pending.front().done) != CUDA_ERROR_NOT_READY) {
+  if (!error.empty() && failure_.empty() && !pending.empty()) fail(*pending.front().hop, error);
+  for (; ended > 0; --ended) {
     Pending& first = pending.front();
-    if (failure_.empty()) first.hop->done = now;
-    if (first.hop->ready == 0) first.hop->ready = now;
+    if (failure_.empty()) first.hop->done = seconds_now();
+    if (first.hop->ready == 0) first.hop->ready = seconds_now();
     free_events_.push_back(first.ready);
     free_events_.push_back(first.done);
     pending.pop_front();
@@ -262,12 +292,10 @@ void Ring::look_after(int channel, double now) {
   Pending& first = pending.front();
   if (front_since_[channel] == 0) {
     if (driver().cuEventQuery_(first.ready) == CUDA_ERROR_NOT_READY) return;
-    front_since_[channel] = first.hop->ready = now;
+    front_since_[channel] = steady_seconds();
+    first.hop->ready = seconds_now();
   }
-  const std::string error = asynchronous_error();
-  if (!error.empty()) {
-    fail(*first.hop, error);
-  } else if (now - front_since_[channel] > first.hop->timeout) {
+  if (steady_seconds() - front_since_[channel] > first.hop->timeout) {
     fail(*first.hop, missing(*first.hop));
   }
 }
@@ -276,6 +304,8 @@ void Ring::fail(Hop& hop, const std::string& what) {
   hop.error = what.empty() ? "given up" : what;
   failed_hop_ = hop;
   failure_ = hop.error;
+  failed_since_ = steady_seconds();
+  tell_peers();
   std::vector<Hop*> hops;
   for (auto& pending : pending_) {
     for (Pending& one : pending) {

@@ -3,8 +3,8 @@
 // A hop is posted on the caller's stream and runs on that of its channel; nothing waits on the
 // host. A thread looks after the hops that are under way. The deadline of a hop runs from when this
 // rank is ready for it, which the GPU says, so that work queued before it does not count. Past it
-// the watchdog sets the failure, fills what was still to arrive with NaN, and lets the streams go
-// on: nobody hangs, and every later call throws.
+// the watchdog sets the failure, tells the peers, fills what was still to arrive with NaN, and lets
+// the streams go on: nobody hangs, and every later call throws.
 #pragma once
 
 #include <atomic>
@@ -55,12 +55,13 @@ class Ring {
   Ring& operator=(const Ring&) = delete;
 
   // Starts a hop after what `stream` has been given so far; returns its number. Throws
-  // std::runtime_error after a failure.
+  // std::runtime_error after a failure, and an error of the driver, which is one.
   int64_t post(CUstream stream, Hop hop);
   // Lets `stream` wait for the hop. Throws std::runtime_error after a failure.
   void wait(int64_t number, CUstream stream);
   bool done(int64_t number);
-  // Waits on the host until no hop is under way. Throws std::runtime_error after a failure.
+  // Waits on the host until no hop is under way. Throws std::runtime_error after a failure, this
+  // rank's or one that a peer had before its part of these hops.
   void synchronize();
   // Gives up every hop under way.
   void abort(const std::string& reason);
@@ -74,9 +75,9 @@ class Ring {
   // Frees the memory of hops. After a failure only where this rank and all of its peers have let
   // go: a late peer would write to it.
   virtual void free_memory() = 0;
-  // Ends the watchdog; a hop under way is given up. Every subclass calls it in its destructor,
-  // where its release() still is.
-  void close();
+  // Ends the watchdog; a hop still under way after so many seconds is given up. Every subclass
+  // calls it in its destructor, where its release() still is.
+  void close(double patience = 1);
 
   // What post() and wait() have spent in calls of the driver and of NCCL.
   double library_seconds();
@@ -91,14 +92,17 @@ class Ring {
   // Whether what the caller's stream is given later waits until the exchange may begin: a kernel
   // that takes all multiprocessors would else begin before it, and keep it from starting.
   virtual bool starts_first() const { return false; }
+  // Tells the peers that this rank gives up, in the rescue stream, ahead of release().
+  virtual void tell_peers() {}
   // Lets the channels' streams go on without their peers; called again while they do not. Always on
-  // the watchdog's thread.
+  // the watchdog's thread, as all that follows here.
   virtual void release(const std::vector<Hop*>& pending) = 0;
-  // What let_go() says, on the same thread; called once, with no hop under way or being posted.
+  // What let_go() says; called once, with no hop under way or being posted.
   virtual void leave_peers() = 0;
   // Which messages of a hop have not come, as text.
   virtual std::string missing(const Hop& hop) = 0;
-  // An error of the transport itself, or "".
+  // An error of the transport itself or of a peer, or "". Asked without the lock, after hops were
+  // found done and before they count as done.
   virtual std::string asynchronous_error() { return ""; }
 
   const int rank_, world_size_;
@@ -120,18 +124,22 @@ class Ring {
   bool idle() const { return pending_[0].empty() && pending_[1].empty(); }
   void try_to_leave(std::unique_lock<std::mutex>& lock);  // of mutex_
   void fail_first(const std::string& what);
-  void look_after(int channel, double now);
+  // How many hops, from the first, the GPU has ended; sets `error` where it failed.
+  size_t ended(int channel, std::string& error) const;
+  // The watchdog's round, with as many ended hops, and what went wrong, or "".
+  void look_after(int channel, size_t ended, const std::string& error);
   void fail(Hop& hop, const std::string& what);
   void throw_if_failed() const;
 
   CUcontext context_ = nullptr;
   std::timed_mutex posting_;  // keeps hops of several threads in one order
-  std::mutex mutex_;          // of everything below; never held where a call may wait for the GPU
+  std::mutex mutex_;          // of everything below; held over a wait for the GPU only to fail
   std::condition_variable changed_;
   std::deque<Pending> pending_[kChannels];
   std::vector<CUevent> free_events_;
   std::deque<std::shared_ptr<Hop>> log_;
-  double front_since_[kChannels] = {};  // when the first pending hop was found ready
+  double front_since_[kChannels] = {};      // when the first pending hop was found ready, steady
+  double failed_since_ = 0, patience_ = 0;  // steady; of close()
   int64_t next_number_ = 1;
   double library_seconds_ = 0;
   Hop failed_hop_;

@@ -58,15 +58,15 @@ def _every_rank_has_the_library(group: Any, timeout: float) -> bool:
         mine = b"1"
     except NotImplementedError:
         mine = b"0"
-    plain = transport_of(group, torch.device("cuda"))
+    seconds = timeout or transport_of(group, torch.device("cuda")).default_timeout
     store, keys = _store(group), [f"lctx_ring/auto/{rank}" for rank in range(group.size())]
     store.set(keys[group.rank()], mine)
     with contextlib.suppress(RuntimeError):
-        store.wait(keys, datetime.timedelta(seconds=timeout or plain.default_timeout))
+        store.wait(keys, datetime.timedelta(seconds=seconds))
         return all(store.get(key) == b"1" for key in keys)
     missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
     raise RingError(
-        f"ring_attention: rank {group.rank()} of {group.size()} waited {timeout:g} s to agree on a "
+        f"ring_attention: rank {group.rank()} of {group.size()} waited {seconds:g} s to agree on a "
         f"transport with ranks {missing}, which are late or gone",
         rank=group.rank(), step=-1, phase="agreement", peers=tuple(missing), bytes=0,
     )  # fmt: skip

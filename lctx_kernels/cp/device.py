@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import datetime
 import functools
 import json
 import socket
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from . import failed
-from .process_group import GroupTransport, Ticket, _store
+from .process_group import GroupTransport, Ticket
+from .rendezvous import AbsentError, Rendezvous
 from .transport import Hop, Note, RingError
 
 PHASES = ("forward kv", "backward kv", "backward dkv")
@@ -65,7 +66,7 @@ class DeviceTransport(GroupTransport):
         self.index = torch.cuda.current_device() if device.index is None else device.index
         self.size = 0
         self.bytes = torch.empty(0, dtype=torch.uint8, device=device)
-        self.exchanges = 0
+        self.rendezvous = Rendezvous(group, self.kind, self.rank, self.world_size)
         self.stream = -1  # that the last call was on; -1 before the first
         _OPEN.add(self)
 
@@ -73,21 +74,13 @@ class DeviceTransport(GroupTransport):
 
     def _exchange(self, what: str, value: bytes) -> list[bytes]:
         """The values of all ranks, by the store; every rank calls it the same number of times."""
-        self.exchanges += 1
-        prefix = f"lctx_ring/{self.kind}/{self.exchanges}"
-        store, found = _store(self.group), []
-        store.set(f"{prefix}/{self.rank}", value)
         deadline = time.monotonic() + self.timeout
-        for peer in range(self.world_size):
-            left = max(deadline - time.monotonic(), 0.001)
-            try:
-                store.wait([f"{prefix}/{peer}"], datetime.timedelta(seconds=left))
-                found.append(bytes(store.get(f"{prefix}/{peer}")))
-            except RuntimeError as error:
-                hop = Hop("agreement", -1, 0, ((peer, self.bytes[:0]),), ())
-                ticket = Ticket(hop, [], deadline, {})
-                raise self._failure(ticket, f"to {what} with", peer, error) from error
-        return found
+        try:
+            return self.rendezvous.exchange(value, self.timeout)
+        except AbsentError as error:
+            hop = Hop("agreement", -1, 0, ((error.peer, self.bytes[:0]),), ())
+            ticket = Ticket(hop, [], deadline, {})
+            raise self._failure(ticket, f"to {what} with", error.peer, error) from error
 
     def _exchange_notes(self, note: dict[str, Any]) -> list[dict[str, Any]]:
         text = json.dumps(note).encode()
@@ -216,10 +209,10 @@ class DeviceTransport(GroupTransport):
             raise self._failed(RuntimeError(self.ring.failure()["error"]))
         super().begin(note, timeout, agree)
 
-    def abort(self) -> None:
+    def abort(self, reason: str = "aborted") -> None:
         """As Transport."""
-        self.ring.abort("aborted")
-        super().abort()
+        self.ring.abort(reason)
+        super().abort(reason)
 
     def close(self) -> None:
         """As Transport."""
@@ -238,24 +231,26 @@ class DeviceTransport(GroupTransport):
     def _failed(self, error: Exception) -> RingError:
         """What the watchdog found, as text."""
         hop = self._named(self.ring.failure())
-        waited = time.time() - (hop["ready"] or hop["posted"] or time.time())
-        peers = tuple(sorted({*hop["to"], *hop["from"]}))
-        where = f"{hop['phase']!r}, step {hop['step']}"
+        me, reason = f"rank {self.rank} of {self.world_size}", hop["error"] or str(error)
+        peers, step, phase = tuple(sorted({*hop["to"], *hop["from"]})), hop["step"], hop["phase"]
+        where = f"{phase!r}, step {step}"
+        if hop["number"]:
+            waited = time.time() - (hop["ready"] or hop["posted"])
+            text = (
+                f"{me} waited {waited:.1f} s (timeout {self.timeout:g} s) for ranks {list(peers)}, "
+                f"in {where} of call {hop['call']}; the hop is {hop['bytes_sent']} bytes to "
+                f"{hop['to']}, {hop['bytes_received']} bytes from {hop['from']}: {reason}. A rank "
+                "is late, gone, or was called with other arguments"
+            )
+        else:  # with no hop under way
+            step, phase, where = -1, "agreement", "no hop"
+            text = f"{me} gave up in call {self.call_number}: {reason}"
+        text += ". Results since then are void; make another group by torch.distributed.new_group"
         if self.broken is None:
-            self.broken = f"{where} of call {hop['call']}: {hop['error']}"
-            others = "\n" + "\n".join(self._others(where))
-        else:
-            others = ""
-        text = (
-            f"ring_attention: rank {self.rank} of {self.world_size} waited {waited:.1f} s (timeout "
-            f"{self.timeout:g} s) for ranks {list(peers)}, in {where} of call {hop['call']}; the "
-            f"hop is {hop['bytes_sent']} bytes to {hop['to']}, {hop['bytes_received']} bytes from "
-            f"{hop['from']}: {hop['error']}. A rank is late, gone, or was called with other "
-            f"arguments. Results since then are void; make another group by "
-            f"torch.distributed.new_group{others}"
-        )
+            self.broken = f"{where} of call {hop['call'] or self.call_number}: {reason}"
+            text += "\n" + "\n".join(self._others(where))
         return RingError(
-            text, rank=self.rank, step=hop["step"], phase=hop["phase"], peers=peers,
+            f"ring_attention: {text}", rank=self.rank, step=step, phase=phase, peers=peers,
             bytes=hop["bytes_sent"] + hop["bytes_received"],
         )  # fmt: skip
 
@@ -382,5 +377,7 @@ def _boot_id() -> bytes:
 
 @atexit.register
 def _close_all() -> None:
+    """End the transports; after an exception at once, else when peers have had their last hops."""
+    died = getattr(sys, "last_value", None) is not None
     for transport in _with_rings():
-        transport.ring.close()
+        transport.ring.close(1.0 if died else transport.timeout)

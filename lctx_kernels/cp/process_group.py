@@ -13,7 +13,7 @@ import json
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -65,9 +65,16 @@ class GroupTransport:
         a group agrees once on every kind of call.
 
         Raises:
+            NotImplementedError: A timeout that cannot be had, or a CUDA graph that is captured.
             ValueError: Another rank has refused its arguments, or has other ones.
             RingError: Another rank does not come, or the group has been aborted.
         """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise NotImplementedError(
+                f"{note.fields.get('op', 'ring_attention')}: a CUDA graph is being captured; hops "
+                "are counted and watched on the host, which a replay would not do; expected calls "
+                'outside of graphs (torch.compile: mode="default", or no cudagraphs)'
+            )
         self.call_number += 1
         if timeout and self.device.type != "cpu" and type(self) is GroupTransport:
             raise NotImplementedError(
@@ -217,9 +224,12 @@ class GroupTransport:
         """As Transport; the group uses the current stream."""
         return 0
 
-    def abort(self) -> None:
-        """As Transport."""
-        self.broken = self.broken or "aborted"
+    def abort(self, reason: str = "aborted") -> None:
+        """As Transport. The others hear of it when their own hops with this rank fail."""
+        if self.broken is None:
+            self.broken = reason
+            said = f"gave up in call {self.call_number}: {reason}"
+            _in_time(lambda: _store(self.group).set(f"lctx_ring/{self.rank}", said))
 
     def close(self) -> None:
         """As Transport."""
@@ -262,27 +272,34 @@ class GroupTransport:
         said: dict[int, str] = {}
 
         def ask() -> None:
-            try:
-                store = _store(self.group)
-                store.set(f"lctx_ring/{self.rank}", f"gave up in {where}, call {self.call_number}")
-                end = time.monotonic() + STATUS_SECONDS * 0.9
-                while time.monotonic() < end and len(said) < self.world_size - 1:
-                    for rank in range(self.world_size):
-                        key = f"lctx_ring/{rank}"
-                        if rank != self.rank and rank not in said and store.check([key]):
-                            said[rank] = store.get(key).decode()
-                    time.sleep(0.1)
-            except RuntimeError:  # the process that keeps the store is gone
-                return
+            store = _store(self.group)
+            store.set(f"lctx_ring/{self.rank}", f"gave up in {where}, call {self.call_number}")
+            end = time.monotonic() + STATUS_SECONDS * 0.9
+            while time.monotonic() < end and len(said) < self.world_size - 1:
+                for rank in range(self.world_size):
+                    key = f"lctx_ring/{rank}"
+                    if rank != self.rank and rank not in said and store.check([key]):
+                        said[rank] = store.get(key).decode()
+                time.sleep(0.1)
 
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(STATUS_SECONDS)
+        _in_time(ask)
         return [
             f"rank {rank}: {said.get(rank, 'says nothing: still at work, or gone')}"
             for rank in range(self.world_size)
             if rank != self.rank
         ]
+
+
+def _in_time(ask: Callable[[], None]) -> None:
+    """Ask a store that may not answer."""
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
+            ask()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(STATUS_SECONDS)
 
 
 def _raw(buffer: Tensor) -> Tensor:

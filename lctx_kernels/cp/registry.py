@@ -20,12 +20,23 @@ _TRANSPORTS: dict[tuple[str, str, str], GroupTransport] = {}
 def known_transport(
     group: Any, device: torch.device, kind: str, make: Callable[[], GroupTransport]
 ) -> GroupTransport:
-    """The transport of one kind of a group, for tensors of a device."""
+    """The transport of one kind of a group, for tensors of a device.
+
+    One whose making failed half way, on this rank, is given up: the others have come as far or less
+    far. NotImplementedError says that all ranks have agreed not to have it.
+    """
     key = (group.group_name, device.type, kind)
     known = _TRANSPORTS.get(key)
     if known is None or known.group is not group:
         _forget_destroyed()
-        _TRANSPORTS[key] = known = make()
+        try:
+            _TRANSPORTS[key] = known = make()
+        except NotImplementedError:
+            raise
+        except BaseException as error:
+            _TRANSPORTS[key] = given_up = GroupTransport(group, device)
+            given_up.broken = f"{kind} was not made: {error}".splitlines()[0]
+            raise
     return known
 
 

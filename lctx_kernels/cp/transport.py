@@ -92,8 +92,8 @@ class Transport(Protocol):
     def use_stream(self, stream: int) -> int:
         """Post and wait on this CUDA stream from now on; returns the one before, 0 without any."""
 
-    def abort(self) -> None:
-        """Give up everything posted; the transport cannot be used any more."""
+    def abort(self, reason: str = "aborted") -> None:
+        """Give up everything posted; the transport cannot be used any more. Keeps the first."""
 
     def close(self) -> None:
         """Release what the transport holds, with nothing posted."""
@@ -123,13 +123,20 @@ class RingError(RuntimeError):
 
 
 def run_alone(steps: Steps[Result], transport: Transport) -> Result:
-    """Run one rank's work to its end."""
+    """Run one rank's work to its end.
+
+    The peers' hops wait for all of it: where it stops half way, memory being short or the user
+    having had enough, what comes next from this rank would be taken for what is missing.
+    """
     try:
         while True:
             transport.wait(next(steps))
     except StopIteration as end:
         result: Result = end.value
         return result
+    except BaseException as error:
+        transport.abort(f"{type(error).__name__} in the middle of it: {error}".splitlines()[0])
+        raise
     finally:
         steps.close()  # and leave the streams that it was on
 
@@ -236,7 +243,7 @@ class SimulatedRank:
         """As Transport."""
         return 0
 
-    def abort(self) -> None:
+    def abort(self, reason: str = "aborted") -> None:
         """As Transport."""
         self.simulator.posted.clear()
         self.simulator.expected.clear()

@@ -1,13 +1,19 @@
 """What becomes of a ring when a rank is gone, late, or does something else."""
 
+import copy
 import re
+import threading
+import time
 
 import cp_method_workers as methods
 import cp_workers
 import pytest
-from processes import run_ranks
+import torch.distributed as dist
+from processes import run_ranks, run_ranks_well
 
 from lctx_kernels import cp
+from lctx_kernels.cp.process_group import GroupTransport
+from lctx_kernels.cp.rendezvous import AbsentError, Rendezvous
 from lctx_kernels.cp.transport import run_alone
 
 pytestmark = pytest.mark.dist
@@ -67,7 +73,7 @@ def test_a_rank_that_does_not_call():
         (cp_workers.other_length, ("different arguments", "rank 1: sequence length = 27")),
         (cp_workers.not_the_plans_length, ("q has 9 rows on rank 1; expected 10",)),
         (cp_workers.other_window, ("different arguments", "rank 0: window = 4", "window = 5")),
-        (cp_workers.other_transport, ("layout is ",)),
+        (cp_workers.refused_at_length, ("layout is ",)),
         (cp_workers.refused_infini, ("segment_len is 0",)),
         (cp_workers.refused_landmark, ("block_size is 1",)),
         (cp_workers.refused_dilated, ("segment_lengths",)),
@@ -112,6 +118,65 @@ def test_backwards_in_another_order():
         assert outcome.fields["phase"].startswith("backward")
 
 
+@pytest.mark.parametrize(
+    "phase, step", [("forward kv", 0), ("backward kv", 1), ("backward dkv", 2)]
+)
+def test_a_rank_that_stops_in_the_middle(phase, step):
+    outcomes = run_ranks(cp_workers.stopped, 4, 1, phase, step, TIMEOUT)
+    for rank in (0, 2, 3):
+        check_ring_error(outcomes[rank], rank)
+    texts = [outcomes[rank].text for rank in (0, 2, 3)]
+    assert any("rank 1: gave up in call" in text for text in texts), texts
+    assert outcomes[1].value == [
+        "MemoryError: no memory for this hop",
+        "RingError: rank 1: this group was given up: MemoryError in the middle of it: no memory "
+        "for this hop; make another by torch.distributed.new_group",
+    ]
+
+
+def test_a_transport_that_was_not_made():
+    run_ranks_well(cp_workers.made_again, 2)
+
+
+class Members:
+    """A group, of which only the store is asked."""
+
+    def __init__(self):
+        self.store = dist.HashStore()
+
+    def get_group_store(self):
+        return self.store
+
+
+def test_ranks_meet_again_after_a_first_attempt():
+    """What was said in one attempt to make a transport is not heard in the next."""
+    group, heard = Members(), {}
+
+    def rank(own, meeting, attempt):
+        values = [meeting.exchange(f"{what} {attempt} {own}".encode(), 5.0) for what in "ab"]
+        heard[attempt, own] = [b"-".join(v).decode() for v in values]
+
+    for attempt in (1, 2):
+        shared = Rendezvous(group, "p2p", 0, 2)
+        other = copy.copy(shared)  # of the other process, which counts attempts for itself
+        other.rank = 1
+        threads = [
+            threading.Thread(target=rank, args=(own, meeting, attempt))
+            for own, meeting in enumerate((shared, other))
+        ]
+        for own, thread in enumerate(threads):
+            time.sleep(0.3 * own)
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for attempt in (1, 2):
+        said = [f"{what} {attempt} 0-{what} {attempt} 1" for what in "ab"]
+        assert heard[attempt, 0] == heard[attempt, 1] == said
+    with pytest.raises(AbsentError) as late:
+        Rendezvous(group, "nccl", 0, 2).exchange(b"", 0.2)
+    assert late.value.peer == 1
+
+
 def test_a_failed_wait_ends_the_steps():
     """The streams that a step is on are left with the exception, not when it is forgotten."""
     left = []
@@ -122,7 +187,10 @@ def test_a_failed_wait_ends_the_steps():
         finally:
             left.append(True)
 
-    class Late:
+    class Late(GroupTransport):
+        def __init__(self):
+            self.broken = "late"
+
         def wait(self, ticket):
             raise cp.RingError("late", rank=0, step=0, phase="forward kv", peers=(1,), bytes=0)
 

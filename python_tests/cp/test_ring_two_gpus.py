@@ -1,4 +1,7 @@
-"""ring_attention between two GPUs: every transport gives the bits of the simulation."""
+"""ring_attention between two GPUs: every transport gives the bits of the simulation.
+
+With one GPU "p2p" is tested between two processes that share it; NCCL takes one process a GPU.
+"""
 
 import cp_gpu_workers as workers
 import pytest
@@ -6,14 +9,11 @@ import torch
 from gpu_checks import needs_kernel
 from processes import run_ranks, run_ranks_well
 
-pytestmark = [
-    *needs_kernel("ring_bwd"),
-    pytest.mark.dist,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = [*needs_kernel("ring_bwd"), pytest.mark.dist]
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
-OWN = ("p2p", "nccl")
-TRANSPORTS = ("pg", *OWN)
+OWN = ("p2p", pytest.param("nccl", marks=needs_two))
+TRANSPORTS = (pytest.param("pg", marks=needs_two), *OWN)
 TIMEOUT = 1.0
 GRACE = 5.0
 OWN_HOP_SECONDS = 6e-6
@@ -30,7 +30,8 @@ def test_many_calls_in_flight(transport):
     run_ranks_well(workers.many_calls, 2, transport)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@needs_two
+@pytest.mark.parametrize("transport", ["pg", "p2p", "nccl"])
 def test_tensors_that_are_not_on_the_current_gpu(transport):
     run_ranks_well(workers.not_on_the_current_gpu, 2, transport)
 
@@ -41,7 +42,8 @@ def test_auto_takes_the_copy_engine():
         assert sorted(set(phases)) == ["backward dkv", "backward kv", "forward kv"]
 
 
-@pytest.mark.parametrize("transport", OWN)
+@needs_two
+@pytest.mark.parametrize("transport", ["p2p", "nccl"])
 def test_host_time_of_a_hop(transport):
     """Of the 12 us of a hop (bench.ring), what is not the driver's and NCCL's."""
     found = run_ranks_well(workers.host_seconds_of_a_hop, 2, transport, 4000)
@@ -73,11 +75,37 @@ def test_a_killed_rank(transport, phase, step):
 
 @pytest.mark.parametrize("transport", OWN)
 def test_a_late_rank_and_a_new_group(transport):
-    """The rank that waits says so in time; the late one at its next hop, or when it waits."""
+    """The rank that waits says so in time, the late one by "p2p" when it waits for its hops."""
     found = run_ranks_well(workers.late_and_again, 2, transport, 3, TIMEOUT)
     for round_ in range(3):
         waiting = 1 - round_ % 2
         check_ring_error(found[waiting][round_], waiting, PHASES)
+
+
+@pytest.mark.parametrize("transport", OWN)
+@pytest.mark.parametrize("phase, step", [("forward kv", 0), ("backward dkv", 1)])
+def test_a_rank_that_stops_in_the_middle(phase, step, transport):
+    waits, stopped = run_ranks_well(workers.stopped, 2, transport, phase, step, TIMEOUT)
+    check_ring_error(waits, 0, PHASES)
+    if transport == "p2p":
+        assert "rank 1 has given up" in waits[1]
+    assert stopped == [
+        "MemoryError: no memory for this hop",
+        "RingError: rank 1: this group was given up: MemoryError in the middle of it: no memory "
+        "for this hop; make another by torch.distributed.new_group",
+    ]
+
+
+@pytest.mark.parametrize("transport", OWN)
+def test_the_last_hops_of_a_rank_that_ends(transport):
+    """A process that ends with hops under way lets its peers have them first."""
+    run_ranks_well(workers.ends_early, 2, transport)
+
+
+@pytest.mark.parametrize("transport", OWN)
+def test_no_hops_in_graphs(transport):
+    for text in run_ranks_well(workers.captured, 2, transport):
+        assert text.startswith("ring_attention: a CUDA graph is being captured")
 
 
 @pytest.mark.parametrize("transport", OWN)
