@@ -45,6 +45,8 @@ void close_all(std::vector<CUdeviceptr>& opened, int rank) {
 }  // namespace
 
 CopyRing::CopyRing(int rank, int world_size) : Ring(rank, world_size) {
+  // Of the priority of keys: in one hardware queue with them it only waits in the channel's order.
+  LCTX_CU(cuStreamCreateWithPriority, &receiver_, CU_STREAM_NON_BLOCKING, kKeysPriority);
   const size_t bytes = rounded(word(kTest, kChannels, 0) + kWordStep);
   LCTX_CU(cuMemAlloc, &words_, bytes);
   LCTX_CU(cuMemsetD8Async, words_, 0, bytes, rescue_);
@@ -55,7 +57,20 @@ CopyRing::CopyRing(int rank, int world_size) : Ring(rank, world_size) {
   }
 }
 
-CopyRing::~CopyRing() { close(); }
+CopyRing::~CopyRing() {
+  close();
+  if (driver().cuStreamQuery_(receiver_) == CUDA_SUCCESS) driver().cuStreamDestroy_(receiver_);
+}
+
+// Not sums: a kernel may write to a slot when its hop was waited for.
+bool CopyRing::arrives_first(const Hop& hop) const {
+  const auto bytes = [](const std::vector<Message>& messages) {
+    int64_t total = 0;
+    for (const Message& m : messages) total += m.bytes;
+    return total;
+  };
+  return hop.channel() == 0 && !hop.recvs.empty() && bytes(hop.recvs) < bytes(hop.sends);
+}
 
 size_t CopyRing::word(Word kind, int channel, int peer) const {
   return ((static_cast<size_t>(kind) * kChannels + channel) * world_size_ + peer) * kWordStep;
@@ -107,14 +122,18 @@ void CopyRing::copy(const Message& m, CUstream stream) {
   }
 }
 
-void CopyRing::enqueue(Hop& hop, CUstream stream) {
+void CopyRing::enqueue(Hop& hop, CUstream stream, CUevent arrived) {
   const int channel = hop.channel();
   for (const Message& m : hop.sends) hop.send_counts.push_back(++sent_[channel][m.peer]);
   for (const Message& m : hop.recvs) hop.recv_counts.push_back(++received_[channel][m.peer]);
-  direct_ ? enqueue_direct(hop, stream) : enqueue_by_copies(hop, stream);
+  const CUstream receiver = arrived != nullptr ? receiver_ : stream;
+  direct_ ? enqueue_direct(hop, stream, receiver) : enqueue_by_copies(hop, stream, receiver);
+  if (arrived == nullptr) return;
+  LCTX_CU(cuEventRecord, arrived, receiver);
+  LCTX_CU(cuStreamWaitEvent, stream, arrived, 0);
 }
 
-void CopyRing::enqueue_by_copies(const Hop& hop, CUstream stream) {
+void CopyRing::enqueue_by_copies(const Hop& hop, CUstream stream, CUstream receiver) {
   const int channel = hop.channel();
   for (size_t i = 0; i < hop.recvs.size(); ++i) {
     tell(stream, kFreeIn, channel, hop.recvs[i].peer, hop.recv_counts[i]);
@@ -127,12 +146,12 @@ void CopyRing::enqueue_by_copies(const Hop& hop, CUstream stream) {
     tell(stream, kDataIn, channel, peer, hop.send_counts[i]);
   }
   for (size_t i = 0; i < hop.recvs.size(); ++i) {
-    LCTX_CU(cuStreamWaitValue32, stream, words_ + word(kDataIn, channel, hop.recvs[i].peer),
+    LCTX_CU(cuStreamWaitValue32, receiver, words_ + word(kDataIn, channel, hop.recvs[i].peer),
             hop.recv_counts[i], CU_STREAM_WAIT_VALUE_GEQ);
   }
 }
 
-void CopyRing::enqueue_direct(const Hop& hop, CUstream stream) {
+void CopyRing::enqueue_direct(const Hop& hop, CUstream stream, CUstream receiver) {
   const int channel = hop.channel();
   std::vector<CUstreamBatchMemOpParams> operations;
   const auto write = [&](Word kind, int peer, uint32_t count) {
@@ -150,23 +169,23 @@ void CopyRing::enqueue_direct(const Hop& hop, CUstream stream) {
     one.waitValue.flags = CU_STREAM_WAIT_VALUE_GEQ;
     operations.push_back(one);
   };
-  const auto run = [&] {
+  const auto run = [&](CUstream in) {
     if (operations.empty()) return;
-    LCTX_CU(cuStreamBatchMemOp, stream, static_cast<unsigned>(operations.size()), operations.data(),
-            0);
+    LCTX_CU(cuStreamBatchMemOp, in, static_cast<unsigned>(operations.size()), operations.data(), 0);
     operations.clear();
   };
   for (size_t i = 0; i < hop.recvs.size(); ++i)
     write(kFreeIn, hop.recvs[i].peer, hop.recv_counts[i]);
   for (size_t i = 0; i < hop.sends.size(); ++i)
     wait(kFreeIn, hop.sends[i].peer, hop.send_counts[i]);
-  run();
+  run(stream);
   for (const Message& m : hop.sends) copy(m, stream);
   for (size_t i = 0; i < hop.sends.size(); ++i)
     write(kDataIn, hop.sends[i].peer, hop.send_counts[i]);
+  if (receiver != stream) run(stream);
   for (size_t i = 0; i < hop.recvs.size(); ++i)
     wait(kDataIn, hop.recvs[i].peer, hop.recv_counts[i]);
-  run();
+  run(receiver);
 }
 
 void CopyRing::try_direct() {

@@ -6,11 +6,13 @@
 //   tell each sender that its place here is free          (a word there)
 //   for each receiver: wait until its place is free, copy, tell it that the data is there
 //   wait for the data
-// Words count messages, so they are never reset. A rank that gives up raises its own words past all
-// counts, so that its streams go on, and sends what it has; before, it sets a word at every peer,
-// by which they know that what has come is void. The stream writes a peer's word itself where that
-// works between all ranks (not every driver lets it, for memory of another process), else a copy of
-// 4 bytes brings it, behind the data in the same stream.
+// Where more keys leave than come, a stream of its own waits for the data, so that kernels need not
+// wait for what leaves; the channel's waits for it behind its copies. Words count messages, so they
+// are never reset. A rank that gives up raises its own words past all counts, so that its streams
+// go on, and sends what it has; before, it sets a word at every peer, by which they know that what
+// has come is void. The stream writes a peer's word itself where that works between all ranks (not
+// every driver lets it, for memory of another process), else a copy of 4 bytes brings it, behind
+// the data in the same stream.
 #pragma once
 
 #include "ring.h"
@@ -43,7 +45,8 @@ class CopyRing : public Ring {
   CUdeviceptr memory() const { return memory_; }
 
  protected:
-  void enqueue(Hop& hop, CUstream stream) override;
+  void enqueue(Hop& hop, CUstream stream, CUevent arrived) override;
+  bool arrives_first(const Hop& hop) const override;
   void tell_peers() override;
   void release(const std::vector<Hop*>& pending) override;
   void leave_peers() override;
@@ -56,11 +59,12 @@ class CopyRing : public Ring {
   size_t word(Word kind, int channel, int peer) const;
   void tell(CUstream stream, Word kind, int channel, int peer, uint32_t count);
   void copy(const Message& m, CUstream stream);
-  void enqueue_by_copies(const Hop& hop, CUstream stream);
-  void enqueue_direct(const Hop& hop, CUstream stream);
+  void enqueue_by_copies(const Hop& hop, CUstream stream, CUstream receiver);
+  void enqueue_direct(const Hop& hop, CUstream stream, CUstream receiver);
   uint32_t read(CUdeviceptr word);
 
   bool direct_ = false;
+  CUstream receiver_ = nullptr;
   CUdeviceptr words_ = 0, memory_ = 0;
   std::vector<CUdeviceptr> peer_words_, peer_memory_;
   std::vector<uint32_t> sent_[kChannels], received_[kChannels];

@@ -162,6 +162,8 @@ PYBIND11_MODULE(_ring, m) {
       .def(
           "wait", [](Ring& ring, int64_t n, uint64_t stream) { ring.wait(n, stream_of(stream)); },
           release())
+      .def(
+          "settle", [](Ring& ring, uint64_t stream) { ring.settle(stream_of(stream)); }, release())
       .def("done", &Ring::done, release())
       .def("synchronize", &Ring::synchronize, release())
       .def("abort", &Ring::abort, release())

@@ -149,7 +149,7 @@ void NcclRing::warm_up() {
   }
 }
 
-void NcclRing::enqueue(Hop& hop, CUstream stream) {
+void NcclRing::enqueue(Hop& hop, CUstream stream, CUevent) {
   if (aborted_) throw std::runtime_error("the communicator was given up");
   const nccl::Comm comm = comms_[hop.channel()];
   Group group;

@@ -30,7 +30,7 @@ class NcclRing : public Ring {
   void warm_up();
 
  protected:
-  void enqueue(Hop& hop, CUstream stream) override;
+  void enqueue(Hop& hop, CUstream stream, CUevent arrived) override;
   bool starts_first() const override { return true; }
   void release(const std::vector<Hop*>& pending) override;
   void leave_peers() override;

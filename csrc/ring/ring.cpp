@@ -13,10 +13,8 @@ constexpr auto kInterval = std::chrono::milliseconds(2);
 // the next call's first hop longer than all else of it.
 constexpr int kAwake = 500;                          // intervals
 constexpr auto kPatience = std::chrono::seconds(2);  // with a hop that is being posted
-// Streams of one priority may share a hardware queue, where one that waits stops the others: each
-// of ours has a priority of its own, and the watchdog's another than those that it rescues.
-constexpr int kPriorities[kChannels] = {-5, -4};
-constexpr int kRescuePriority = -3;
+// Of sums of gradients, and of the watchdog (kKeysPriority).
+constexpr int kSumsPriority = -4, kRescuePriority = -3;
 
 double steady_seconds() {
   using namespace std::chrono;
@@ -33,10 +31,8 @@ double seconds_now() {
 Ring::Ring(int rank, int world_size) : rank_(rank), world_size_(world_size) {
   LCTX_CU(cuCtxGetCurrent, &context_);
   if (context_ == nullptr) throw std::runtime_error("no CUDA context is current");
-  for (int channel = 0; channel < kChannels; ++channel) {
-    LCTX_CU(cuStreamCreateWithPriority, &channels_[channel], CU_STREAM_NON_BLOCKING,
-            kPriorities[channel]);
-  }
+  LCTX_CU(cuStreamCreateWithPriority, &channels_[0], CU_STREAM_NON_BLOCKING, kKeysPriority);
+  LCTX_CU(cuStreamCreateWithPriority, &channels_[1], CU_STREAM_NON_BLOCKING, kSumsPriority);
   LCTX_CU(cuStreamCreateWithPriority, &rescue_, CU_STREAM_NON_BLOCKING, kRescuePriority);
   watchdog_ = std::thread([this] { watch(); });
 }
@@ -56,10 +52,10 @@ void Ring::throw_if_failed() const {
   if (!failure_.empty()) throw std::runtime_error(failure_);
 }
 
-CUevent Ring::done_event(int64_t number) const {
+CUevent Ring::arrival(int64_t number) const {
   for (const auto& pending : pending_) {  // the latest are last, and asked for most
     for (auto one = pending.rbegin(); one != pending.rend() && one->number >= number; ++one) {
-      if (one->number == number) return one->done;
+      if (one->number == number) return one->arrived != nullptr ? one->arrived : one->done;
     }
   }
   return nullptr;
@@ -79,6 +75,7 @@ int64_t Ring::post(CUstream stream, Hop posted) {
     pending.number = hop->number = next_number_++;
     pending.ready = take_event();
     pending.done = take_event();
+    if (arrives_first(*hop)) pending.arrived = take_event();
   }
   const double begin = steady_seconds();
   // Without the lock: a full queue blocks here until the watchdog has let the stream go on.
@@ -86,7 +83,7 @@ int64_t Ring::post(CUstream stream, Hop posted) {
     LCTX_CU(cuEventRecord, pending.ready, stream);
     LCTX_CU(cuStreamWaitEvent, channels_[channel], pending.ready, 0);
     if (starts_first()) LCTX_CU(cuEventRecord, pending.ready, channels_[channel]);
-    enqueue(*hop, channels_[channel]);
+    enqueue(*hop, channels_[channel], pending.arrived);
     if (starts_first()) LCTX_CU(cuStreamWaitEvent, stream, pending.ready, 0);
     LCTX_CU(cuEventRecord, pending.done, channels_[channel]);
   } catch (const std::exception& error) {  // half a hop: the peers' counts are not ours any more
@@ -104,23 +101,37 @@ int64_t Ring::post(CUstream stream, Hop posted) {
 }
 
 void Ring::wait(int64_t number, CUstream stream) {
-  CUevent done = nullptr;
+  CUevent there = nullptr;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     throw_if_failed();
-    done = done_event(number);
-    if (done == nullptr) return;  // it is done
+    there = arrival(number);
+    if (there == nullptr) return;  // it is done
   }
   const double begin = steady_seconds();
-  LCTX_CU(cuStreamWaitEvent, stream, done, 0);
+  LCTX_CU(cuStreamWaitEvent, stream, there, 0);
   const double seconds = steady_seconds() - begin;
   const std::lock_guard<std::mutex> lock(mutex_);
   library_seconds_ += seconds;
 }
 
+void Ring::settle(CUstream stream) {
+  std::vector<CUevent> last;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    throw_if_failed();
+    for (const auto& pending : pending_) {  // a channel's hops end in order
+      const auto early = [](const Pending& one) { return one.arrived != nullptr; };
+      const bool any = std::any_of(pending.begin(), pending.end(), early);
+      if (any) last.push_back(pending.back().done);
+    }
+  }
+  for (CUevent event : last) LCTX_CU(cuStreamWaitEvent, stream, event, 0);
+}
+
 bool Ring::done(int64_t number) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  CUevent event = done_event(number);
+  CUevent event = arrival(number);
   return event == nullptr || driver().cuEventQuery_(event) == CUDA_SUCCESS;
 }
 
@@ -279,6 +290,7 @@ void Ring::look_after(int channel, size_t ended, const std::string& error) {
     if (first.hop->ready == 0) first.hop->ready = seconds_now();
     free_events_.push_back(first.ready);
     free_events_.push_back(first.done);
+    if (first.arrived != nullptr) free_events_.push_back(first.arrived);
     pending.pop_front();
     front_since_[channel] = 0;
   }

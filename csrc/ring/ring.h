@@ -25,6 +25,10 @@ namespace lctx::ring {
 // Keys and values, and gradients, travel apart: neither waits for the other.
 constexpr int kChannels = 2;
 
+// Streams of one priority may share a hardware queue, where one that waits stops the others: each
+// of ours has a priority of its own, and the watchdog's another than those that it rescues.
+constexpr int kKeysPriority = -5;
+
 struct Message {
   int peer;
   CUdeviceptr data;
@@ -57,8 +61,11 @@ class Ring {
   // Starts a hop after what `stream` has been given so far; returns its number. Throws
   // std::runtime_error after a failure, and an error of the driver, which is one.
   int64_t post(CUstream stream, Hop hop);
-  // Lets `stream` wait for the hop. Throws std::runtime_error after a failure.
+  // Lets `stream` wait until what the hop receives is there, and until everything that earlier hops
+  // of its channel send has left. Throws std::runtime_error after a failure.
   void wait(int64_t number, CUstream stream);
+  // Lets `stream` wait until everything that hops send has left, where wait() did not.
+  void settle(CUstream stream);
   bool done(int64_t number);
   // Waits on the host until no hop is under way. Throws std::runtime_error after a failure, this
   // rank's or one that a peer had before its part of these hops.
@@ -87,8 +94,11 @@ class Ring {
   Hop failure();
 
  protected:
-  // Puts the exchange into `stream`, of the hop's channel.
-  virtual void enqueue(Hop& hop, CUstream stream) = 0;
+  // Puts the exchange into `stream`, of the hop's channel. Records `arrived`, if it is one, when
+  // all receives are there.
+  virtual void enqueue(Hop& hop, CUstream stream, CUevent arrived) = 0;
+  // Whether what a hop receives is there long before what it sends has left.
+  virtual bool arrives_first(const Hop&) const { return false; }
   // Whether what the caller's stream is given later waits until the exchange may begin: a kernel
   // that takes all multiprocessors would else begin before it, and keep it from starting.
   virtual bool starts_first() const { return false; }
@@ -116,10 +126,11 @@ class Ring {
     std::shared_ptr<Hop> hop;
     int64_t number;
     CUevent ready, done;
+    CUevent arrived;  // null: when it is done
   };
 
   CUevent take_event();
-  CUevent done_event(int64_t number) const;  // null where the hop is done
+  CUevent arrival(int64_t number) const;  // null where the hop is done
   void watch();
   bool idle() const { return pending_[0].empty() && pending_[1].empty(); }
   void try_to_leave(std::unique_lock<std::mutex>& lock);  // of mutex_

@@ -187,6 +187,13 @@ class DeviceTransport(GroupTransport):
         """As Transport."""
         return bool(self.ring.done(ticket))
 
+    def settle(self) -> None:
+        """As Transport: the current stream waits, not the host."""
+        try:
+            self.ring.settle(self.stream)
+        except RuntimeError as error:
+            raise self._failed(error) from error
+
     def use_stream(self, stream: int) -> int:
         """As Transport."""
         before, self.stream = self.stream, stream

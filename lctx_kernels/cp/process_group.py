@@ -220,6 +220,9 @@ class GroupTransport:
         """As Transport."""
         return all(work.is_completed() for _, _, work in ticket.works)
 
+    def settle(self) -> None:
+        """As Transport: `wait` waits for what is sent, too."""
+
     def use_stream(self, stream: int) -> int:
         """As Transport; the group uses the current stream."""
         return 0

@@ -64,7 +64,10 @@ class Hop(NamedTuple):
 
 
 class Transport(Protocol):
-    """Buffers of a posted hop belong to the transport until `wait` returns or `done` is true.
+    """What a posted hop receives is there when `wait` returns or `done` is true.
+
+    What it sends has left then if it is a sum; keys may still be leaving, until the ticket of a
+    later hop of keys was waited for, or `settle` returns.
 
     Attributes:
         gathers: Whether a send may consist of pieces anywhere in the device's memory.
@@ -88,6 +91,9 @@ class Transport(Protocol):
 
     def done(self, ticket: Any) -> bool:
         """Whether `wait` would return at once."""
+
+    def settle(self) -> None:
+        """Return when what comes after may write to all that was sent."""
 
     def use_stream(self, stream: int) -> int:
         """Post and wait on this CUDA stream from now on; returns the one before, 0 without any."""
@@ -132,6 +138,7 @@ def run_alone(steps: Steps[Result], transport: Transport) -> Result:
         while True:
             transport.wait(next(steps))
     except StopIteration as end:
+        transport.settle()
         result: Result = end.value
         return result
     except BaseException as error:
@@ -238,6 +245,9 @@ class SimulatedRank:
         """As Transport."""
         if not self.done(ticket):
             raise RuntimeError("a simulated rank cannot wait: Simulator.run runs all of them")
+
+    def settle(self) -> None:
+        """As Transport: both sides of a message have waited for it."""
 
     def use_stream(self, stream: int) -> int:
         """As Transport."""
