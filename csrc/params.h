@@ -70,11 +70,10 @@ struct CarryParams : FlashParams {
 };
 
 // The first two steps of a ring in one: own keys, and other ones that rows from first_row on see
-// all of. Rows below own_row have had their own keys: from first_row on they continue from
-// carry_out.
+// all of.
 struct CarryTwoParams : CarryParams {
   TensorView far_k, far_v;  // (B, far_rows, Hkv, Dk), (B, far_rows, Hkv, Dv)
-  int64_t far_rows = 0, first_row = 0, own_row = 0;
+  int64_t far_rows = 0, first_row = 0;
 };
 
 // The backward of one step, where lse and delta are those of all keys. dq, dk and dv are stat, and
@@ -83,6 +82,7 @@ struct CarryGrads : AttnGrads {
   const void* delta = nullptr;  // stat, laid out like lse
   bool first = false;           // nothing is in dk and dv yet; they are not read
   int64_t rows_in_front = 0;    // of the queries, that are no part of the step
+  bool results = false;         // dk and dv are in the dtype of k and have nothing else added
 };
 
 // What becomes of the sums of dk or dv of a rank's own keys.

@@ -204,7 +204,7 @@ def _carry(D: int) -> None:
     for keys, start, last in (((k, v), 0, False), (far, LENGTH, True)):
         torch.ops.lctx.flash_carry(q, *keys, out, lse, True, 0.1, 0, LENGTH, start, last)
     for first_row in (0, LENGTH // 2):  # a tile of rows of one kind, and of both
-        arguments = (out, lse, torch.empty_like(q), True, 0.1, first_row, 0, LENGTH // 2)
+        arguments = (out, lse, torch.empty_like(q), True, 0.1, first_row, LENGTH // 2)
         torch.ops.lctx.flash_carry_two(q, k, v, *far, *arguments)
 
 

@@ -69,9 +69,17 @@ void step(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
   const AttnShape& s = params.shape;
   CarryGrads grads;
   grads.dout = call.rows(LCTX_ARG(dout), {s.B, s.Tq, s.Hq, s.Dv});
-  grads.dk = call.stat_rows(LCTX_ARG(dk), {s.B, s.Tk, s.Hkv, s.Dk});
-  grads.dv = call.stat_rows(LCTX_ARG(dv), {s.B, s.Tk, s.Hkv, s.Dv});
   grads.first = first;
+  grads.results = dk.scalar_type() == k.scalar_type();
+  if (grads.results) {
+    call.check(first, "dk is in the dtype of k; expected first = True");
+    grads.dk = call.rows(LCTX_ARG(dk), {s.B, s.Tk, s.Hkv, s.Dk});
+    grads.dv = call.rows(LCTX_ARG(dv), {s.B, s.Tk, s.Hkv, s.Dv});
+    call.check_aligned({{"dk", grads.dk, s.B, s.Tk, s.Hkv}, {"dv", grads.dv, s.B, s.Tk, s.Hkv}});
+  } else {
+    grads.dk = call.stat_rows(LCTX_ARG(dk), {s.B, s.Tk, s.Hkv, s.Dk});
+    grads.dv = call.stat_rows(LCTX_ARG(dv), {s.B, s.Tk, s.Hkv, s.Dv});
+  }
   grads.rows_in_front = rows_in_front;
   call.stat(LCTX_ARG(rows), {2, s.B, kAny, kAny});
   const int64_t heads = rows.size(2), pitch = rows.size(3);

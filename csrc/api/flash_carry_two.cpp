@@ -11,7 +11,7 @@ namespace {
 void flash_carry_two(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& far_k,
                      const Tensor& far_v, const Tensor& carry_out, const Tensor& lse,
                      const Tensor& out, bool causal, double scale, int64_t first_row,
-                     int64_t own_row, int64_t final_rows) {
+                     int64_t final_rows) {
   const Call call("lctx::flash_carry_two",
                   {LCTX_ARG(q), LCTX_ARG(k), LCTX_ARG(v), LCTX_ARG(far_k), LCTX_ARG(far_v),
                    LCTX_ARG(carry_out), LCTX_ARG(lse), LCTX_ARG(out)});
@@ -32,10 +32,8 @@ void flash_carry_two(const Tensor& q, const Tensor& k, const Tensor& v, const Te
              s.Tq - 1);
   call.check(final_rows >= 0 && final_rows <= s.Tq, "final_rows = ", final_rows, "; expected 0 to ",
              s.Tq);
-  call.check(own_row >= 0 && own_row < s.Tq, "own_row = ", own_row, "; expected 0 to ", s.Tq - 1);
   params.carry_out = call.stat_rows(LCTX_ARG(carry_out), {s.B, s.Tq, s.Hq, s.Dv});
   params.first_row = first_row;
-  params.own_row = own_row;
   params.final_rows = final_rows;
   check_tma(call, params);
   call.check_aligned({{"far_k", params.far_k, s.B, params.far_rows, s.Hkv},

@@ -26,13 +26,12 @@ STABLE_TORCH_LIBRARY(lctx, m) {
       "causal, float scale, int window, int query_start, int key_start, bool last, "
       "bool first=False, Tensor(c!)? out=None, int final_rows=0) -> Tensor result");
   // The first two steps of a ring in one, on a GPU: own keys k, v, causal or all of them, and far
-  // ones, all of which rows from first_row on see. Rows below own_row have had their own keys; from
-  // first_row on they continue from carry_out and lse. Rows [0, final_rows) go to `out`, the others
-  // to carry_out.
+  // ones, all of which rows from first_row on see. Rows [0, final_rows) go to `out`, the others to
+  // carry_out.
   m.def(
       "flash_carry_two(Tensor q, Tensor k, Tensor v, Tensor far_k, Tensor far_v, Tensor(a!) "
       "carry_out, Tensor(b!) lse, Tensor(c!) out, bool causal, float scale, int first_row, int "
-      "own_row, int final_rows) -> ()");
+      "final_rows) -> ()");
   // Its backward: lse and delta are those of all keys of the ring; the step's gradients are added
   // to dq, dk and dv, which are fp32 too; the first call for some keys takes nothing from dk and
   // dv. All of carry_out, lse, delta, dq, dk and dv may be slices of larger tensors.
@@ -43,7 +42,8 @@ STABLE_TORCH_LIBRARY(lctx, m) {
   // The same on a GPU, head sizes up to 128: `begin` makes the statistics of all rows and zeroes
   // their sum of dq, both in blocks of rows; every step adds to rows from first_row, at which a
   // block begins, and heads from first_head on, but for the rows_in_front of its queries; `end`
-  // gives dq. With `deterministic`, the same in all three, a step adds in a fixed order.
+  // gives dq. With `deterministic`, the same in all three, a step adds in a fixed order. Where a
+  // step is all that adds to some dk and dv they may be in the dtype of k, with `first`.
   m.def(
       "carry_bwd_begin(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
       "bool deterministic=False) -> (Tensor rows, Tensor dq_sum)");

@@ -325,6 +325,12 @@ struct CarryRows : StoreRows {
   }
 };
 
+// The same with nothing to continue from.
+struct FirstRows : CarryRows {
+  template <class Kernel>
+  using Carried = StoreRows::Carried<Kernel>;
+};
+
 struct SplitRows {
   template <class Kernel>
   using Carried = StoreRows::Carried<Kernel>;

@@ -26,8 +26,11 @@ void launch_carry_bwd_step(const CarryParams& params, const CarryGrads& grads,
     using Tile = typename decltype(tile)::type;
     constexpr bool kOrdered = is_ordered.value;
     if constexpr (Tile::kFused && Tile::kTall == kOrdered) {
-      const auto run = params.window > 0 ? launch_step<Tile, true, kOrdered>
-                                         : launch_step<Tile, false, kOrdered>;
+      const auto results = params.window > 0 ? launch_step_of<Tile, StoreKeys, true, kOrdered>
+                                             : launch_step_of<Tile, StoreKeys, false, kOrdered>;
+      const auto sums = params.window > 0 ? launch_step<Tile, true, kOrdered>
+                                          : launch_step<Tile, false, kOrdered>;
+      const auto run = grads.results ? results : sums;
       run(params, grads, scratch, heads, blocks, num_sms, stream);
     }
   };

@@ -2,7 +2,7 @@
 // Tile map: that of attn_bwd_sm90.cuh, with positions of queries and keys that are `query_offset`
 //       apart, and rows in front of the step's that take no part.
 // Pipeline: that of attn_bwd_sm90.cuh.
-// Memory: dk and dv are written or added to once, in fp32.
+// Memory: dk and dv are written or added to once, in fp32, or written as results.
 // Limits: those of attn_bwd_sm90.cuh.
 #pragma once
 
@@ -88,12 +88,12 @@ struct SumKeys {
   }
 };
 
-template <class Tile, bool kFirst, bool kWindowed, bool kOrdered>
+template <class Tile, class Keys, bool kWindowed, bool kOrdered>
 void launch_step_of(const CarryParams& params, const CarryGrads& grads, const BwdScratch& scratch,
                     int64_t heads, int64_t blocks, int num_sms, Stream stream) {
   constexpr int kKeys = Tile::kBlockN;
   using Tiles = std::conditional_t<kOrdered, OrderedStepKeys<kKeys>, StepKeys<kKeys>>;
-  using Traits = BwdTraits<Tile, Tiles, SumKeys<kFirst>, kWindowed>;
+  using Traits = BwdTraits<Tile, Tiles, Keys, kWindowed>;
   typename Traits::Params p{};
   set_attention_bwd<Tile>(params, grads, scratch, p);
   p.Hq = static_cast<int>(heads);
@@ -111,8 +111,8 @@ void launch_step_of(const CarryParams& params, const CarryGrads& grads, const Bw
 template <class Tile, bool kWindowed, bool kOrdered = false>
 void launch_step(const CarryParams& params, const CarryGrads& grads, const BwdScratch& scratch,
                  int64_t heads, int64_t blocks, int num_sms, Stream stream) {
-  const auto run = grads.first ? launch_step_of<Tile, true, kWindowed, kOrdered>
-                               : launch_step_of<Tile, false, kWindowed, kOrdered>;
+  const auto run = grads.first ? launch_step_of<Tile, SumKeys<true>, kWindowed, kOrdered>
+                               : launch_step_of<Tile, SumKeys<false>, kWindowed, kOrdered>;
   run(params, grads, scratch, heads, blocks, num_sms, stream);
 }
 

@@ -1,13 +1,11 @@
 // Math: dense softmax attention over two sets of keys in one softmax: the rank's own ones, causal
 //       or all of them, and those of another rank, all of which rows from first_row on see. What
 //       the first two steps of a ring compute together, so that nothing is carried between them.
-//       Rows below own_row had their own keys in a launch before.
 // Tile map: as flash_fwd.cu. The keys of a tile are one list of blocks: far ones first, then own
 //       ones, which are walked first. The far keys end with a block, so that only their first one
-//       may be partial. Rows from first_row to own_row continue over the far keys alone, in the
-//       last tiles of the grid, which are short and fill its end.
-// Pipeline: as flash_fwd.cu; tiles that continue read what is carried as flash_carry.cu.
-// Memory: as flash_fwd.cu; 8 bytes an element more for rows that are not done, or are carried.
+//       may be partial.
+// Pipeline: as flash_fwd.cu.
+// Memory: as flash_fwd.cu; 4 bytes an element for rows that are not done.
 // Limits: those of flash_carry.cu; no window.
 #include "attn_fwd_launch.cuh"
 
@@ -17,36 +15,15 @@ namespace {
 constexpr int64_t kFewestTiles = 1024;  // of a section
 
 template <int kBlockM>
-struct TwoKeysTiles : OneHeadTiles {
+struct TwoKeysTiles : DenseTiles<kBlockM> {
   struct Params {
-    int own_row, first_row, far_keys;  // far_keys: with the padding of their first block
-    int num_tiles;
-    FastDivisor per_carried_row, per_carried_batch;  // heads of all batches, of one
+    int first_row, far_keys;  // far_keys: with the padding of their first block
   };
-  static constexpr bool kClipsRows = true;  // where rows that continue end, and at the last row
-  static constexpr bool kStrided = false;
 
   template <class P>
-  static __device__ __forceinline__ int end(const P& p) {
-    return p.num_tiles;
-  }
-  template <class P>
   static __device__ __forceinline__ Work find(const P& p, int index) {
-    const TileOrder::Tile tile = p.order[index];
-    const int rest = index - p.order.num_tiles, row = p.per_carried_row.divide(rest);
-    const int head = rest - row * p.per_carried_row.divisor;
-    const int batch = p.per_carried_batch.divide(head);
-    const bool carried = rest >= 0;
-    Work work;
-    work.head = carried ? head - batch * p.per_carried_batch.divisor : tile.head;
-    work.batch = carried ? batch : tile.batch;
-    work.row_begin = carried ? p.first_row : p.own_row;
-    work.row_end = carried ? p.own_row : p.Tq;
-    work.row0 =
-        work.row_begin + (carried ? row : tile.m_block) * kBlockM - (carried ? 0 : p.row_shift);
-    work.position0 = work.row0 + p.far_keys;
-    work.key0 = 0;
-    work.num_keys = p.far_keys + (carried ? 0 : p.Tk);
+    Work work = DenseTiles<kBlockM>::find(p, index);
+    work.num_keys += p.far_keys;
     return work;
   }
 };
@@ -101,17 +78,10 @@ struct TwoKeysScores : DenseScores<kBlockN, false> {
   }
 };
 
-struct TwoKeysRows : CarryRows {
-  template <class P>
-  static __device__ __forceinline__ bool carries(const P& p, const Work& work) {
-    return work.num_keys == p.far_keys;
-  }
-};
-
 template <class Tile>
 void launch_two(const CarryTwoParams& params, int* counter, int num_sms, Stream stream) {
   using Traits = FwdTraits<DenseTile<Tile>, TwoKeysTiles<Tile::kBlockM>,
-                           TwoKeysScores<Tile::kBlockN>, TwoKeysRows>;
+                           TwoKeysScores<Tile::kBlockN>, FirstRows>;
   const AttnShape& s = params.shape;
   auto p = fwd_params<Traits>(params, counter);
   const int64_t far_rows = params.far_rows;
@@ -121,15 +91,12 @@ void launch_two(const CarryTwoParams& params, int* counter, int num_sms, Stream 
   p.far_keys = p.far_blocks * Tile::kBlockN;
   p.far_padding = static_cast<int>(p.far_keys - far_rows);
   p.first_row = static_cast<int>(params.first_row);
-  p.carry_out = static_cast<const float*>(params.carry_out.data);
-  p.carry_lse = p.lse;
+  p.query_offset = p.far_keys;
   p.state_rows = static_cast<int>(params.state_rows);
-  p.inverse_scale = static_cast<float>(1 / params.scale);
   p.final_rows = static_cast<int>(params.final_rows);
   p.partial_out = params.final_rows < s.Tq ? static_cast<float*>(params.carry_out.data) : nullptr;
-  p.own_row = static_cast<int>(params.own_row);
-  p.row_shift = row_shift<Tile>(s.Tq - params.own_row);
-  const int64_t m_blocks = ceil_div(s.Tq - params.own_row, Tile::kBlockM);
+  p.row_shift = row_shift<Tile>(s.Tq);
+  const int64_t m_blocks = ceil_div(s.Tq, Tile::kBlockM);
   // Sections of fewer tiles would end with long ones.
   const int64_t group = s.Hq / s.Hkv, groups = s.B * s.Hkv;
   const int64_t most =
@@ -137,10 +104,6 @@ void launch_two(const CarryTwoParams& params, int* counter, int num_sms, Stream 
   const int64_t sections = ceil_div(groups, ceil_div(most, group));
   p.order =
       make_order("lctx::flash_carry_two", m_blocks, s.Hq, s.B, ceil_div(groups, sections) * group);
-  const int64_t carried = std::max<int64_t>(params.own_row - params.first_row, 0);
-  p.num_tiles = static_cast<int>(p.order.num_tiles + ceil_div(carried, Tile::kBlockM) * s.Hq * s.B);
-  p.per_carried_row = FastDivisor(static_cast<int>(s.Hq * s.B));
-  p.per_carried_batch = FastDivisor(static_cast<int>(s.Hq));
   launch_fwd<Traits>(p, num_sms, stream);
 }
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .._dtypes import stat_dtype
 from .layout import Layout, layout_of, memory_of
 from .schedule import Schedule
 from .transport import Hop, Transport
@@ -99,6 +100,12 @@ def columns_of(x: Tensor, begin: int, end: int) -> Tensor:
 def heads_of(x: Tensor, begin: int, end: int) -> Tensor:
     """Heads [begin, end) of (B, L, H, D)."""
     return cut(x, 2, begin, end)
+
+
+def sums_like(x: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Room for sums of x: in fp32, in fp64 for fp64."""
+    dtype = stat_dtype(x.dtype)
+    return torch.empty_like(x, dtype=dtype, device=device, memory_format=torch.contiguous_format)
 
 
 def _row_size(k: Tensor, v: Tensor) -> int:

@@ -1,9 +1,10 @@
-"""Which heads take their own keys first in a forward, and which take them last.
+"""Which heads take their own keys first in a forward, under the first hop, and what the others do.
 
-A launch ends with fewer tiles than multiprocessors. The tiles of a step on foreign keys are all
-equally long, those of the own square grow shorter: with some of these at the end little of the
-device is idle. The others come first, under the first hop. Every transport, and the simulation,
-computes the same. Source: this package.
+Where carrying a partial result is much of a step, the others wait for the first foreign keys and
+take both in one launch. Where it is little, they take their own keys last: a launch ends with fewer
+tiles than multiprocessors, the tiles of a step on foreign keys are all equally long, those of the
+own square grow shorter, and with some of these at the end little of the device is idle. Every
+transport, and the simulation, computes the same. Source: this package.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .keys import Rank, cut, of_shapes
-from .together import FORWARD_FLOPS, hop_seconds, own_square
+from .together import FORWARD_FLOPS, TwoSteps, hop_seconds, own_square, two_steps
 
 WORTH_SECONDS = 1e-3  # of own keys: less, and the host of twice as many calls would be late
+LEAST = 0.25  # of the heads before others take two steps together: fewer are few and long tiles
 
 
 class Part(NamedTuple):
@@ -25,12 +27,14 @@ class Part(NamedTuple):
     Attributes:
         batches, query_heads, key_heads: Which.
         own_last: Whether own keys come behind those of all other ranks.
+        two: How own and first foreign keys are taken together, or None.
     """
 
     batches: slice
     query_heads: slice
     key_heads: slice
     own_last: bool = False
+    two: TwoSteps | None = None
 
     def queries(self, x: Tensor) -> Tensor:
         """Of (B, L, Hq, D)."""
@@ -60,25 +64,33 @@ def whole(q: Tensor, k: Tensor) -> Part:
 
 @of_shapes
 def parts_of(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> list[Part]:
-    """Two where own keys are a triangle that takes long and every step is one launch, else one.
+    """Two where every step is one launch and either way is worth it, else one; lanes in this order.
 
-    The first part is half, or as much as has enough to do with own keys until others are there.
+    The part that begins has as much to do with own keys as the first hop takes, where the other
+    takes its own last at least half.
     """
     (B, rows, heads, _), G = k.shape, q.shape[2] // k.shape[2]
     all_, own, count = whole(q, k), own_square(at, rows), B if B > 1 else heads
-    if own is None or not own.causal or max(map(len, at.schedule.calls[at.rank])) != 1:
+    if own is None:
         return [all_]
     seconds = own.pairs * 2 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3]) / FORWARD_FLOPS
-    if seconds <= WORTH_SECONDS:
+    share = hop_seconds(at, k, v) / seconds if seconds else 1.0
+    two = two_steps(at, q, k, v)
+    if two is not None:
+        share = max(share, LEAST)
+    elif own.causal and seconds > WORTH_SECONDS and max(map(len, at.schedule.calls[at.rank])) == 1:
+        share = max(share, (count + 1) // 2 / count)
+    else:
         return [all_]
-    share = hop_seconds(at, k, v) / seconds
-    cut = max((count + 1) // 2, math.ceil(min(share, 1.0) * count))
+    cut = math.ceil(min(share, 1.0) * count)
     if cut >= count:
         return [all_]
-    pieces = ((slice(0, cut), False), (slice(cut, count), True))
-    if B > 1:
-        return [all_._replace(batches=piece, own_last=last) for piece, last in pieces]
-    return [
-        Part(slice(0, B), slice(piece.start * G, piece.stop * G), piece, last)
-        for piece, last in pieces
-    ]
+    first, last = slice(0, cut), slice(cut, count)
+    parts = [
+        all_._replace(batches=piece) if B > 1
+        else all_._replace(query_heads=slice(piece.start * G, piece.stop * G), key_heads=piece)
+        for piece in (first, last)
+    ]  # fmt: skip
+    if two is None:
+        return [parts[0], parts[1]._replace(own_last=True)]
+    return [parts[1]._replace(two=two), parts[0]]  # the longer tiles first

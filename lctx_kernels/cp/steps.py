@@ -11,28 +11,38 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._dtypes import stat_dtype
-from .keys import KeyRing, Memory, Rank, Wire, columns_of, cut, heads_of, intervals, rows_of
+from .keys import (
+    KeyRing,
+    Memory,
+    Rank,
+    Wire,
+    columns_of,
+    heads_of,
+    intervals,
+    rows_of,
+    sums_like,
+)  # fmt: skip
 from .lanes import Lanes
 from .layout import head_groups, home_slot
-from .parts import Part, parts_of, whole
+from .parts import Part, parts_of
+from .saved import Saved, SavedInBlocks, ends_as_sum, keys_of, save
 from .schedule import Call
-from .together import forward_before, forward_together, own_calls, two_steps
+from .together import forward_together, own_calls
 from .transport import Hop, Steps
 
 
 def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Tensor]]:
     """out (B, L, Hq, Dv) and lse (B, Hq, L) of one rank's queries over the keys of all."""
     (B, L, Hq, _), Dv = q.shape, v.shape[-1]
-    two = two_steps(at, q, k, v)
     out, lse = q.new_empty(B, L, Hq, Dv), q.new_empty(B, Hq, L, dtype=stat_dtype(q.dtype))
-    parts = [whole(q, k)] if two is not None else parts_of(at, q, k, v)
-    carries = [_sums_like(part.queries(out)) for part in parts]
+    parts = parts_of(at, q, k, v)
+    carries = [sums_like(part.queries(out)) for part in parts]
     for part in parts:
         if not part.fills(at):
             part.statistics(lse).fill_(-torch.inf)
@@ -42,14 +52,9 @@ def forward(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> Steps[tuple[Tensor, Te
             if 0 < step < at.world_size - 1:
                 lanes.join()  # keys are there, and those of the step before no longer read
             ticket, held = ring.post(step), ring.held
-            if two is not None and step == 0:
-                forward_before(at, two, q, k, v, carries[0], lse, out)
-            elif two is not None and step == 1:
-                assert held is not None
-                forward_together(at, two, q, k, v, held.k, held.v, carries[0], lse, out)
-            elif step == 0 or held is not None:
+            if step == 0 or held is not None:
                 for lane, (part, carry) in enumerate(zip(parts, carries, strict=True)):
-                    if step > 0 or not part.own_last:
+                    if step > 0 or not (part.own_last or part.two):
                         with lanes.on(lane):
                             _forward_step(at, step, part, q, k, v, held, carry, lse, out)
             for lane in range(len(lanes) if ticket is not None else 0):
@@ -70,6 +75,13 @@ def _forward_step(
     at: Rank, step: int, part: Part, q: Tensor, k: Tensor, v: Tensor, held: Wire | None,
     carry: Tensor, lse: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
+    if part.two is not None and step == 1:
+        assert held is not None
+        forward_together(
+            at, part.two, part.queries(q), part.keys(k), part.keys(v), part.keys(held.k),
+            part.keys(held.v), carry, part.statistics(lse), part.queries(out),
+        )  # fmt: skip
+        return
     source = at.schedule.source(at.rank, step)
     counts = at.schedule.final_rows(at.rank, part.own_last)[0]
     calls: Sequence[Call] = at.schedule.calls[at.rank][source]
@@ -110,102 +122,6 @@ def _apart(calls: Sequence[Call]) -> bool:
     return all(a.q1 <= b.q0 for a, b in itertools.pairwise(calls))
 
 
-class Saved(NamedTuple):
-    """What the backward of one rank works on."""
-
-    dout: Tensor
-    q: Tensor
-    lse: Tensor
-    delta: Tensor
-    dq: Tensor
-
-    def heads(self, begin: int, end: int) -> Saved:
-        """Query heads [begin, end)."""
-        dout, q, lse, delta, dq = self
-        lse, delta = cut(lse, 1, begin, end), cut(delta, 1, begin, end)
-        dout, q, dq = (heads_of(x, begin, end) for x in (dout, q, dq))
-        return Saved(dout, q, lse, delta, dq)
-
-    def add(
-        self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, first: bool
-    ) -> None:
-        """Add the gradients of one call; with `first`, nothing is in dk and dv yet."""
-        q0, q1, k0, k1, causal, window, start = call
-        torch.ops.lctx.flash_carry_bwd(
-            rows_of(self.dout, q0, q1), rows_of(self.q, q0, q1), rows_of(k, k0, k1),
-            rows_of(v, k0, k1), columns_of(self.lse, q0, q1), columns_of(self.delta, q0, q1),
-            rows_of(self.dq, q0, q1), rows_of(dk, k0, k1), rows_of(dv, k0, k1), causal, at.scale,
-            window, 0, start, at.deterministic, first,
-        )  # fmt: skip
-
-    def result(self, at: Rank) -> Tensor:
-        """dq of all calls."""
-        return self.dq.to(self.q.dtype)
-
-
-class SavedInBlocks(NamedTuple):
-    """The same on a GPU: made once for all calls, in blocks, where there is such a kernel.
-
-    With `fixed`, calls with rows in common have to run one after the other.
-    """
-
-    dout: Tensor
-    q: Tensor
-    rows: Tensor
-    dq_sum: Tensor
-    fixed: bool
-    first_head: int = 0
-
-    @staticmethod
-    def fits(q: Tensor) -> bool:
-        """Whether there is such a kernel."""
-        return q.is_cuda and q.shape[-1] <= 128
-
-    def heads(self, begin: int, end: int) -> SavedInBlocks:
-        """Query heads [begin, end)."""
-        if end - begin == self.q.shape[2]:
-            return self
-        dout, q = heads_of(self.dout, begin, end), heads_of(self.q, begin, end)
-        return self._replace(dout=dout, q=q, first_head=self.first_head + begin)
-
-    def add(
-        self, at: Rank, call: Call, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, first: bool
-    ) -> None:
-        """As `Saved.add`; rows of the call's first block that are in front of it take no part."""
-        q0, q1, k0, k1, causal, window, start = call
-        front = q0 % (128 if self.q.shape[-1] <= 64 else 80 if self.fixed else 64)
-        torch.ops.lctx.carry_bwd_step(
-            rows_of(self.dout, q0 - front, q1), rows_of(self.q, q0 - front, q1),
-            rows_of(k, k0, k1), rows_of(v, k0, k1), self.rows, self.dq_sum, rows_of(dk, k0, k1),
-            rows_of(dv, k0, k1), causal, at.scale, window, 0, start + front, q0 - front,
-            self.first_head, first, front, self.fixed,
-        )  # fmt: skip
-
-    def result(self, at: Rank) -> Tensor:
-        """dq of all calls."""
-        dq: Tensor = torch.ops.lctx.carry_bwd_end(self.dq_sum, self.q, at.scale, self.fixed)
-        return dq
-
-
-def _save(
-    at: Rank, dout: Tensor, dlse: Tensor | None, q: Tensor, out: Tensor, lse: Tensor
-) -> Saved | SavedInBlocks:
-    if SavedInBlocks.fits(q):
-        fixed = at.deterministic
-        rows, dq_sum = torch.ops.lctx.carry_bwd_begin(dout, dlse, out, lse, fixed)
-        return SavedInBlocks(dout, q, rows, dq_sum, fixed)
-    delta = torch.ops.lctx.attn_delta(dout, dlse, out)
-    return Saved(dout, q, lse, delta, _zeros(q))
-
-
-def _zeros(x: Tensor) -> Tensor:
-    return _sums_like(x).zero_()
-
-
-def _sums_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=stat_dtype(x.dtype), memory_format=torch.contiguous_format)
-
-
 class GradientRing:
     """Sums of dk and dv of one group of heads [h0, h1): two slots that travel with their keys.
 
@@ -241,20 +157,22 @@ class GradientRing:
             self.dv[:, own] += self.home.v[:, packed]
         self.home = None
 
-    def finish(self, dk: Tensor, dv: Tensor) -> None:
-        """The results in their dtype, rounded once."""
-        row = 0
+    def finish(self, dk: Tensor, dv: Tensor, row: int, stop: int) -> None:
+        """The results for own keys [row, stop) in their dtype, rounded once."""
         wire = self.at.schedule.wire[self.at.rank] if self.home is not None else ()
         for own, packed in intervals(wire):
+            begin, end = max(own.start, row), min(own.stop, stop)
+            if begin >= end:
+                continue
             assert self.home is not None
-            begin, end = row, own.stop
-            sums = rows_of(self.dk, begin, end), rows_of(self.dv, begin, end)
-            k, v = (rows_of(x, packed.start, packed.stop) for x in (self.home.k, self.home.v))
-            results = rows_of(dk, begin, end), rows_of(dv, begin, end)
-            _round(*sums, (k, v), own.start - begin, *results)
+            shift = packed.start - own.start
+            k, v = (rows_of(x, begin + shift, end + shift) for x in (self.home.k, self.home.v))
+            sums = rows_of(self.dk, row, end), rows_of(self.dv, row, end)
+            _round(*sums, (k, v), begin - row, rows_of(dk, row, end), rows_of(dv, row, end))
             row = end
-        if row < dk.shape[1]:
-            _round(self.dk[:, row:], self.dv[:, row:], (None, None), 0, dk[:, row:], dv[:, row:])
+        if row < stop:
+            sums = rows_of(self.dk, row, stop), rows_of(self.dv, row, stop)
+            _round(*sums, (None, None), 0, rows_of(dk, row, stop), rows_of(dv, row, stop))
 
     def sum_of(self, step: int) -> tuple[Wire, bool]:
         """Where the gradients of `step` are added, and whether nothing is there yet."""
@@ -311,22 +229,30 @@ def backward(
     lse: Tensor,
 ) -> Steps[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """dq, dk, dv of one rank's tensors; lse and delta are those over the keys of all ranks."""
-    heads, G = k.shape[2], q.shape[2] // k.shape[2]
-    stat, groups = stat_dtype(k.dtype), head_groups(at.schedule, heads)
+    heads, G, rows = k.shape[2], q.shape[2] // k.shape[2], k.shape[1]
+    groups = head_groups(at.schedule, heads)
     once = at.schedule.keys_once(at.rank, at.rank) and at.schedule.last[at.rank] in (
         0, at.world_size - 1,
     )  # fmt: skip
-    fresh = torch.empty_like if once else torch.zeros_like
-    dk, dv = (fresh(x, dtype=stat, memory_format=torch.contiguous_format) for x in (k, v))
+    early, late = own_calls(at, q, k, v)
+    as_sums = [c for c in (*early, *late) if ends_as_sum(at, c, q)] if once else None
+    dk, dv = (sums_like(x, "meta" if as_sums == [] else None) for x in (k, v))
+    if not once:
+        dk.zero_(), dv.zero_()
+    dk_out, dv_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     sums = [(heads_of(dk, *group), heads_of(dv, *group)) for group in groups]
     memory = Memory(at, k, v, sums)
     parts = [GradientRing(at, part, groups[part], memory, *sums[part]) for part in range(len(sums))]
     ring = KeyRing(at, "backward kv", memory, k, v)
     ticket = ring.post(0)
-    own = _save(at, dout, dlse, q, out, lse)
-    early, late = own_calls(at, q, k, v)
+    own = save(at, dout, dlse, q, out, lse)
+
+    def add(call: Call) -> None:
+        grads = (dk, dv) if as_sums is None or call in as_sums else (dk_out, dv_out)
+        own.add(at, call, k, v, *grads, once)
+
     for call in early:
-        own.add(at, call, k, v, dk, dv, once)
+        add(call)
     with Lanes(at.transport, once and len(late) > 1) as lanes:
         for step in range(1, at.world_size):
             if ticket is not None:
@@ -349,16 +275,17 @@ def backward(
             with lanes.on(0):
                 for lane, call in lanes.deal(late, True, 0):
                     with lanes.on(lane):
-                        own.add(at, call, k, v, dk, dv, once)
+                        add(call)
         else:
-            if isinstance(own, Saved) or own.fixed:
+            if own.fixed:
                 lanes.join()
             for call in late:
-                own.add(at, call, k, v, dk, dv, once)
-    dk_out, dv_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+                add(call)
     for part in parts:
         yield from part.arrive()
-        part.finish(heads_of(dk_out, part.h0, part.h1), heads_of(dv_out, part.h0, part.h1))
+        k, v = (heads_of(x, part.h0, part.h1) for x in (dk_out, dv_out))
+        for begin, end in [(0, rows)] if as_sums is None else keys_of(as_sums):
+            part.finish(k, v, begin, end)
     return own.result(at), dk_out, dv_out
 
 

@@ -1,9 +1,9 @@
-"""What a rank computes while the first keys are on their way: the short rows of its own square.
+"""The first two steps in one launch, and own keys that a backward takes before foreign ones.
 
-Forward, the first rows take their own keys then, and what they need of others later; all other rows
-take own and first foreign keys in one launch, so that nothing of theirs is carried. Backward, the
-last own keys come first, which few rows see. How many is arithmetic on shapes: every transport, and
-the simulation, computes the same. Source: this package.
+Forward, heads that need not fill the time of the first hop (`parts.py`) take own and first foreign
+keys in one launch, so that nothing of theirs is carried. Backward, the last own keys come first,
+which few rows see. Which is arithmetic on shapes: every transport, and the simulation, computes the
+same. Source: this package.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .keys import Rank, columns_of, of_shapes, rows_of
+from .keys import Rank, of_shapes, rows_of
 from .schedule import Call
 
 # Of an H200: a hop by the copy engine, and kernels on short rows.
 LINK, FORWARD_FLOPS, BACKWARD_FLOPS, STATISTICS = 370e9, 560e12, 430e12, 3e12
 HOP_SECONDS, MARGIN = 30e-6, 1.2
 CARRIED, WORTH = 8 / 4e12, 0.03  # seconds to carry an element; of a step's, that are worth saving
-MOST_BEFORE = 0.4  # of the rows: the others are to be enough for a launch of long tiles
 ROWS, FEWEST_TILES = 128, 1000  # of a tile; of keys, that are worth two launches
 
 
@@ -40,13 +39,6 @@ def own_square(at: Rank, rows: int) -> Call | None:
     return calls[0] if calls[0][5:] == (0, 0) else None
 
 
-def _side(seconds: float, flops: float, per_pair: float, rows: int, causal: bool) -> int:
-    """Rows of a part of the own square that takes so long: of a triangle, or with all keys."""
-    pairs = seconds * flops / per_pair if per_pair else 0.0
-    side = math.sqrt(2 * pairs) if causal else pairs / max(rows, 1)
-    return math.ceil(side / ROWS) * ROWS
-
-
 @of_shapes
 def own_calls(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Call], list[Call]]:
     """The backward's calls on own keys: before the first foreign keys are there, and at the end.
@@ -63,8 +55,8 @@ def own_calls(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Call], li
     whole, tiles = square.pairs * per_pair / BACKWARD_FLOPS, rows // ROWS * k.shape[2] * k.shape[0]
     if uncovered < whole and (tiles < FEWEST_TILES or uncovered < whole / 50):
         return [], calls
-    begin = rows - _side(uncovered, BACKWARD_FLOPS, per_pair, rows, True)
-    begin = max(begin // ROWS, rows // ROWS // 2) * ROWS
+    side = math.sqrt(2 * uncovered * BACKWARD_FLOPS / per_pair)  # of a triangle that takes so long
+    begin = max((rows - math.ceil(side)) // ROWS, rows // ROWS // 2) * ROWS
     if begin <= 0:
         return [], calls
     return [Call(begin, rows, begin, rows, True)], [Call(0, rows, 0, begin, True)]
@@ -76,16 +68,12 @@ class TwoSteps(NamedTuple):
     Attributes:
         own: The call on own keys, of all rows.
         far: The call on the first foreign keys, of the last rows, without a mask.
-        rows: Rows [0, rows) take own keys alone, in a launch before.
         final: Rows [0, final) that no later step has.
-        early: Of the rows before, those that only own keys have.
     """
 
     own: Call
     far: Call
-    rows: int
     final: int
-    early: int
 
 
 @of_shapes
@@ -104,33 +92,16 @@ def two_steps(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> TwoSteps | None:
     per_pair = 2 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3])
     if CARRIED * q.numel() < WORTH * own.pairs * per_pair / FORWARD_FLOPS:
         return None
-    first = _side(hop_seconds(at, k, v), FORWARD_FLOPS, per_pair, rows, own.causal)
-    if first > MOST_BEFORE * rows:
-        return None
-    final = far[0].q0 + late if late else alone
-    return TwoSteps(own, far[0], first, final, min(alone, first))
-
-
-def forward_before(
-    at: Rank, two: TwoSteps, q: Tensor, k: Tensor, v: Tensor, carry: Tensor, lse: Tensor,
-    out: Tensor,
-) -> None:  # fmt: skip
-    """The first rows over own keys."""
-    rows, keys = two.rows, two.rows if two.own.causal else k.shape[1]
-    torch.ops.lctx.flash_carry(
-        rows_of(q, 0, rows), rows_of(k, 0, keys), rows_of(v, 0, keys), rows_of(carry, 0, rows),
-        columns_of(lse, 0, rows), two.own.causal, at.scale, 0, 0, 0, False, True,
-        rows_of(out, 0, rows), two.early,
-    )  # fmt: skip
+    return TwoSteps(own, far[0], far[0].q0 + late if late else alone)
 
 
 def forward_together(
     at: Rank, two: TwoSteps, q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor,
     carry: Tensor, lse: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
-    """Those rows over the first foreign keys, the others over both."""
+    """All rows over own keys, and those that see them over the first foreign ones too."""
     k0, k1 = two.far.k0, two.far.k1
     torch.ops.lctx.flash_carry_two(
         q, k, v, rows_of(far_k, k0, k1), rows_of(far_v, k0, k1), carry, lse, out, two.own.causal,
-        at.scale, two.far.q0, two.rows, two.final,
+        at.scale, two.far.q0, two.final,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Heads and batches that take their own keys last in the forward of a ring."""
+"""Heads and batches of a ring's forward that begin, and what the others do meanwhile."""
 
 import pytest
 import torch
@@ -15,18 +15,35 @@ from lctx_kernels.cp.transport import Simulator
 
 
 def split(plan, rank, Hq=16, Hkv=16, B=1, causal=True, window=0):
-    """Per part whether own keys are last, and how many batches and key heads it has."""
+    """Per part whether own keys are last, and how many batches and key heads it has.
+
+    "two" in place of whether: its own and first foreign keys are taken together.
+    """
     at = Rank(rank, schedule_of(plan, causal, window), Simulator(plan.world_size).rank(rank), 1.0)
     sizes = ((B, plan.lengths[rank], heads, 128) for heads in (Hq, Hkv, Hkv))
     q, k, v = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes)
     found = parts_of(at, q, k, v)
     assert sum(part.queries(q).numel() for part in found) == q.numel()
     assert all(part.queries(q).shape[2] == part.keys(k).shape[2] * Hq // Hkv for part in found)
-    return [(part.own_last, *part.keys(k).shape[::2]) for part in found]
+    return [("two" if part.two else part.own_last, *part.keys(k).shape[::2]) for part in found]
+
+
+def test_two_steps_together():
+    """The others begin: as many as last as long as the hop, a quarter at least."""
+    plan = cp.make_plan(16384, 2)
+    assert split(plan, 0) == [("two", 1, 7), (False, 1, 9)]  # twice as many keys come to rank 0
+    assert split(plan, 1) == [("two", 1, 11), (False, 1, 5)]
+    assert split(plan, 0, 32, 8) == split(plan, 1, 32, 8) == [("two", 1, 6), (False, 1, 2)]
+    assert split(plan, 1, 32, 8, causal=False) == [("two", 1, 6), (False, 1, 2)]
+    assert split(plan, 1, B=4) == [("two", 3, 16), (False, 1, 16)]
+    assert split(cp.make_plan(8 * 8192, 8), 3) == [("two", 1, 7), (False, 1, 9)]
+    assert split(cp.make_plan(1024, 2), 0, 32, 8) == [(False, 1, 8)]  # the hop takes longer
+    assert split(plan, 0, 4, 1) == [(False, 1, 1)]
 
 
 def test_how_many(monkeypatch):
     assert split(cp.make_plan(65536, 2), 0) == [(False, 1, 8), (True, 1, 8)]
+    monkeypatch.setattr(parts, "two_steps", lambda *_: None)
     monkeypatch.setattr(parts, "WORTH_SECONDS", 0.0)
     plan = cp.make_plan(16384, 2)
     assert split(plan, 0) == [(False, 1, 9), (True, 1, 7)]  # twice as many keys come to rank 0
@@ -38,7 +55,7 @@ def test_how_many(monkeypatch):
 
 def test_one_part():
     """Where own keys are short, no triangle, or few heads."""
-    assert split(cp.make_plan(16384, 2), 0) == [(False, 1, 16)]
+    assert split(cp.make_plan(16384, 2, layout="striped"), 0) == [(False, 1, 16)]
     assert split(cp.make_plan(2**18, 2), 0) == [(False, 1, 8), (True, 1, 8)]
     plan = cp.make_plan(65536, 2)
     assert split(plan, 0, 4, 1) == [(False, 1, 1)]
@@ -49,6 +66,7 @@ def test_one_part():
 
 
 def test_where_own_keys_do_not_last_as_long_as_the_hop(monkeypatch):
+    monkeypatch.setattr(parts, "two_steps", lambda *_: None)
     monkeypatch.setattr(parts, "WORTH_SECONDS", 0.0)
     assert split(cp.make_plan(4096, 2), 0) == [(False, 1, 16)]
 

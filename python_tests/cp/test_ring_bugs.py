@@ -17,7 +17,7 @@ from helpers import assert_fp64_equal, random_tensor, run
 
 import lctx_kernels as lk
 from lctx_kernels import cp, reference
-from lctx_kernels.cp import keys, layout, ops, parts, schedule, steps
+from lctx_kernels.cp import keys, layout, ops, parts, saved, schedule, steps
 
 BUGS = {
     "stale keys in the backward": (
@@ -32,10 +32,10 @@ BUGS = {
     ),
     "lse of the own keys in the backward": (
         steps,
-        "own = _save(at, dout, dlse, q, out, lse)",
-        "own = _save(at, dout, dlse, q, out, lse)._replace(lse=_own_lse(q, k, v, lse))",
+        "own = save(at, dout, dlse, q, out, lse)",
+        "own = save(at, dout, dlse, q, out, lse)._replace(lse=_own_lse(q, k, v, lse))",
     ),
-    "delta without dlse": (steps, "attn_delta(dout, dlse, out)", "attn_delta(dout, None, out)"),
+    "delta without dlse": (saved, "attn_delta(dout, dlse, out)", "attn_delta(dout, None, out)"),
     "next source instead of the one before": (
         schedule,
         "return (rank - step) % self.plan.world_size",
@@ -175,7 +175,7 @@ BUGS = {
     ),
     "own keys that come last come first as well": (
         steps,
-        "if step > 0 or not part.own_last:",
+        "if step > 0 or not (part.own_last or part.two):",
         "if True:",
     ),
     "rows done before own keys that come last": (
@@ -190,12 +190,12 @@ BUGS = {
     ),
     "own keys without gradient": (
         steps,
-        "            for call in late:\n                own.add(at, call, k, v, dk, dv, once)\n",
+        "            for call in late:\n                add(call)\n",
         "            pass\n",
     ),
     "own keys that come first are forgotten": (
         steps,
-        "    for call in early:\n        own.add(at, call, k, v, dk, dv, once)\n",
+        "    for call in early:\n        add(call)\n",
         "",
     ),
     "own keys twice": (steps, "for call in late:", "for call in [*early, *late]:"),
@@ -279,6 +279,8 @@ def test_planted_bug_is_found(bug, monkeypatch):
     changed = mutant(module, old, new)
     if module is steps:
         monkeypatch.setattr(ops, "steps", changed)
+    elif module is saved:
+        monkeypatch.setattr(steps, "save", changed.save)
     elif module is keys:
         monkeypatch.setattr(steps, "KeyRing", changed.KeyRing)
     elif module is layout:

@@ -134,6 +134,28 @@ def test_first_sums_are_stored(fixed, D):
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("D", [40, 64, 128])
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_results_are_rounded_sums(fixed, window, D, dtype):
+    """The bits of sums that are rounded behind the kernel; other rows and heads stay."""
+    x, dout = tensors(D, dtype)
+    out, lse = lk.flash_attention(*x, return_lse=True)
+    rows, dq_sum = OPS.carry_bwd_begin(dout, None, out, lse, fixed)
+    sums = [torch.empty(2, 1001, 2, D, device="cuda") for _ in range(2)]
+    wide = [torch.full((2, 1100, 4, D), torch.nan, dtype=dtype, device="cuda") for _ in range(2)]
+    results = [t[:, 30:1031, 1:3] for t in wide]
+    keys, last = (x[1][:, :1001], x[2][:, :1001], rows, dq_sum), (True, 0.1, window, 0, 0, 0, 0)
+    for dk, dv in (sums, results):
+        OPS.carry_bwd_step(dout, x[0], *keys, dk, dv, *last, True, 0, fixed)
+    for total, result, t in zip(sums, results, wide, strict=True):
+        assert torch.equal(total.to(dtype), result) and total.any()
+        assert t.isnan().sum() == t.numel() - result.numel()
+    with pytest.raises(ValueError, match="expected first = True"):
+        OPS.carry_bwd_step(dout, x[0], *keys, *results, *last, False, 0, fixed)
+
+
 def test_statistics_of_the_other_form_are_refused():
     x, dout = tensors(128)
     out, lse = lk.flash_attention(*x, return_lse=True)
