@@ -3,7 +3,8 @@
 Pairs of processes, one GPU each, live through several faults: a late rank, another length, two
 communicators in another order; the last one of a pair is kill -9. A run is right when every rank
 that lives gets the exception that belongs to the fault within the timeout and GRACE seconds, and
-goes on with a new group. Several pairs share the two GPUs.
+goes on with a new group. Several pairs share the two GPUs. With one GPU all share it, by p2p alone:
+NCCL takes one process a GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ LENGTHS = (1100, 700)
 HOPS = (("forward kv", 0), ("backward kv", 0), ("backward dkv", 1))
 LIVING = ("delayed", "another length", "second communicator")
 KINDS = (*LIVING, "killed")
-TRANSPORTS = ("p2p", "nccl")
+GPUS = min(torch.cuda.device_count(), 2)
+TRANSPORTS = ("p2p", "nccl")[: max(GPUS, 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,12 @@ def faults(pairs: int) -> list[list[Fault]]:
         victim = pair % 2
         found.append(
             [
-                Fault(kind, TRANSPORTS[(pair // 2 + i) % 2], (victim + i) % 2, *next(hops))
+                Fault(
+                    kind,
+                    TRANSPORTS[(pair // 2 + i) % len(TRANSPORTS)],
+                    (victim + i) % 2,
+                    *next(hops),
+                )
                 for i, kind in enumerate(KINDS)
             ]
         )
@@ -74,7 +81,7 @@ class Pair:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(rank % GPUS)
         self.plans = [cp.make_plan(T, 2) for T in LENGTHS]
         generator = torch.Generator("cuda").manual_seed(rank)
         self.inputs = [
@@ -270,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{total[0] - len(wrong)} right, {len(wrong)} wrong, {total[1] - total[0]} not tried, "
           f"{time.monotonic() - begin:.0f} s")  # fmt: skip
     machine = describe_machine("cuda")
-    machine["kind"] += "x2"
+    machine["kind"] += "x2" if GPUS == 2 else ""
     document = {
         "machine": machine, "date": datetime.date.today().isoformat(), "timeout_s": TIMEOUT,
         "grace_s": GRACE, "planned": total[1], "run": total[0], "right": total[0] - len(wrong),

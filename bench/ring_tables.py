@@ -4,7 +4,7 @@ from lctx_kernels.demo_plot import short
 
 from .results import Document, Row
 
-RIVAL = "fa2-ring"
+RIVAL, SOLO = "fa2-ring", "ring-solo"
 HOP_GOAL_US = 12
 PASSES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward + backward"}
 
@@ -101,5 +101,23 @@ def ring_rival_table(document: Document) -> list[str]:
             f"| {rival.flops_per_s / gpus / 1e12:.0f} "
             f"| **{ring.flops_per_s / rival.flops_per_s:.2f}x** "
             f"| {goal.wanted:g}x{'' if goal.reached else ' (missed)'} |"
+        )
+    return lines
+
+
+def ring_solo_table(document: Document) -> list[str]:
+    """Both ranks' times on one GPU, and the speed that two would have."""
+    lines = [
+        "| tokens | Hq / Hkv | pass | whole sequence, ms | rank 0 | rank 1 | speed of two |",
+        "| --- | --- | --- | --: | --: | --: | --: |",
+    ]
+    alone = {row.group: row for row in document.rows if row.candidate == "flash"}
+    for ring in [row for row in document.rows if row.candidate == SOLO]:
+        one = alone[ring.group]
+        assert one.median_s and ring.median_s
+        ranks = " | ".join(f"{1e3 * seconds:.2f}" for seconds in ring.gpus_s)
+        lines.append(
+            f"| {_work(ring)} | {1e3 * one.median_s:.2f} | {ranks} "
+            f"| **{one.median_s / ring.median_s:.2f}x** |"
         )
     return lines

@@ -30,6 +30,7 @@ from bench.results import Document, load  # noqa: E402
 from bench.ring_tables import (  # noqa: E402
     ring_goals_table,
     ring_rival_table,
+    ring_solo_table,
     ring_transports_table,
 )
 
@@ -216,6 +217,14 @@ def ring_rival(root: Path) -> str:
     return _with_conditions(lines, document)
 
 
+def ring_solo(root: Path) -> str:
+    """What one GPU says of the ring on two."""
+    document = published(root / RESULTS, "ring_solo", GPU)
+    if document is None:
+        return "_Not measured yet: `python -m bench.ring_solo --save` measures it._"
+    return _with_conditions(ring_solo_table(document), document)
+
+
 def ring_plot(root: Path) -> str:
     """Share of the ideal speed by length, for docs/ring.md."""
     image = _image(RING_PLOT, "share of the ideal speed of two GPUs by length", root)
@@ -251,6 +260,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "ring-goals": ring_goals,
     "ring-transports": ring_transports,
     "ring-rival": ring_rival,
+    "ring-solo": ring_solo,
     "ring-plot": ring_plot,
 }
 
