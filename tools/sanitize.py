@@ -231,6 +231,10 @@ def _carry_bwd(D: int) -> None:
             late, late, k, v, rows, dq_sum, dk, dv, True, 0.1, 0, begin, 0, begin, 0, False, 37,
             fixed,
         )  # fmt: skip
+        results = [torch.empty_like(x) for x in (k, v)]
+        torch.ops.lctx.carry_bwd_step(
+            q, q, k, v, rows, dq_sum, *results, True, 0.1, 0, 0, 0, 0, 0, True, 0, fixed
+        )
         torch.ops.lctx.carry_bwd_end(dq_sum, q, 0.1, fixed)
 
 
