@@ -3,8 +3,7 @@
 Pairs of processes, one GPU each, live through several faults: a late rank, another length, two
 communicators in another order; the last one of a pair is kill -9. A run is right when every rank
 that lives gets the exception that belongs to the fault within the timeout and GRACE seconds, and
-goes on with a new group. Several pairs share the two GPUs. With one GPU all share it, by p2p alone:
-NCCL takes one process a GPU.
+goes on with a new group. Several pairs share the two GPUs, or all share one.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ import torch.distributed as dist
 from lctx_kernels import cp, ring_attention
 from lctx_kernels.cp import device
 
-from .machine import describe_machine
+from .machine import be_a_host, describe_machine
 from .results import default_path
 
 TIMEOUT, GRACE, PATIENCE = 1.0, 5.0, 20.0  # seconds; PATIENCE: of a pair for one fault
@@ -43,7 +42,7 @@ HOPS = (("forward kv", 0), ("backward kv", 0), ("backward dkv", 1))
 LIVING = ("delayed", "another length", "second communicator")
 KINDS = (*LIVING, "killed")
 GPUS = min(torch.cuda.device_count(), 2)
-TRANSPORTS = ("p2p", "nccl")[: max(GPUS, 1)]
+TRANSPORTS = ("p2p", "nccl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +81,8 @@ class Pair:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         torch.cuda.set_device(rank % GPUS)
+        if GPUS == 1:
+            be_a_host(rank)
         self.plans = [cp.make_plan(T, 2) for T in LENGTHS]
         generator = torch.Generator("cuda").manual_seed(rank)
         self.inputs = [

@@ -172,7 +172,7 @@ class DeviceTransport(GroupTransport):
                 pieces, self.timeout,
             )  # fmt: skip
         except RuntimeError as error:
-            raise self._failed(error) from error
+            raise self._found(error) from error
 
     def wait(self, ticket: Any) -> None:
         """As Transport: the current stream waits, not the host."""
@@ -181,7 +181,7 @@ class DeviceTransport(GroupTransport):
         try:
             self.ring.wait(ticket, self.stream)
         except RuntimeError as error:
-            raise self._failed(error) from error
+            raise self._found(error) from error
 
     def done(self, ticket: Any) -> bool:
         """As Transport."""
@@ -192,7 +192,7 @@ class DeviceTransport(GroupTransport):
         try:
             self.ring.settle(self.stream)
         except RuntimeError as error:
-            raise self._failed(error) from error
+            raise self._found(error) from error
 
     def use_stream(self, stream: int) -> int:
         """As Transport."""
@@ -208,12 +208,12 @@ class DeviceTransport(GroupTransport):
         try:
             self.ring.synchronize()
         except RuntimeError as error:
-            raise self._failed(error) from error
+            raise self._found(error) from error
 
     def begin(self, note: Note, timeout: float, agree: bool) -> None:
         """As GroupTransport; a failed hop of an earlier call is raised here."""
         if self.ring.failed and self.broken is None:
-            raise self._failed(RuntimeError(self.ring.failure()["error"]))
+            raise self._found(RuntimeError(self.ring.failure()["error"]))
         super().begin(note, timeout, agree)
 
     def abort(self, reason: str = "aborted") -> None:
@@ -235,7 +235,7 @@ class DeviceTransport(GroupTransport):
     def _named(entry: dict[str, Any]) -> dict[str, Any]:
         return {**entry, "phase": PHASES[entry["phase"]]}
 
-    def _failed(self, error: Exception) -> RingError:
+    def _found(self, error: Exception) -> RingError:
         """What the watchdog found, as text."""
         hop = self._named(self.ring.failure())
         me, reason = f"rank {self.rank} of {self.world_size}", hop["error"] or str(error)

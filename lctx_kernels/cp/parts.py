@@ -1,10 +1,10 @@
 """Which heads take their own keys first in a forward, under the first hop, and what the others do.
 
-Where carrying a partial result is much of a step, the others wait for the first foreign keys and
-take both in one launch. Where it is little, they take their own keys last: a launch ends with fewer
-tiles than multiprocessors, the tiles of a step on foreign keys are all equally long, those of the
-own square grow shorter, and with some of these at the end little of the device is idle. Every
-transport, and the simulation, computes the same. Source: this package.
+Where own keys are short, so that carrying a partial result is much of a step, the others wait for
+the first foreign keys and take both in one launch. Where they are long, the others take their own
+keys last: a launch ends with fewer tiles than multiprocessors, the tiles of a step on foreign keys
+are all equally long, those of the own square grow shorter, and with some of these at the end little
+of the device is idle. Every transport, and the simulation, computes the same. Source: this package.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .keys import Rank, cut, of_shapes
-from .together import FORWARD_FLOPS, TwoSteps, hop_seconds, own_square, two_steps
+from .together import FORWARD_RATE, TwoSteps, hop_seconds, own_square, two_steps
 
-WORTH_SECONDS = 1e-3  # of own keys: less, and the host of twice as many calls would be late
+WORTH_SECONDS = 0.5e-3  # of own keys: less, and the host of twice as many calls would be late
+LONG = 8704  # own keys: with more, to carry takes less than two steps together lose
 LEAST = 0.25  # of the heads before others take two steps together: fewer are few and long tiles
 
 
@@ -73,19 +74,21 @@ def parts_of(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> list[Part]:
     all_, own, count = whole(q, k), own_square(at, rows), B if B > 1 else heads
     if own is None:
         return [all_]
-    seconds = own.pairs * 2 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3]) / FORWARD_FLOPS
+    seconds = own.pairs * 2 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3]) / FORWARD_RATE
     share = hop_seconds(at, k, v) / seconds if seconds else 1.0
-    two = two_steps(at, q, k, v)
+    single = max(map(len, at.schedule.calls[at.rank])) == 1  # a launch is a step
+    own_last = own.causal and single and seconds > WORTH_SECONDS
+    two = None if own_last and rows > LONG else two_steps(at, q, k, v)
     if two is not None:
         share = max(share, LEAST)
-    elif own.causal and seconds > WORTH_SECONDS and max(map(len, at.schedule.calls[at.rank])) == 1:
+    elif own_last:
         share = max(share, (count + 1) // 2 / count)
     else:
         return [all_]
-    cut = math.ceil(min(share, 1.0) * count)
-    if cut >= count:
+    begin = math.ceil(min(share, 1.0) * count)
+    if begin >= count:
         return [all_]
-    first, last = slice(0, cut), slice(cut, count)
+    first, last = slice(0, begin), slice(begin, count)
     parts = [
         all_._replace(batches=piece) if B > 1
         else all_._replace(query_heads=slice(piece.start * G, piece.stop * G), key_heads=piece)

@@ -18,7 +18,7 @@ from .keys import Rank, of_shapes, rows_of
 from .schedule import Call
 
 # Of an H200: a hop by the copy engine, and kernels on short rows.
-LINK, FORWARD_FLOPS, BACKWARD_FLOPS, STATISTICS = 370e9, 560e12, 430e12, 3e12
+LINK, FORWARD_RATE, BACKWARD_RATE, STATISTICS = 370e9, 560e12, 430e12, 3e12
 HOP_SECONDS, MARGIN = 30e-6, 1.2
 CARRIED, WORTH = 8 / 4e12, 0.03  # seconds to carry an element; of a step's, that are worth saving
 ROWS, FEWEST_TILES = 128, 1000  # of a tile; of keys, that are worth two launches
@@ -52,10 +52,10 @@ def own_calls(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Call], li
     if square is None or not square.causal or uncovered <= HOP_SECONDS:
         return [], calls
     per_pair = 5 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3])
-    whole, tiles = square.pairs * per_pair / BACKWARD_FLOPS, rows // ROWS * k.shape[2] * k.shape[0]
+    whole, tiles = square.pairs * per_pair / BACKWARD_RATE, rows // ROWS * k.shape[2] * k.shape[0]
     if uncovered < whole and (tiles < FEWEST_TILES or uncovered < whole / 50):
         return [], calls
-    side = math.sqrt(2 * uncovered * BACKWARD_FLOPS / per_pair)  # of a triangle that takes so long
+    side = math.sqrt(2 * uncovered * BACKWARD_RATE / per_pair)  # of a triangle that takes so long
     begin = max((rows - math.ceil(side)) // ROWS, rows // ROWS // 2) * ROWS
     if begin <= 0:
         return [], calls
@@ -90,7 +90,7 @@ def two_steps(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> TwoSteps | None:
     if late and alone != far[0].q0:
         return None
     per_pair = 2 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3])
-    if CARRIED * q.numel() < WORTH * own.pairs * per_pair / FORWARD_FLOPS:
+    if CARRIED * q.numel() < WORTH * own.pairs * per_pair / FORWARD_RATE:
         return None
     return TwoSteps(own, far[0], far[0].q0 + late if late else alone)
 

@@ -41,6 +41,17 @@ def test_two_steps_together():
     assert split(plan, 0, 4, 1) == [(False, 1, 1)]
 
 
+@pytest.mark.parametrize("heads", [(16, 16), (32, 8)])
+def test_long_own_keys_come_last(heads):
+    half = heads[1] // 2
+    for T in (18 * 1024, 20 * 1024, 65536):
+        for rank in (0, 1):
+            last = [(False, 1, half), (True, 1, half)]
+            assert split(cp.make_plan(T, 2), rank, *heads) == last
+    both = split(cp.make_plan(18 * 1024, 2), 0, *heads, causal=False)
+    assert [way for way, *_ in both] == ["two", False]  # no triangle that could come last
+
+
 def test_how_many(monkeypatch):
     assert split(cp.make_plan(65536, 2), 0) == [(False, 1, 8), (True, 1, 8)]
     monkeypatch.setattr(parts, "two_steps", lambda *_: None)

@@ -1,8 +1,10 @@
 """ring_attention between two GPUs: every transport gives the bits of the simulation.
 
-With one GPU "p2p" is tested between two processes that share it; NCCL takes one process a GPU.
+With one GPU two processes share it, and NCCL, which takes one process of a host there, sends from
+"host" to "host".
 """
 
+import cp_gpu_faults as faults
 import cp_gpu_workers as workers
 import pytest
 import torch
@@ -12,8 +14,8 @@ from processes import run_ranks, run_ranks_well
 pytestmark = [*needs_kernel("ring_bwd"), pytest.mark.dist]
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
-OWN = ("p2p", pytest.param("nccl", marks=needs_two))
-TRANSPORTS = (pytest.param("pg", marks=needs_two), *OWN)
+OWN = ("p2p", "nccl")
+TRANSPORTS = ("pg", *OWN)
 TIMEOUT = 1.0
 GRACE = 5.0
 OWN_HOP_SECONDS = 6e-6
@@ -66,7 +68,7 @@ PHASES = ("forward kv", "backward kv", "backward dkv")
 @pytest.mark.parametrize("phase, step", [("forward kv", 0), ("backward dkv", 1)])
 @pytest.mark.parametrize("transport", OWN)
 def test_a_killed_rank(transport, phase, step):
-    alive, dead = run_ranks(workers.killed, 2, transport, phase, step, TIMEOUT)
+    alive, dead = run_ranks(faults.killed, 2, transport, phase, step, TIMEOUT)
     assert dead.error == "died" and alive.error is None, alive.text
     error, keeps_its_memory = alive.value
     check_ring_error(error, 0, PHASES)
@@ -76,7 +78,7 @@ def test_a_killed_rank(transport, phase, step):
 @pytest.mark.parametrize("transport", OWN)
 def test_a_late_rank_and_a_new_group(transport):
     """The rank that waits says so in time, the late one by "p2p" when it waits for its hops."""
-    found = run_ranks_well(workers.late_and_again, 2, transport, 3, TIMEOUT)
+    found = run_ranks_well(faults.late_and_again, 2, transport, 3, TIMEOUT)
     for round_ in range(3):
         waiting = 1 - round_ % 2
         check_ring_error(found[waiting][round_], waiting, PHASES)
@@ -85,7 +87,7 @@ def test_a_late_rank_and_a_new_group(transport):
 @pytest.mark.parametrize("transport", OWN)
 @pytest.mark.parametrize("phase, step", [("forward kv", 0), ("backward dkv", 1)])
 def test_a_rank_that_stops_in_the_middle(phase, step, transport):
-    waits, stopped = run_ranks_well(workers.stopped, 2, transport, phase, step, TIMEOUT)
+    waits, stopped = run_ranks_well(faults.stopped, 2, transport, phase, step, TIMEOUT)
     check_ring_error(waits, 0, PHASES)
     if transport == "p2p":
         assert "rank 1 has given up" in waits[1]
@@ -99,25 +101,25 @@ def test_a_rank_that_stops_in_the_middle(phase, step, transport):
 @pytest.mark.parametrize("transport", OWN)
 def test_the_last_hops_of_a_rank_that_ends(transport):
     """A process that ends with hops under way lets its peers have them first."""
-    run_ranks_well(workers.ends_early, 2, transport)
+    run_ranks_well(faults.ends_early, 2, transport)
 
 
 @pytest.mark.parametrize("transport", OWN)
 def test_no_hops_in_graphs(transport):
-    for text in run_ranks_well(workers.captured, 2, transport):
+    for text in run_ranks_well(faults.captured, 2, transport):
         assert text.startswith("ring_attention: a CUDA graph is being captured")
 
 
 @pytest.mark.parametrize("transport", OWN)
 def test_two_communicators_in_another_order(transport):
-    for seconds, errors in run_ranks_well(workers.other_order, 2, transport, TIMEOUT):
+    for seconds, errors in run_ranks_well(faults.other_order, 2, transport, TIMEOUT):
         assert seconds < 2 * TIMEOUT + 2 * GRACE
         assert errors and all("late, gone, or" in text for text in errors)
 
 
 @pytest.mark.parametrize("transport", OWN)
 def test_another_length(transport):
-    found = run_ranks_well(workers.other_length, 2, transport, TIMEOUT)
+    found = run_ranks_well(faults.other_length, 2, transport, TIMEOUT)
     for rank, (message, error) in enumerate(found):
         assert "different arguments" in message and "rank 1: " in message
         check_ring_error(error, rank, ("agreement", *PHASES))
