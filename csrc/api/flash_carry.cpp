@@ -82,9 +82,9 @@ Tensor flash_carry(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
     set_state_rows(call, params);
     if (out) call.check_aligned({{"out", params.out, s.B, s.Tq, s.Hq}});
     const CudaCall gpu(call);
-    Tensor counter = call.new_plain(ScalarType::Int, {1});
-    cuda::launch_flash_carry(params, static_cast<int*>(counter.mutable_data_ptr()), gpu.num_sms(),
-                             gpu.stream());
+    const int num_sms = gpu.num_sms();
+    Tensor scratch = call.new_stat({cuda::flash_carry_scratch(params, num_sms)});
+    cuda::launch_flash_carry(params, scratch.mutable_data_ptr(), num_sms, gpu.stream());
     return result;
   }
 #endif

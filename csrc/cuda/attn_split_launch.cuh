@@ -132,7 +132,7 @@ struct MergedRow {
 };
 #endif
 
-// kVectors: of 4 elements for each of 32 lanes.
+// T: of out. kVectors: of 4 elements for each of 32 lanes.
 template <class T, int kVectors>
 __global__ void __launch_bounds__(32 * kMergeWarps)
     split_merge_kernel(const __grid_constant__ SplitMerge p) {
@@ -193,8 +193,12 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
   for (int j = 0; j < kVectors; ++j) {
     if (lane * 4 + j * 128 >= p.D) continue;
     const float4 x = merged.sum[j];
-    *reinterpret_cast<uint2*>(out + j * 128) =
-        make_uint2(pack2<T>(x.x * inverse, x.y * inverse), pack2<T>(x.z * inverse, x.w * inverse));
+    const float4 y = {x.x * inverse, x.y * inverse, x.z * inverse, x.w * inverse};
+    if constexpr (std::is_same_v<T, float>) {
+      *reinterpret_cast<float4*>(out + j * 128) = y;
+    } else {
+      *reinterpret_cast<uint2*>(out + j * 128) = make_uint2(pack2<T>(y.x, y.y), pack2<T>(y.z, y.w));
+    }
   }
 }
 
@@ -203,6 +207,7 @@ inline bool marks(const SplitPlan& plan, int block_m) {
   return block_m == 64 && plan.slot_rows <= SplitRows::kMarkedRows;
 }
 
+// T: of out.
 template <class T>
 void launch_split_merge(const AttnParams& params, const SplitPlan& plan, int block_m,
                         const float* scratch, Stream stream) {
@@ -301,9 +306,10 @@ void launch_and_merge(const char* name, Kernel kernel, const AttnParams& params,
   cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                        cudaSharedmemCarveoutMaxShared);
   launch_tiles<Tile>(name, kernel, p, num_sms, stream, /*overlap=*/false);
-  if (plan.slots > 0) {
-    launch_split_merge<typename Tile::T>(params, plan, Tile::kBlockM, scratch, stream);
-  }
+  if (plan.slots == 0) return;
+  const auto merge =
+      plan.fp32_out ? launch_split_merge<float> : launch_split_merge<typename Tile::T>;
+  merge(params, plan, Tile::kBlockM, scratch, stream);
 }
 
 // Traits with SplitTiles and SplitRows.

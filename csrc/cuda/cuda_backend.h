@@ -59,8 +59,10 @@ void launch_unpack_dq(const AttnParams& params, const AttnGrads& grads, const fl
 void launch_flash_dq(const FlashParams& params, const AttnGrads& grads, const float* lse2,
                      const float* delta, int* counter, int num_sms, Stream stream);
 
-// `counter` is an int on the device that the launch zeroes and uses.
-void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, Stream stream);
+// `scratch`: flash_carry_scratch 32-bit words on the device; `counter` is an int there that the
+// launch zeroes and uses.
+int64_t flash_carry_scratch(const CarryParams& params, int num_sms);
+void launch_flash_carry(const CarryParams& params, void* scratch, int num_sms, Stream stream);
 void launch_flash_carry_two(const CarryTwoParams& params, int* counter, int num_sms, Stream stream);
 
 // Its backward; dq, dk and dv are fp32, and added to. Not fused: bitwise reproducible.

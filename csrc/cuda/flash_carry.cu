@@ -6,9 +6,11 @@
 //       exp(lse), while the first scores are computed; the online softmax goes on from there, so
 //       that the merge costs no arithmetic.
 // Memory: fp32 out and lse are read and written in place, 8 bytes an element; the first step reads
-//       neither; rows that are done are written as 16-bit out instead.
+//       neither; rows that are done are written as 16-bit out instead. A first step of few rows
+//       over many keys, as in decoding, goes to flash_split_fwd.cu.
 // Limits: those of flash_fwd.cu; no cu_seqlens.
 #include "attn_fwd_launch.cuh"
+#include "split_plan.h"
 
 namespace lctx::cuda {
 namespace {
@@ -32,11 +34,33 @@ void launch_step(const CarryParams& params, int* counter, int num_sms, Stream st
   launch_fwd<Traits>(p, num_sms, stream);
 }
 
+// How the keys are split, if they are: the split has no state to begin with, no rows that are done,
+// and its queries are the last positions.
+SplitPlan plan_first_step(const CarryParams& params, int num_sms) {
+  const AttnShape& s = params.shape;
+  const bool positions = params.causal || params.window > 0;
+  const bool last_ones = params.query_start - params.key_start == s.Tk - s.Tq;
+  if (!params.first || params.final_rows > 0 || params.state_rows != s.Tq) return {};
+  if (positions && !last_ones) return {};
+  return plan_flash_split(params, num_sms, /*fp32_out=*/true);
+}
+
 }  // namespace
 
-void launch_flash_carry(const CarryParams& params, int* counter, int num_sms, Stream stream) {
+int64_t flash_carry_scratch(const CarryParams& params, int num_sms) {
+  return std::max<int64_t>(plan_first_step(params, num_sms).scratch(params.shape.Dv), 1);
+}
+
+void launch_flash_carry(const CarryParams& params, void* scratch, int num_sms, Stream stream) {
   const AttnShape& s = params.shape;
   if (s.B * s.Tq * s.Hq == 0) return;
+  const SplitPlan plan = plan_first_step(params, num_sms);
+  if (plan.units > 0) {
+    FlashParams rows = params;
+    rows.out = params.carry_out;
+    return launch_flash_split(rows, plan, static_cast<float*>(scratch), num_sms, stream);
+  }
+  int* counter = static_cast<int*>(scratch);
   cudaMemsetAsync(counter, 0, sizeof(int), stream);
   choose_type_and_tile(params, s.Tk, [&](auto tag) {
     using Tile = typename decltype(tag)::type;

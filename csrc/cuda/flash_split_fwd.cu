@@ -100,7 +100,7 @@ void launch(TypeTag<FewRowsTile<T, kHeadDim, kRowTiles>>, TypeTag<SplitTiles<64>
 
 }  // namespace
 
-SplitPlan plan_flash_split(const FlashParams& params, int num_sms) {
+SplitPlan plan_flash_split(const FlashParams& params, int num_sms, bool fp32_out) {
   const AttnShape& s = params.shape;
   if (params.cu_seqlens != nullptr || s.B * s.Tq * s.Hq * s.Tk == 0) return {};
   const int64_t first =
@@ -110,7 +110,7 @@ SplitPlan plan_flash_split(const FlashParams& params, int num_sms) {
     using Tile = typename decltype(tag)::type;
     const int64_t block = first / Tile::kBlockN;
     plan = plan_split(s, block, ceil_div(s.Tk, Tile::kBlockN) - block, Tile::kBlockM,
-                      num_sms * Tile::kPerSm);
+                      num_sms * Tile::kPerSm, fp32_out);
     if (Tile::kBlockM > 64 && !pays(params, plan, Tile::kBlockM, Tile::kBlockN, num_sms)) {
       plan = {};
     }

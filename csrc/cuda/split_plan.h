@@ -15,6 +15,7 @@ struct SplitPlan {
   int64_t head_bits = 0, slot_rows = 0, m_blocks = 0, head_blocks = 0;
   int64_t first_block = 0, blocks_per_unit = 0;
   int64_t ctas = 0, span_ctas = 0, grain = 1, slots = 0;  // slots 0: no unit is split
+  bool fp32_out = false;  // of the merge, which then takes all units
 
   // Blocks of keys of a span.
   int64_t span() const { return units * blocks_per_unit / (ctas / span_ctas); }
@@ -31,8 +32,9 @@ constexpr int64_t kEvenness = 16;
 
 // `blocks` blocks of keys from `first_block` on are what the rows see at most.
 inline SplitPlan plan_split(const AttnShape& s, int64_t first_block, int64_t blocks, int block_m,
-                            int num_sms) {
+                            int num_sms, bool fp32_out = false) {
   SplitPlan plan;
+  plan.fp32_out = fp32_out;
   const int64_t G = s.Hq / s.Hkv;
   while (int64_t{1} << plan.head_bits < std::min<int64_t>(G, 64)) ++plan.head_bits;
   const int64_t rows = s.Tq << plan.head_bits;
@@ -46,7 +48,7 @@ inline SplitPlan plan_split(const AttnShape& s, int64_t first_block, int64_t blo
   const int64_t longest = ceil_div(blocks, std::max<int64_t>(num_sms / plan.units, 1));
   const int64_t shortest = ceil_div(all, std::min<int64_t>(all, num_sms));
   const bool apart = plan.units <= num_sms && longest * kEvenness <= shortest * (kEvenness + 1);
-  const bool whole = blocks <= kWholeBlocks || (apart && longest == blocks);
+  const bool whole = !fp32_out && (blocks <= kWholeBlocks || (apart && longest == blocks));
   plan.grain = whole ? blocks : 1;
   if (apart && !whole) {
     plan.span_ctas = ceil_div(blocks, longest);
@@ -65,8 +67,8 @@ constexpr int64_t packed_rows(const AttnShape& s) {
   return s.Tq * next_power_of_two(std::min<int64_t>(s.Hq / s.Hkv, 64));
 }
 
-// flash_split_fwd.cu; `scratch` as many floats as the plan says.
-SplitPlan plan_flash_split(const FlashParams& params, int num_sms);
+// flash_split_fwd.cu; `scratch` as many floats as the plan says. With `fp32_out` out is fp32.
+SplitPlan plan_flash_split(const FlashParams& params, int num_sms, bool fp32_out = false);
 void launch_flash_split(const FlashParams& params, const SplitPlan& plan, float* scratch,
                         int num_sms, Stream stream);
 

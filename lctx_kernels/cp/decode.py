@@ -78,7 +78,7 @@ def decode_attention(
     lse = q.new_full((B, Hq, Tq), -torch.inf, dtype=stat)
     if L := k.shape[1]:
         factor = Dk**-0.5 if scale is None else float(scale)
-        torch.ops.lctx.flash_carry(q, k, v, carry, lse, causal, factor, 0, L - Tq, 0, False)
+        torch.ops.lctx.flash_carry(q, k, v, carry, lse, causal, factor, 0, L - Tq, 0, False, True)
     own = torch.cat([carry, lse.transpose(1, 2).unsqueeze(-1)], -1)
     parts = torch.stack(exchange(transport, "forward decode", [own] * transport.world_size))
     outs, statistics = parts[..., :-1], parts[..., -1:]

@@ -1,7 +1,7 @@
-"""The other methods between two GPUs, or two processes on one: as accurate as one GPU.
+"""The other methods between two GPUs, or two processes on one, as accurate as one GPU.
 
-What ranks add up of landmark and dilated attention, gradients of keys that both have used, each
-has rounded to 16 bits before.
+But for what has been rounded to 16 bits on the way: gradients of keys that both ranks have used,
+and the branches of dilated attention that cross ranks.
 """
 
 import cp_gpu_methods as methods
@@ -12,7 +12,7 @@ from processes import run_ranks_well
 
 pytestmark = [*needs_kernel("ring_bwd"), pytest.mark.dist]
 
-OUT_RATIO, GRAD_RATIO = 1.05, 1.6
+OUT_RATIO, BRANCHES_RATIO, KEYS_RATIO = 1.02, 1.15, 1.45
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,8 @@ OUT_RATIO, GRAD_RATIO = 1.05, 1.6
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_errors_are_those_of_one_gpu(name, layout, dtype):
     for ratios in run_ranks_well(methods.error_ratios, 2, name, layout, dtype):
-        out, *grads = ratios
-        print(ratios)
-        assert out <= OUT_RATIO and max(grads) <= GRAD_RATIO, ratios
+        rows = BRANCHES_RATIO if name == "dilated" else OUT_RATIO
+        assert max(ratios[:2]) <= rows and max(ratios[2:]) <= KEYS_RATIO, ratios
 
 
 def test_decoding_over_a_cache_on_two_ranks():

@@ -87,6 +87,43 @@ def test_own_and_far_keys_together(final, T, far, first_row, causal, D, dtype):
     check_result((out, lse), exact, q, torch.cat([far_k, k], 1), torch.cat([far_v, v], 1))
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("D", [40, 64, 128, 256])
+@pytest.mark.parametrize(
+    "B, Tq, Hq, Hkv, Tk, causal, window",
+    [
+        (1, 1, 8, 2, 5000, False, 0),
+        (2, 1, 4, 4, 100, True, 0),
+        (1, 3, 16, 2, 4097, True, 0),
+        (1, 40, 4, 4, 3000, True, 700),
+        (1, 200, 2, 1, 6000, False, 0),
+        (40, 1, 8, 4, 300, True, 0),
+        (1, 5, 64, 1, 77, True, 0),
+    ],
+)
+def test_first_steps_of_few_rows(B, Tq, Hq, Hkv, Tk, causal, window, D, dtype):
+    """Their keys are split; what is carried is fp32, and a second step goes on from it."""
+    q, k, v = gpu_qkv(B, Tq, Hq, D, Hkv=Hkv, Tk=Tk, dtype=dtype)
+    carry = q.new_full(q.shape, torch.nan, dtype=torch.float32)
+    lse = q.new_full((B, Hq, Tq), torch.nan, dtype=torch.float32)
+    mask = (causal, D**-0.5, window, Tk - Tq)
+    torch.ops.lctx.flash_carry(q, k, v, carry, lse, *mask, 0, False, True)
+    options = {"causal": causal, "window": window or None}
+    exact = reference.flash_attention(q.double(), k.double(), v.double(), **options)
+    check_result((carry.to(dtype), lse), exact, q, k, v)
+    rounding = (carry.to(dtype).double() - carry.double()).norm() / carry.double().norm()
+    assert rounding > torch.finfo(dtype).eps / 8  # it has not been rounded before
+    more_k, more_v = gpu_qkv(B, Tq, Hq, D, Hkv=Hkv, Tk=64, dtype=dtype, seed=5)[1:]
+    out = torch.ops.lctx.flash_carry(
+        q, more_k, more_v, carry, lse, False, D**-0.5, 0, 0, 0, True
+    )  # fmt: skip
+    both = reference.merge_attention(
+        *exact, *reference.flash_attention(q.double(), more_k.double(), more_v.double(),
+                                           causal=False)
+    )  # fmt: skip
+    check_result((out, lse), both, q, torch.cat([k, more_k], 1), torch.cat([v, more_v], 1))
+
+
 def test_rows_without_keys_keep_nothing():
     q, k, v = gpu_qkv(1, 64, 2, 64)
     carry = q.new_full(q.shape, torch.nan, dtype=torch.float32)
