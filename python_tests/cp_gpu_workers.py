@@ -1,7 +1,9 @@
 """What the processes of python_tests/cp/test_ring_two_gpus.py do, one GPU each if there are two."""
 
 import itertools
+import os
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from helpers import errors
 
 import lctx_kernels as lk
 from bench.machine import be_a_host
+from bench.ring import MILLION, forward_and_backward
 from lctx_kernels import cp, reference
 from lctx_kernels.cp import keys, parts
 from lctx_kernels.cp.choose import choose
@@ -219,3 +222,32 @@ def host_seconds_of_a_hop(rank, n, transport, count):
         found.append((theirs / 100, (spent - theirs) / 100))
         cp.synchronize(group)  # a full queue would make the host wait for the GPU
     return [min(seconds) for seconds in zip(*found, strict=True)]
+
+
+def nothing_travels(rank, n, transport):
+    """The first call of a group, whose documents lie inside ranks; then one that sends."""
+    group, x = gpu_group(rank), gpu_tensors(1100)
+    for bounds in (int32([0, 550, 1100]), None):
+        plan = cp.make_plan(1100, n, layout="contiguous", cu_seqlens=bounds)
+        mine = local_run(plan, rank, x, group=group, transport=transport)
+        assert not differences(plan, rank, mine, local_run(plan, None, x))
+
+
+def refused_registration(rank, n):
+    """Whether memory is registered where rank 1 may not do so; the bits of the simulation."""
+    os.environ["NCCL_LOCAL_REGISTER"] = str(int(rank == 0))
+    group = gpu_group(rank)
+    plan, x = cp.make_plan(1100, n), gpu_tensors(1100)
+    mine = local_run(plan, rank, x, group=group, transport="nccl")
+    assert not differences(plan, rank, mine, local_run(plan, None, x))
+    return choose(group, x[0].device, "nccl").registered
+
+
+def memory_of_a_million_tokens(rank, n, transport):
+    """Peak bytes of a forward and a backward, and those of the forecast."""
+    take_gpu(rank)
+    found, forecast = forward_and_backward(
+        MILLION, SimpleNamespace(rank=rank, world_size=n), transport
+    )
+    promised = forecast.forward.memory, forecast.backward.memory
+    return (found["fwd"], found["bwd"]), promised

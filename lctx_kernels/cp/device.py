@@ -189,6 +189,8 @@ class DeviceTransport(GroupTransport):
 
     def settle(self) -> None:
         """As Transport: the current stream waits, not the host."""
+        if self.stream == -1:  # no call of this group has sent anything
+            return
         try:
             self.ring.settle(self.stream)
         except RuntimeError as error:

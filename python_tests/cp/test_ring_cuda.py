@@ -60,6 +60,15 @@ def test_results_are_as_accurate_as_on_one_device(options, layout, n, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("n", [2, 3, 8, 64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 300}], ids=str)
+def test_documents_are_as_accurate_as_on_one_device(options, layout, n, dtype):
+    bounds = int32([0, 1, 300, 300, 999, 1100])
+    check_accuracy(cp.make_plan(1100, n, layout=layout, cu_seqlens=bounds), dtype, options)
+
+
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("options", [{}, {"causal": False}], ids=str)
 def test_first_two_steps_in_one_kernel(options, n, dtype, monkeypatch):
@@ -78,9 +87,11 @@ def test_first_two_steps_in_one_kernel(options, n, dtype, monkeypatch):
 
 def check_accuracy(plan, dtype, options):
     """Error of out at most 1.02 times that of one device, the same in every call."""
-    q, k, v = gpu_qkv(2, plan.seq_len, 4, 128, Hkv=2, dtype=dtype)
+    packed = len(plan.documents) > 2
+    documents = int32(plan.documents).cuda() if packed else None
+    q, k, v = gpu_qkv(1 if packed else 2, plan.seq_len, 4, 128, Hkv=2, dtype=dtype)
     exact, exact_lse = whole(plan, q, k, v, **options)
-    single = lk.flash_attention(q, k, v, **options)
+    single = lk.flash_attention(q, k, v, cu_seqlens=documents, **options)
     (out, lse), (again, lse_again) = (simulated(plan, q, k, v, **options) for _ in range(2))
     assert torch.equal(out, again) and torch.equal(lse, lse_again)
     torch.testing.assert_close(lse.double(), exact_lse.double(), **LSE_TOLERANCE)
@@ -88,13 +99,14 @@ def check_accuracy(plan, dtype, options):
 
 
 @needs_backward
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("n", [2, 8, 64])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("T", [1024, 1100])  # some own keys are nobody else's in one call, or not
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 300}], ids=str)
-def test_gradients_are_as_accurate_as_on_one_device(options, T, layout, n):
-    q, k, v = (x.requires_grad_() for x in gpu_qkv(2, T, 4, 128, Hkv=2))
-    dout = gpu_qkv(2, T, 4, 128, seed=5)[0]
+def test_gradients_are_as_accurate_as_on_one_device(options, T, layout, n, dtype):
+    q, k, v = (x.requires_grad_() for x in gpu_qkv(2, T, 4, 128, Hkv=2, dtype=dtype))
+    dout = gpu_qkv(2, T, 4, 128, dtype=dtype, seed=5)[0]
     exact_leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     out = whole(cp.make_plan(T, 1), *exact_leaves, **options)[0]
     exact = torch.autograd.grad(out, exact_leaves, dout.double())
@@ -111,14 +123,15 @@ def test_gradients_are_as_accurate_as_on_one_device(options, T, layout, n):
 
 @needs_backward
 @pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("n", [2, 8, 64])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_gradients_of_documents(deterministic, layout, D):
+def test_gradients_of_documents(deterministic, layout, n, D):
     q, k, v = (x.requires_grad_() for x in gpu_qkv(1, 1100, 4, D, Hkv=2))
     dout = gpu_qkv(1, 1100, 4, D, seed=5)[0]
     exact_leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     documents = int32([0, 1, 300, 300, 999, 1100])  # no chunk begins with a block of rows
-    plan = cp.make_plan(1100, 2, layout=layout, cu_seqlens=documents)
+    plan = cp.make_plan(1100, n, layout=layout, cu_seqlens=documents)
     out = whole(plan, *exact_leaves)[0]
     exact = torch.autograd.grad(out, exact_leaves, dout.double())
     alone = lk.flash_attention(q, k, v, cu_seqlens=documents.cuda())
@@ -165,3 +178,30 @@ def test_gradients_that_need_not_be_reproducible(options, n, T, D):
     torch.testing.assert_close(
         through_lse.float(), torch.autograd.grad(alone.sum(), q)[0].float(), atol=1e-2, rtol=2e-2
     )
+
+
+@needs_backward
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    """Of q and out on every rank; the last rows of both ranks see keys of a window only."""
+    rows, window, checked = (1 << 19) + 4096, 512, 256
+    plan = cp.make_plan(2 * rows, 2, layout="contiguous")
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, dout = (
+        torch.empty(1, 2 * rows, heads, 128, device="cuda", dtype=torch.bfloat16).normal_(
+            generator=generator
+        )
+        for heads in (32, 1, 1, 32)
+    )
+    assert q[:, :rows].numel() > 2**31
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = lk.ring_attention(*leaves, plan=plan, window=window, transport="sim")
+    dq = torch.autograd.grad(out, leaves, dout)[0]
+    for end in (rows, rows + checked, 2 * rows):  # the second sees keys of both ranks
+        seen = slice(end - checked - window + 1, end)
+        last = [q[:, end - checked : end], k[:, seen], v[:, seen]]
+        last = [x.detach().double().requires_grad_() for x in last]
+        exact = reference.flash_attention(*last, window=window)[0]
+        wanted = torch.autograd.grad(exact, last[0], dout[:, end - checked : end].double())[0]
+        assert errors(out[:, end - checked : end], exact).rms < 5e-3
+        assert errors(dq[:, end - checked : end], wanted).rms < 1e-2

@@ -38,6 +38,25 @@ def test_tensors_that_are_not_on_the_current_gpu(transport):
     run_ranks_well(workers.not_on_the_current_gpu, 2, transport)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_first_call_that_sends_nothing(transport):
+    run_ranks_well(workers.nothing_travels, 2, transport)
+
+
+def test_registration_that_one_rank_is_refused():
+    """Then no rank's memory is registered: with one side alone a hop would hang."""
+    assert run_ranks_well(workers.refused_registration, 2) == [False, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", OWN)
+def test_memory_of_a_million_tokens(transport):
+    """Forward and backward, beyond inputs and results: that of the documented formula."""
+    for found, promised in run_ranks_well(workers.memory_of_a_million_tokens, 2, transport):
+        for taken, said in zip(found, promised, strict=True):
+            assert 0.9 * said <= taken <= 1.01 * said, (found, promised)
+
+
 def test_auto_takes_the_copy_engine():
     for name, phases, fewest in run_ranks_well(workers.what_auto_takes, 2):
         assert name == "CopyTransport" and fewest > 0
