@@ -21,7 +21,9 @@ from .schedule import Call
 LINK, FORWARD_RATE, BACKWARD_RATE, STATISTICS = 370e9, 560e12, 430e12, 3e12
 HOP_SECONDS, MARGIN = 30e-6, 1.2
 CARRIED, WORTH = 8 / 4e12, 0.03  # seconds to carry an element; of a step's, that are worth saving
-ROWS, FEWEST_TILES = 128, 1000  # of a tile; of keys, that are worth two launches
+# Of a tile; tiles of own keys that are worth two launches, fewer under a hop of a tenth of them.
+ROWS, FEWEST_TILES, FEWEST_UNDER_LONG_HOPS = 128, 1000, 700
+HALF_FROM = 0.27  # where more of the rows would come first it is half of them
 
 
 def hop_seconds(at: Rank, k: Tensor, v: Tensor) -> float:
@@ -44,7 +46,9 @@ def own_calls(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Call], li
     """The backward's calls on own keys: before the first foreign keys are there, and at the end.
 
     Nothing comes first where the statistics of the rows take about as long as the hop, and where
-    the rest would be too few tiles to keep all multiprocessors busy.
+    the rest would be too few tiles to keep all multiprocessors busy. Where many keys come first it
+    is half of them: the two launches are of as many tiles, and of a zigzag's first rank it is those
+    that no other rank sees, whose gradients leave the kernel as results.
     """
     calls, rows = list(at.schedule.calls[at.rank][at.rank]), q.shape[1]
     square = own_square(at, rows)
@@ -53,10 +57,12 @@ def own_calls(at: Rank, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Call], li
         return [], calls
     per_pair = 5 * q.shape[0] * q.shape[2] * (k.shape[3] + v.shape[3])
     whole, tiles = square.pairs * per_pair / BACKWARD_RATE, rows // ROWS * k.shape[2] * k.shape[0]
-    if uncovered < whole and (tiles < FEWEST_TILES or uncovered < whole / 50):
+    fewest = FEWEST_TILES if uncovered < whole / 10 else FEWEST_UNDER_LONG_HOPS
+    if uncovered < whole and (tiles < fewest or uncovered < whole / 50):
         return [], calls
     side = math.sqrt(2 * uncovered * BACKWARD_RATE / per_pair)  # of a triangle that takes so long
-    begin = max((rows - math.ceil(side)) // ROWS, rows // ROWS // 2) * ROWS
+    half = rows // ROWS // 2
+    begin = (half if side > HALF_FROM * rows else (rows - math.ceil(side)) // ROWS) * ROWS
     if begin <= 0:
         return [], calls
     return [Call(begin, rows, begin, rows, True)], [Call(0, rows, 0, begin, True)]

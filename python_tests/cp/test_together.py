@@ -86,6 +86,20 @@ def test_own_keys_whose_gradients_come_first(T, fewest, most):
     assert tip.pairs + rest.pairs == Call(0, T // 2, 0, T // 2, True).pairs
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_half_of_the_own_keys_come_first(rank):
+    """Where the hop is long, or longer than all of them; few of them do where it is short."""
+    for T, heads in ((16384, 16), (12288, 16), (1024, 1)):
+        plan = cp.make_plan(T, 2)
+        (tip,), (rest,) = own_calls(rank_of(plan, rank), *tensors(plan, rank, heads, heads))
+        assert tip[:4] == (T // 4, T // 2, T // 4, T // 2) and rest[:4] == (0, T // 2, 0, T // 4)
+    plan = cp.make_plan(65536, 2)
+    early, _ = own_calls(rank_of(plan, rank), *tensors(plan, rank, 16, 16))
+    assert all(call.q1 - call.q0 < 8192 for call in early) and len(early) == (rank == 0)
+    plan = cp.make_plan(8192, 2)  # 512 tiles
+    assert own_calls(rank_of(plan, rank), *tensors(plan, rank, 16, 16))[0] == []
+
+
 def test_own_keys_that_all_come_last():
     for plan, options in (
         (cp.make_plan(16384, 1), ()),
