@@ -1,5 +1,6 @@
-"""ring_attention between more ranks than GPUs: "p2p" gives the bits of the simulation."""
+"""ring_attention between more ranks than GPUs: the bits of the simulation."""
 
+import cp_gpu_random
 import cp_gpu_workers as workers
 import pytest
 import torch
@@ -22,3 +23,9 @@ def test_the_same_bits_every_time(n, gpus):
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
     run_ranks_well(workers.the_same_again, n, gpus)
+
+
+@pytest.mark.parametrize("transport, n", [("p2p", 2), ("p2p", 3), ("p2p", 4), ("nccl", 2)])
+def test_random_calls(transport, n):
+    hops = run_ranks_well(cp_gpu_random.random_calls, n, transport, 60)
+    assert min(hops) > 100
