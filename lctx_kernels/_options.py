@@ -11,9 +11,15 @@ from ._operands import Call, describe
 from .cp.groups import process_group
 from .cp.plan import Plan
 
+LARGEST = 2**63 - 1  # that an op takes
+
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def _is_too_large(value: object) -> bool:
+    return isinstance(value, int) and value > LARGEST
 
 
 def _integer(minimum: int, optional: bool = False) -> Callable[[Call, str], None]:
@@ -26,6 +32,8 @@ def _integer(minimum: int, optional: bool = False) -> Callable[[Call, str], None
             call.refuse(TypeError, f"{name} is {describe(value)}; expected {expected}")
         elif value < minimum:
             call.refuse(ValueError, f"{name} is {value}; expected {expected}; nearest is {minimum}")
+        elif _is_too_large(value):
+            call.refuse(ValueError, f"{name} is {value}; expected {expected}, at most {LARGEST}")
 
     return check
 
@@ -43,6 +51,9 @@ def _integers(call: Call, name: str) -> None:
             call.refuse(TypeError, f"{name}[{index}] is {describe(value)}; expected an int >= 1")
         elif value < 1:
             text = f"{name}[{index}] is {value}; expected an int >= 1; nearest is 1"
+            call.refuse(ValueError, text)
+        elif _is_too_large(value):
+            text = f"{name}[{index}] is {value}; expected an int >= 1, at most {LARGEST}"
             call.refuse(ValueError, text)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+LARGEST = 2**62  # tokens of a sequence
 LAYOUTS = ("zigzag", "striped", "contiguous")
 
 
@@ -184,7 +185,28 @@ def _int(name: str, value: object, minimum: int) -> int:
         raise ValueError(
             f"make_plan: {name} is {value}; expected an int >= {minimum}; nearest is {minimum}"
         )
+    if value > LARGEST:
+        raise ValueError(f"make_plan: {name} is {value}; expected an int of at most {LARGEST}")
     return value
+
+
+def _positions(positions: object) -> list[list[int]]:
+    """Those of each rank as a list; raises TypeError where they are not integers."""
+    expected = "expected one entry a rank, a 1-D int64 tensor or a sequence of ints"
+    given = positions.tolist() if isinstance(positions, Tensor) else positions
+    if not isinstance(given, Sequence):
+        raise TypeError(f"make_plan: positions is a {type(positions).__name__}; {expected}")
+    held = [p.tolist() if isinstance(p, Tensor) else p for p in given]
+    for rank, values in enumerate(held):
+        if not isinstance(values, Sequence):
+            text = f"positions[{rank}] is {values!r:.80}"
+        elif any(type(value) is not int for value in values):
+            wrong = next(value for value in values if type(value) is not int)
+            text = f"positions[{rank}] holds {wrong!r:.80}"
+        else:
+            continue
+        raise TypeError(f"make_plan: {text}; {expected}")
+    return [list(values) for values in held]
 
 
 def document_bounds(cu_seqlens: Tensor, seq_len: int, who: str) -> list[int]:
@@ -255,7 +277,7 @@ def make_plan(
                 "positions=[...] for any other"
             )
         return plan_of(_spec(layout, seq_len, world_size, bounds))
-    held = [p.tolist() if isinstance(p, Tensor) else list(p) for p in positions]
+    held = _positions(positions)
     if len(held) != world_size or sorted(itertools.chain(*held)) != list(range(seq_len)):
         raise ValueError(
             f"make_plan: positions has {len(held)} entries with {sum(map(len, held))} positions; "

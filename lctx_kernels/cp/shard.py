@@ -117,8 +117,15 @@ def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: Any) -> 
     import torch.distributed as dist
 
     out = x.new_empty(sum(received), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+    there, here = (_rows_of_bytes(t) for t in (out, x.contiguous()))
+    dist.all_to_all_single(there, here, received, sent, group=group)
     return out
+
+
+def _rows_of_bytes(x: Tensor) -> Tensor:
+    """A contiguous tensor as (rows, bytes): no group knows every dtype."""
+    rows = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+    return rows.view(torch.uint8)
 
 
 @never_compiled

@@ -87,6 +87,7 @@ OF_ONE_OP = {
         ({"causal": 1}, TypeError, "causal is 1; expected True or False"),
         ({"return_lse": None}, TypeError, "return_lse is None; expected True or False"),
         ({"window": 0}, ValueError, "window is 0; expected an int >= 1 or None; nearest is 1"),
+        ({"window": 2**63}, ValueError, "an int >= 1 or None, at most 9223372036854775807"),
         ({"window": True}, TypeError, "window is True; expected an int >= 1 or None"),
         ({"window": 4.0}, TypeError, "window is 4.0; expected an int >= 1 or None"),
     ],

@@ -247,6 +247,11 @@ def test_forecast():
         ((4, 2, {"cu_seqlens": torch.tensor([0, 4])}), TypeError, "expected an int32 tensor"),
         ((4, 2, {"positions": [torch.tensor([0, 1])]}), ValueError, "positions has 1 entries"),
         ((3, 1, {"positions": [torch.tensor([0, 1, 1])]}), ValueError, "each of 0 ... 2 once"),
+        ((2, 1, {"positions": [torch.tensor([0.0, 1.0])]}), TypeError, r"positions\[0\] holds 0.0"),
+        ((2, 1, {"positions": [[[0, 1]]]}), TypeError, r"positions\[0\] holds \[0, 1\]"),
+        ((2, 1, {"positions": [0, 1]}), TypeError, r"positions\[0\] is 0; expected one entry a"),
+        ((2, 1, {"positions": 2}), TypeError, "positions is a int; expected one entry a rank"),
+        ((2**63, 1), ValueError, "seq_len is 9223372036854775808; expected an int of at most"),
     ],
 )
 def test_bad_plans_are_refused(arguments, error, message):
