@@ -164,6 +164,31 @@ def the_same_again(rank, n, gpus):
     return len(cp.hop_log(group))
 
 
+def keys_overwritten(rank, n):
+    """By "p2p" keys leave from where they are: what is written there after a call comes later.
+
+    Rank 0 has its keys from rank 2 long before rank 1, which is late, takes those of rank 0.
+    """
+    take_gpu(rank)
+    group = dist.new_group(backend="nccl")
+    positions = [torch.arange(64, 1128), torch.arange(1128, 2128), torch.arange(64)]
+    plan = cp.make_plan(2128, n, positions=positions, cu_seqlens=int32([0, 128, 2128]))
+    x = gpu_tensors(2128)[:3]
+    begin = sum(plan.lengths[:rank])
+    every = lk.ring_attention(
+        *(cp.shard(plan, t, 1, None) for t in x), plan=plan, transport="sim"
+    ).narrow(1, begin, plan.lengths[rank])
+    for late in (0.0, 0.5):
+        parts = [cp.shard(plan, t, 1, rank).clone() for t in x]
+        torch.cuda.synchronize()
+        dist.barrier()
+        time.sleep(late if rank == 1 else 0.0)
+        out = lk.ring_attention(*parts, plan=plan, group=group, transport="p2p", timeout=30.0)
+        for t in parts:
+            t.fill_(torch.nan)
+        assert torch.equal(out, every), late
+
+
 def many_calls(rank, n, transport):
     """Calls in flight together, growing and shrinking, two groups at once: no slot is mixed up."""
     groups = [gpu_group(rank), dist.new_group(backend="nccl")]

@@ -25,6 +25,10 @@ def test_the_same_bits_every_time(n, gpus):
     run_ranks_well(workers.the_same_again, n, gpus)
 
 
+def test_keys_that_are_overwritten_after_a_call():
+    run_ranks_well(workers.keys_overwritten, 3)
+
+
 @pytest.mark.parametrize("transport, n", [("p2p", 2), ("p2p", 3), ("p2p", 4), ("nccl", 2)])
 def test_random_calls(transport, n):
     hops = run_ranks_well(cp_gpu_random.random_calls, n, transport, 60)
